@@ -26,8 +26,7 @@ from chunkq.job.user_code import load_blend_weights
 from chunkq.paths import is_url, is_web, open_filesystem, without_secret
 from chunkq.plan.item_tasks import ItemTasks
 from chunkq.plan.plan import Costs, Plan, total_costs
-from chunkq.stages.completion import job_completion
-from chunkq.stages.registry import stages
+from chunkq.stages.completion import chunks_of, job_completion
 from chunkq.storage.objects import ObjectFolder
 
 METADATA = {2: (".zgroup", "0/.zarray"), 3: ("zarr.json", "0/zarr.json")}
@@ -231,7 +230,7 @@ def _store_known_empty(handle: JobHandle, job: CheckedJob) -> None:
 def _prepare_output(job: JobHandle) -> None:
     """Create, unseal or seal the output."""
     remaining = len(job_completion(job).missing())
-    done = sum(s.count(item) for s in stages() if s.is_queued for item in job.items) - remaining
+    done = chunks_of(job) - remaining
     with _storage_errors(job.folder.output):
         job.folder.delete_earlier_epochs(job.record.epoch)
         is_sealed = job.ledger.is_sealed()

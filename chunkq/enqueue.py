@@ -12,7 +12,7 @@ from chunkq.job.job_path import output_of
 from chunkq.job.tasks import JobId, Task
 from chunkq.paths import without_secret
 from chunkq.queue.contract.executor import Executor, GateState, jobs_at
-from chunkq.stages.completion import gate_state, job_completion
+from chunkq.stages.completion import chunks_of, gate_state, job_completion
 from chunkq.stages.registry import stages
 
 PROGRESS_STAGE = "queueing chunks"
@@ -22,12 +22,16 @@ PROGRESS_STEP = 1000
 
 @dataclass(frozen=True)
 class EnqueueResult:
-    """A job and the numbers of its chunks: all, already computed, newly queued."""
+    """A job and the numbers of its chunks: all, already computed, newly queued.
+
+    `staging` is the number of newly queued inputs that are staged first.
+    """
 
     job: JobHandle
     chunks: int
     done: int
     queued: int
+    staging: int = 0
 
 
 def enqueue(
@@ -49,7 +53,7 @@ def enqueue(
     completion = job_completion(job)
     total = len(completion.missing())
     emit(StageProgress(PROGRESS_STAGE, 0, total))
-    queued = done = 0
+    queued = staging = done = 0
 
     def tasks(kind: str) -> Iterator[Task]:
         nonlocal done
@@ -60,13 +64,18 @@ def enqueue(
                 emit(StageProgress(PROGRESS_STAGE, done, total))
 
     # Gates go with a job's last task, so the tasks behind them are queued first.
-    for stage in sorted(stages(), key=lambda stage: stage.after is None):
-        if stage.is_queued and completion.pending[stage.kind]:
-            if gate_state(job, stage.kind) is not GateState.OPEN:
-                executor.close_gate(job.id, stage.kind)
-            queued += executor.submit(tasks(stage.kind))
-    chunks = sum(s.count(item) for s in stages() if s.is_queued for item in job.items)
-    return EnqueueResult(job, chunks, chunks - total, queued)
+    for stage in reversed(stages()):
+        if not stage.is_queued or not completion.pending[stage.kind]:
+            continue
+        if stage.is_temporary:
+            pending = completion.pending[stage.kind]
+            staging += executor.submit(item.task(stage.kind, chunk) for item, chunk in pending)
+            continue
+        if gate_state(job, stage.kind) is not GateState.OPEN:
+            executor.close_gate(job.id, stage.kind)
+        queued += executor.submit(tasks(stage.kind))
+    chunks = chunks_of(job)
+    return EnqueueResult(job, chunks, chunks - total, queued, staging)
 
 
 def _warn_of_other_epochs(job: JobHandle, executor: Executor, emit: Sink) -> None:

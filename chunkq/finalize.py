@@ -161,7 +161,7 @@ def _seal(completion: JobCompletion, missing: Pending, warnings: Sequence[str]) 
         job.check_unchanged()
         job.ledger.seal()
         job.output.seal(check_unchanged=job.check_unchanged)
-        job.ledger.delete_pieces()
+        job.ledger.delete_temporary()
     job.ledger.write_report(report)
     return report
 
@@ -175,6 +175,8 @@ def _check_records(completion: JobCompletion, valid: ValidCommits) -> None:
     """
     job, lost = completion.job, Lost()
     for stage in stages():
+        if stage.is_temporary:
+            continue
         absent = {(item.number, chunk) for item, chunk in completion.pending[stage.kind]}
         for item in job.items:
             for chunk in stage.chunks(item):

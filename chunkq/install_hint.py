@@ -18,6 +18,7 @@ EXTRAS = {
     "imagecodecs": "tiff",
     "keras": "tensorflow",
     "matplotlib": "plot",
+    "nibabel": "nifti",
     "onnx": "export",
     "onnxruntime": "onnx",
     "onnxscript": "export",

@@ -24,13 +24,15 @@ NIFTI_1_SIZE = 32_767
 class ImageGeometry:
     """What is known of the spatial axes of an image, in the order of its array.
 
-    `affine` (4, 4) and `header` are those of a nibabel image, `dims` and `coords` those of a
-    DataArray.
+    `affine` (4, 4) and `header` are those of a nibabel image or of a NIfTI file, `dims` and
+    `coords` those of a DataArray. The columns of the affine are in the order of the array, unless
+    `file_order` has the numbers of the array's spatial axes in the order of the file, x first.
     """
 
     axes: tuple[Axis, ...] = ()
     affine: npt.NDArray[Any] | None = None
     header: Any = None
+    file_order: tuple[int, ...] = ()
     dims: tuple[Any, ...] = ()
     coords: Mapping[Any, Any] = field(default_factory=dict)
 
@@ -55,7 +57,8 @@ class ImageGeometry:
 def to_nibabel(array: npt.NDArray[Any], geometry: ImageGeometry, affine: Any) -> Any:
     """Return a NIfTI image of an array (*S) or (C, *S); channels become its fifth axis.
 
-    Raise ChunkqError without an affine, or if the array has more than three spatial axes.
+    Without `affine`, the image has the order of the file from which the array comes. Raise
+    ChunkqError without an affine, or if the array has more than three spatial axes.
     """
     try:
         nibabel: Any = import_module("nibabel")
@@ -76,6 +79,9 @@ def to_nibabel(array: npt.NDArray[Any], geometry: ImageGeometry, affine: Any) ->
             f"Prediction.to_nibabel: expected an affine of shape [4, 4] and 1 to 3 spatial axes, "
             f"found {list(matrix.shape)} and {rank} axes"
         )
+    if affine is None and geometry.file_order:
+        lead = array.ndim - rank
+        array = array.transpose(*range(lead), *(lead + axis for axis in geometry.file_order))
     if array.ndim > rank:  # NIfTI: x, y, z, time, channel
         array = np.moveaxis(array, 0, -1).reshape(*array.shape[1:], *(1,) * (4 - rank), -1)
     if array.dtype == np.float16:  # which NIfTI does not have

@@ -82,7 +82,10 @@ class Prediction:
 
     @property
     def affine(self) -> Any:
-        """The affine (4, 4) of a nibabel image that was the input, else None."""
+        """The affine (4, 4) of a nibabel image or of a NIfTI file that was the input, else None.
+
+        That of a file is for voxel indices x, y, z, although the labels are z, y, x.
+        """
         return self.geometry.affine
 
     @property
@@ -93,8 +96,9 @@ class Prediction:
     def to_nibabel(self, what: What = "labels", *, affine: Any = None) -> Any:
         """Return the labels or the probabilities as a NIfTI image with the affine of the input.
 
-        Set `affine` (4, 4) if the input was no nibabel image; its columns are in the order of the
-        axes of the labels. Channels become the fifth axis, float16 becomes float32. Raises
+        Labels of a NIfTI file are turned into the order of the file, x, y, z. Set `affine` (4, 4)
+        if the input was neither a nibabel image nor a NIfTI file; its columns are in the order of
+        the axes of the labels. Channels become the fifth axis, float16 becomes float32. Raises
         ChunkqError if nibabel is not installed, without an affine, and for 4-D volumes.
         """
         return to_nibabel(self._array(what), self.geometry, affine)

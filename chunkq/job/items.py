@@ -20,7 +20,10 @@ from chunkq.storage.images import ImageSource, find_source
 
 NAME_CHARACTERS = re.compile(r"[^A-Za-z0-9_-]+")
 """Characters that a name in an output group cannot contain."""
-STORE = re.compile(r"(.*?)(\.ome)?\.(zarr|npy|n5|tiff?|tf[28]|btf|lsm|stk|h5|hdf5?)", re.IGNORECASE)
+STORE = re.compile(
+    r"(.*?)(\.ome)?\.(zarr|npy|n5|tiff?|tf[28]|btf|lsm|stk|h5|hdf5?|(nii|hdr|img)(\.gz)?)",
+    re.IGNORECASE,
+)
 """File or folder of an image; the first group is its name."""
 RESERVED_NAMES = frozenset({"labels", "OME"})
 """Names that OME-Zarr gives a meaning in a group."""

@@ -154,8 +154,8 @@ class Job(Section):
         key_doc(
             "Input and output",
             "Volume to read, or a list of volumes: Zarr v2 or v3, OME-Zarr (its full-resolution "
-            "level), TIFF, HDF5, N5, Neuroglancer precomputed or `.npy`, as a path or a URL such "
-            "as `s3://bucket/volume.zarr`. A path into a group or file is allowed: "
+            "level), NIfTI, TIFF, HDF5, N5, Neuroglancer precomputed or `.npy`, as a path or a URL "
+            "such as `s3://bucket/volume.zarr`. A path into a group or file is allowed: "
             "`volume.zarr/raw`, `data.h5/raw`; a pattern is a stack: `slices/*.tif`. With "
             "`model_config.join_dim` the volumes of a list are stacked along that axis. Without "
             "it each one is computed on its own, and `output` is a group with one image per "

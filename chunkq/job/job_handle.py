@@ -42,6 +42,7 @@ from chunkq.storage.array import Array
 from chunkq.storage.images import ImageSource
 from chunkq.storage.mask import Mask
 from chunkq.storage.padded_reading import read_padded
+from chunkq.storage.staged import Slabs, StagedCopy
 
 if TYPE_CHECKING:
     from chunkq.blend.empty_patches import EmptyChunks
@@ -177,9 +178,24 @@ class ImageHandle:
         try:
             record = self.job.record
             is_repeated = any(fetches.are_repeated for fetches in record.fetches(self.image))
-            return self.image.open(cached=is_repeated)
+            return tuple(
+                source.open(cached=is_repeated)
+                if (copy := self.staged_copy(number)) is None
+                else copy.open(cached=is_repeated)
+                for number, source in enumerate(self.image.sources)
+            )
         except StoreError as error:
             raise ChunkReadError(str(error), code=ErrorCode.INPUT_MISSING) from error
+
+    def staged_copy(self, number: int) -> StagedCopy | None:
+        """Return the copy of a source that is read in its place, or None if it is read itself."""
+        source = self.image.sources[number]
+        if not source.staged:
+            return None
+        slabs = Slabs.of(source.axes, np.dtype(source.dtype).itemsize)
+        # Either an image is alone, or it has one source.
+        name = str(self.image.number + number)
+        return StagedCopy(self.job.ledger.staged, name, slabs, source.dtype)
 
     @cached_property
     def target(self) -> Array:

@@ -29,6 +29,8 @@ from chunkq.storage import documents
 from chunkq.storage.objects import PART_BYTES, ObjectFolder
 from chunkq.system import buffers
 
+STAGED = "ingest"
+"""Folder of the staged inputs, and kind of the tasks that write them."""
 CRC_BYTES, ALIGNMENT = 4, 16
 CRC_RESIDUE = 0x2144DF1C
 """CRC-32 of any bytes followed by their own CRC-32 in little-endian order."""
@@ -61,9 +63,19 @@ class Ledger:
         """Return the ledger of an item."""
         return ItemLedger(self.objects, self.epoch, number)
 
-    def delete_pieces(self) -> None:
-        """Delete the pieces of all items, and partial files."""
+    @property
+    def staged(self) -> ObjectFolder:
+        """The folder of the staged inputs."""
+        return ObjectFolder(f"{self.path}/{STAGED}")
+
+    def delete_temporary(self) -> None:
+        """Delete the pieces of all items, the staged inputs, and partial files.
+
+        The commit records of staged inputs are deleted first: no record is without its input.
+        """
         self.objects.delete_folder("pieces")
+        self.objects.delete_folder(f"done/{STAGED}")
+        self.objects.delete_folder(STAGED)
         self.objects.delete_partial_files()
 
     def write_report(self, report: dict[str, Any]) -> None:

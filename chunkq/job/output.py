@@ -29,7 +29,7 @@ from chunkq.paths import is_url, join, without_secret
 from chunkq.plan.plan import Plan
 from chunkq.storage.array import Array
 from chunkq.storage.formats.zarr import ZARR_FORMAT, ZarrFormat, array_metadata
-from chunkq.storage.objects import ObjectFolder
+from chunkq.storage.objects import LOCK, ObjectFolder
 from chunkq.storage.ome import image_metadata, is_image
 
 SEALED_NAME = "0"
@@ -43,8 +43,6 @@ OTHER_FORMAT = {2: ("zarr.json",), 3: (".zgroup", ".zattrs", ".zarray", ".zmetad
 LOCK_AGE = 120.0
 """Age (s) from which a temporary file of tensorstore belongs to a killed writer."""
 EPOCH_NAME = re.compile(rf"{SEALED_NAME}\.[0-9a-f]{{{EPOCH_DIGITS}}}")
-LOCK = ".__lock"
-"""Part of the names of tensorstore's temporary files, which remain if a writer is killed."""
 
 
 def new_record(record: JobRecord, *, replaces: bool) -> JobRecord:

@@ -28,11 +28,15 @@ class Stage(ABC):
     A stage that follows another one as a whole (`after`) is queued behind a gate, which opens when
     every task of that stage has a commit record.
 
+    The results of a temporary stage serve the stage that follows it, and are deleted when the job
+    is sealed. Its tasks are complete once those of the stage that follows it are.
+
     A task writes its results, then its commit record. Running it again writes the same bytes.
     """
 
     kind: ClassVar[str]
     is_queued: ClassVar[bool] = False
+    is_temporary: ClassVar[bool] = False
     after: ClassVar[str | None] = None
 
     @abstractmethod

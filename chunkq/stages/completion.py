@@ -22,7 +22,12 @@ NAMES_SHOWN = 20
 
 
 def uncommitted(item: ItemHandle, stage: Stage) -> list[Index]:
-    """Return the chunks of a stage's tasks without a commit record. Makes one listing."""
+    """Return the chunks of a stage's tasks without a commit record.
+
+    Makes one listing if the item has tasks of a temporary stage, or one of another stage.
+    """
+    if stage.is_temporary and not stage.count(item):
+        return []
     committed = item.ledger.committed(stage.kind)
     return [chunk for chunk in stage.chunks(item) if chunk not in committed]
 
@@ -35,8 +40,11 @@ class JobCompletion:
     pending: dict[str, Pending]
 
     def missing(self) -> Pending:
-        """Return the tasks of queued stages, which workers have to run."""
-        return [task for s in stages() if s.is_queued for task in self.pending[s.kind]]
+        """Return the tasks of queued stages, which workers have to run.
+
+        Those of temporary stages are left out: none is needed unless other tasks are missing.
+        """
+        return [task for s in counted_stages() for task in self.pending[s.kind]]
 
     def without(self, stage: Stage, tasks: Pending) -> JobCompletion:
         """Return the progress after these tasks of a stage are committed."""
@@ -89,15 +97,27 @@ class JobCompletion:
                 return completion
 
 
+def counted_stages() -> list[Stage]:
+    """Return the queued stages whose tasks are the chunks that users count."""
+    return [stage for stage in stages() if stage.is_queued and not stage.is_temporary]
+
+
+def chunks_of(job: JobHandle) -> int:
+    """Return the number of chunks of a job: the tasks of its counted stages."""
+    return sum(stage.count(item) for stage in counted_stages() for item in job.items)
+
+
 def job_completion(job: JobHandle) -> JobCompletion:
     """Compare the plans with the ledger. Makes one listing per item and stage."""
-    return JobCompletion(
-        job,
-        {
-            stage.kind: [(item, chunk) for item in job.items for chunk in uncommitted(item, stage)]
-            for stage in stages()
-        },
-    )
+    pending: dict[str, Pending] = {
+        stage.kind: [(item, chunk) for item in job.items for chunk in uncommitted(item, stage)]
+        for stage in stages()
+    }
+    for stage in stages():
+        is_needed = any(pending[later.kind] for later in stages() if later.after == stage.kind)
+        if stage.is_temporary and not is_needed:
+            pending[stage.kind] = []
+    return JobCompletion(job, pending)
 
 
 def check_completion(job: JobHandle, *, allow_missing: bool = False) -> JobCompletion:
@@ -119,10 +139,15 @@ def check_completion(job: JobHandle, *, allow_missing: bool = False) -> JobCompl
 
 def _advice(job: JobHandle, missing: Collection[str]) -> str:
     """Return what to do about missing chunks, some of which may have failed."""
-    queued = {stage.kind for stage in stages() if stage.is_queued}
-    names = {job.chunk_name(f.item, f.chunk) for f in failures(job) if f.kind in queued}
-    failed = len(names & {*missing})
+    failed_tasks, counted = failures(job), {stage.kind for stage in counted_stages()}
     output = argument(without_secret(job.folder.output))
+    if any(stage_of(failure.kind).is_temporary for failure in failed_tasks):
+        return (
+            f"an input could not be staged; run `chunkq status {output}` to see why, then `chunkq "
+            f"retry {output}` and `chunkq work`"
+        )
+    names = {job.chunk_name(f.item, f.chunk) for f in failed_tasks if f.kind in counted}
+    failed = len(names & {*missing})
     if not failed:
         return "run `chunkq work`"
     return (
@@ -163,6 +188,12 @@ def contributions(item: ItemHandle, committed: TaskKey) -> Iterator[Contribution
             yield Contribution(task, keys.index(committed), len(keys))
 
 
+def has_gate(job: JobHandle, stage: Stage) -> bool:
+    """Return whether the tasks of a stage can wait: the job has tasks of the stage before it."""
+    before = stage.after
+    return before is not None and any(stage_of(before).count(item) for item in job.items)
+
+
 def gate_state(job: JobHandle, kind: str) -> GateState:
     """Return whether the tasks of a gated stage may start, judged by the commit records."""
     before = stage_of(kind).after
@@ -170,11 +201,12 @@ def gate_state(job: JobHandle, kind: str) -> GateState:
         return GateState.OPEN
     stage = stage_of(before)
     is_complete = not any(uncommitted(item, stage) for item in job.items)
+    if not is_complete and stage.is_temporary:
+        is_complete = not any(uncommitted(item, stage_of(kind)) for item in job.items)
     return GateState.OPEN if is_complete else GateState.BLOCKED
 
 
 def queued_tasks(job: JobHandle, stage: Stage) -> Iterator[Task]:
     """Yield the tasks of a stage without a commit record."""
-    for item in job.items:
-        for chunk in uncommitted(item, stage):
-            yield item.task(stage.kind, chunk)
+    for item, chunk in job_completion(job).pending[stage.kind]:
+        yield item.task(stage.kind, chunk)

@@ -23,6 +23,7 @@ class InferStage(Stage):
 
     kind: ClassVar[str] = "infer"
     is_queued: ClassVar[bool] = True
+    after: ClassVar[str | None] = "ingest"
 
     @override
     def chunks(self, item: ItemHandle) -> Iterator[Index]:

@@ -10,8 +10,9 @@ from chunkq.extensions import ExtensionPoint
 from chunkq.stages.base import Stage
 from chunkq.stages.finalize import FinalizeStage
 from chunkq.stages.infer import InferStage
+from chunkq.stages.ingest import IngestStage
 
-BUILT_IN: tuple[type[Stage], ...] = (InferStage, FinalizeStage)
+BUILT_IN: tuple[type[Stage], ...] = (IngestStage, InferStage, FinalizeStage)
 EXTENSIONS = ExtensionPoint(
     "chunkq.stages",
     Stage,
@@ -43,8 +44,10 @@ def _found() -> dict[str, Stage]:
                 entry_point, f"it follows the stage {found[name].after!r}, which is not installed"
             )
     order = TopologicalSorter[str]()
+    built_in = [stage.kind for stage in BUILT_IN]
     for kind, stage in found.items():
-        order.add(kind, *([stage.after] if stage.after else []))
+        earlier = built_in[: built_in.index(kind)] if kind in built_in else built_in
+        order.add(kind, *earlier, *([stage.after] if stage.after else []))
     try:
         return {kind: found[kind] for kind in order.static_order()}
     except CycleError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,14 @@ class Array(ABC):
         A storage chunk that is missing is read as the array's fill value. Raises ChunkReadError if
         voxels cannot be read or are damaged; never returns other voxels instead.
         """
+
+    def read_in_order(self, boxes: Iterable[Box]) -> Iterator[Voxels]:
+        """Yield the voxels of boxes, which follow each other in the order of storage.
+
+        Arrays that cannot be read by region read all boxes in one pass, and then verify the rest of
+        the file. Raises ChunkReadError.
+        """
+        return map(self.read, boxes)
 
     def write(self, box: Box, values: Voxels) -> None:
         """Write whole storage chunks, each of them atomically. Raises OSError."""

@@ -20,6 +20,7 @@ from chunkq.storage.axes_view import AxesView
 from chunkq.storage.formats.base import CACHED, ArrayInfo, Options
 from chunkq.storage.formats.registry import format_named, format_of
 from chunkq.storage.selection import EVERYTHING, Selection, select
+from chunkq.storage.staged import Slabs
 from chunkq.storage.stored_chunks import StoredCells, StoredChunks
 
 
@@ -34,7 +35,8 @@ class ImageSource:
     their order; they are empty if there is no such axis. `order` has the numbers of the spatial
     axes in the order of the network; empty for the stored order. `named_by` says what names the
     axes; empty if nothing does. `storage` is the shape of a storage chunk in stored order, empty if
-    the format has none.
+    the format has none. `staged` says why workers read a copy in Zarr of the array instead; empty
+    if they read the array. `storage` is then that of the copy.
     """
 
     format: str
@@ -47,6 +49,7 @@ class ImageSource:
     order: tuple[int, ...] = ()
     named_by: str = ""
     storage: tuple[int, ...] = ()
+    staged: str = ""
 
     @property
     def spatial_axes(self) -> tuple[Axis, ...]:
@@ -69,6 +72,12 @@ class ImageSource:
     def shape(self) -> tuple[int, ...]:
         """Sizes of the spatial axes, in the order of the network."""
         return tuple(axis.size for axis in self.spatial_axes)
+
+    @property
+    def staged_bytes(self) -> int:
+        """Size (bytes) of the copy in Zarr before compression; 0 if the array is read itself."""
+        size = prod(axis.size for axis in self.axes) * np.dtype(self.dtype).itemsize
+        return size if self.staged else 0
 
     @property
     def volume(self) -> Volume:
@@ -201,5 +210,13 @@ def source_of(
         selected.time,
         selected.order,
         selected.named_by,
-        array.storage,
+        _storage(array, selected.axes),
+        array.staged,
     )
+
+
+def _storage(array: ArrayInfo, axes: tuple[Axis, ...]) -> tuple[int, ...]:
+    """Return the shape of a storage chunk of what workers read."""
+    if not array.staged:
+        return array.storage
+    return Slabs.of(axes, np.dtype(array.dtype).itemsize).chunks

@@ -25,6 +25,8 @@ from chunkq.system import buffers
 
 PARTIAL = ".partial-"
 """Prefix of temporary files, which remain if a writer is killed. They are never listed."""
+LOCK = ".__lock"
+"""Part of the names of tensorstore's temporary files, which remain if a writer is killed."""
 
 NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV})
 """Errors of file systems without hard links."""
@@ -293,6 +295,15 @@ class ObjectFolder:
             return []
         names = (e["name"].rstrip("/") for e in entries if e["type"] == "directory")
         return [name.rpartition("/")[2] for name in names]
+
+    def count(self) -> int:
+        """Return the number of objects in this folder at any depth, without temporary files."""
+        if self._local:
+            names = (name for _, _, files in os.walk(self._root) for name in files)
+        else:
+            paths = self._filesystem.find(self._root)
+            names = (path.rpartition("/")[2] for path in paths)
+        return sum(not (name.startswith(PARTIAL) or LOCK in name) for name in names)
 
     def sample(
         self, folder: str, max_size: int, keep: Callable[[str], bool]

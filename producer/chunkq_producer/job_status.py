@@ -14,6 +14,7 @@ from rich.text import Text
 from chunkq.errors import QueueError, failure_key
 from chunkq.job.events import Event
 from chunkq.job.job_handle import ItemHandle, JobHandle
+from chunkq.job.ledger import STAGED
 from chunkq.job.task_records import Failure, RecentCommits
 from chunkq.job.tasks import Task
 from chunkq.paths import without_secret
@@ -21,6 +22,8 @@ from chunkq.plan.plan import total_costs
 from chunkq.progress_bar import Bar
 from chunkq.queue.contract.executor import Executor, RunningTask, TaskCounts, WorkerName
 from chunkq.stages import completion
+from chunkq.stages.ingest import copies
+from chunkq.stages.registry import stage_of
 from chunkq.tables import FittingTable
 from chunkq.terminal import argument
 from chunkq.units import duration, si
@@ -49,12 +52,21 @@ class WorkerState:
 
 @dataclass(frozen=True)
 class FailureGroup:
-    """Chunks that failed with the same message, ignoring digits."""
+    """Chunks that failed with the same message, ignoring digits.
+
+    With `is_staging`, `chunks` are names of inputs that could not be staged.
+    """
 
     error: str
     message: str
     chunks: tuple[str, ...]
     traceback: str
+    is_staging: bool = False
+
+    def names(self, word: str) -> str:
+        """Return the first names, for a message; behind `word` if they are of chunks."""
+        names = ", ".join(self.chunks[:6]) + (" …" if len(self.chunks) > 6 else "")
+        return names if self.is_staging else f"{word} {names}"
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,9 @@ class JobStatus:
     `patches_done` is an estimate while more chunks are done than are looked at. Patches that are
     known to be empty beforehand are not counted; those that turn out empty are done with their
     chunk. Each patch stands for an equal part of the output's voxels.
+
+    `waiting` chunks wait until the inputs are staged. `staged_share` is the part of them, by size,
+    that is staged; None if the job stages none.
     """
 
     output: str
@@ -75,6 +90,10 @@ class JobStatus:
     running: int | None
     queued: int | None
     failed: int | None
+    waiting: int | None
+    inputs_to_stage: int
+    inputs_staged: int
+    staged_share: float | None
     blocks_to_finalize: int
     blocks_finalized: int
     sealed: bool
@@ -107,12 +126,13 @@ def job_status(job: JobHandle, executor: Executor | None, problem: str | None = 
         except QueueError as error:
             executor, problem = None, str(error)
     rate = _patches_per_second(recent)
+    staging = Staging.of(job, needed=costs.chunks > done)
     remaining, patches_left = costs.chunks - done, costs.patches - patches_done
     voxels = sum(item.plan.region.size for item in job.items)
     voxels_per_patch = voxels / total_costs(item.plan for item in job.items).patches
     failures = completion.failures(job)
-    recorded = {(failure.item, failure.chunk) for failure in failures}
-    unexplained = [task for task in failed_tasks if (task.item, task.chunk) not in recorded]
+    recorded = {(failure.kind, failure.item, failure.chunk) for failure in failures}
+    unexplained = [t for t in failed_tasks if (t.kind, t.item, t.chunk) not in recorded]
     reachable = executor is not None
     # A run with its own cluster uses another queue than this one.
     last_commit = max((commit.finished for commit in recent.records), default=0.0)
@@ -128,6 +148,10 @@ def job_status(job: JobHandle, executor: Executor | None, problem: str | None = 
         running=counts.running if reachable else None,
         queued=counts.queued if reachable else None,
         failed=counts.failed if reachable else None,
+        waiting=counts.waiting if reachable else None,
+        inputs_to_stage=staging.inputs,
+        inputs_staged=staging.staged,
+        staged_share=staging.share,
         blocks_to_finalize=costs.finalized_blocks,
         blocks_finalized=finalized,
         sealed=job.ledger.is_sealed() and job.output.is_sealed(),
@@ -139,6 +163,30 @@ def job_status(job: JobHandle, executor: Executor | None, problem: str | None = 
         queue_problem=problem,
         lost_from_queue=lost_from_queue,
     )
+
+
+@dataclass(frozen=True)
+class Staging:
+    """How many inputs a job stages, how many are staged, and the share of their slabs."""
+
+    inputs: int
+    staged: int
+    share: float | None
+
+    @classmethod
+    def of(cls, job: JobHandle, *, needed: bool) -> Staging:
+        """Read the progress, unless it is not `needed` anymore because all chunks are done."""
+        total = [(image, copy) for image in job.images for _, copy in copies(image)]
+        if not total:
+            return cls(0, 0, None)
+        if not needed:
+            return cls(len(total), len(total), 1.0)
+        stage = stage_of(STAGED)
+        staged = sum(len(item.ledger.committed(STAGED)) for item in job.items if stage.count(item))
+        sizes = [copy.slabs.size * copy.dtype.itemsize for _, copy in total]
+        written = [copy.slabs_written() / copy.slabs.count for _, copy in total]
+        share = sum(size * part for size, part in zip(sizes, written, strict=True)) / sum(sizes)
+        return cls(len(total), staged, share)
 
 
 @dataclass
@@ -190,8 +238,7 @@ def _workers(
 ) -> tuple[WorkerState, ...]:
     now_running: dict[str, list[str]] = {}
     for entry in running:
-        name = job.chunk_name(entry.task.item, entry.task.chunk)
-        now_running.setdefault(entry.worker, []).append(name)
+        now_running.setdefault(entry.worker, []).append(_task_name(job, entry.task))
     names = sorted({c.worker for c in recent.records} | now_running.keys())
     return tuple(_worker_state(name, now_running.get(name, []), recent) for name in names)
 
@@ -223,21 +270,22 @@ def _failure_groups(
     """Group recorded failures by cause; `unexplained` tasks failed without a record."""
 
     def names(tasks: Iterable[Failure | Task]) -> tuple[str, ...]:
-        return tuple(job.chunk_name(*key) for key in sorted((t.item, t.chunk) for t in tasks))
+        ordered = sorted(tasks, key=lambda task: (task.item, task.chunk))
+        return tuple(_task_name(job, task) for task in ordered)
 
-    failures_by_cause: dict[tuple[str, str], list[Failure]] = {}
+    failures_by_cause: dict[tuple[str, str, bool], list[Failure]] = {}
     for failure in failures:
-        failures_by_cause.setdefault(failure_key(failure.error, failure.message), []).append(
-            failure
-        )
+        cause = (*failure_key(failure.error, failure.message), failure.kind == STAGED)
+        failures_by_cause.setdefault(cause, []).append(failure)
     groups = [
         FailureGroup(
             error=error,
             message=members[0].message,
             chunks=names(members),
             traceback=members[-1].traceback,
+            is_staging=is_staging,
         )
-        for (error, _), members in failures_by_cause.items()
+        for (error, _, is_staging), members in failures_by_cause.items()
     ]
     if unexplained:
         groups.append(
@@ -251,6 +299,14 @@ def _failure_groups(
     return tuple(sorted(groups, key=lambda group: -len(group.chunks)))
 
 
+def _task_name(job: JobHandle, task: Failure | Task) -> str:
+    """Return the name of a task's chunk, or of the input that it stages."""
+    if task.kind != STAGED:
+        return job.chunk_name(task.item, task.chunk)
+    number = job.items[task.item].item.image.number + task.chunk[0]
+    return f"input.{number}" if len(job.record.sources) > 1 else "input"
+
+
 def status_line(status: JobStatus) -> str:
     """Return the status as one line for a log."""
     return ", ".join(filter(None, (_task_line(status), _speed_line(status))))
@@ -259,7 +315,10 @@ def status_line(status: JobStatus) -> str:
 def _task_line(status: JobStatus) -> str:
     """Return the states of chunks and blocks."""
     parts = [f"{status.done}/{status.chunks} chunks done"]
-    for label in ("running", "queued", "failed"):
+    if status.inputs_staged < status.inputs_to_stage:
+        inputs = f"{status.inputs_staged}/{status.inputs_to_stage} inputs staged"
+        parts.insert(0, f"{inputs} ({status.staged_share or 0:.0%})")
+    for label in ("running", "queued", "waiting", "failed"):
         count = getattr(status, label)
         if count:
             parts.append(f"{count} {label}")
@@ -297,9 +356,8 @@ def status_screen(status: JobStatus, width: int, *, with_next_step: bool = True)
     if status.workers:
         lines.append(_worker_table(status.workers))
     for group in status.failures:
-        chunks = ", ".join(group.chunks[:6]) + (" …" if len(group.chunks) > 6 else "")
         lines.append(Text(f"failed {len(group.chunks)}: {group.message}", style="red"))
-        lines.append(Text(f"  chunks {chunks}", style="red"))
+        lines.append(Text(f"  {group.names('chunks')}", style="red"))
     if not with_next_step:
         return Group(*lines)
     if status.lost_from_queue:

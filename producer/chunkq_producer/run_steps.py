@@ -163,10 +163,12 @@ def _raise_unless_lost(
 ) -> None:
     """Raise the error, with the causes as notes, unless results were lost and are computed again.
 
-    Chunks are lost if they are missing although they did not fail.
+    Chunks are lost if they are missing although they did not fail, and did not wait for an input
+    that could not be staged.
     """
     failed = {chunk for group in failures for chunk in group.chunks}
-    lost = len({*error.missing} - failed)
+    waits = any(group.is_staging for group in failures)
+    lost = 0 if waits else len({*error.missing} - failed)
     if is_last or not lost:
         raise error.with_notes(map(_failure_line, failures)) from None
     line = f"chunkq: results of {chunk_count(lost)} are lost; computing them again"
@@ -201,5 +203,4 @@ def follow(job: Job, engine: str, step: Step, options: RunOptions, emit: Sink) -
 
 def _failure_line(group: FailureGroup) -> str:
     """Return the cause of some failures and their first chunks; finalizing lists all chunks."""
-    chunks = ", ".join(group.chunks[:6]) + (" …" if len(group.chunks) > 6 else "")
-    return f"failed: chunk {chunks}: {group.message}"
+    return f"failed: {group.names('chunk')}: {group.message}"

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import fsspec
 import numcodecs
@@ -24,12 +25,14 @@ from zarr.codecs import BytesCodec
 
 from chunkq.errors import ChunkReadError, ErrorCode, StoreError
 from chunkq.geometry.box import Box
+from chunkq.storage.formats import gzip_file
 from chunkq.storage.formats.precomputed import ShardedArray
 from chunkq.storage.formats.registry import BUILT_IN
 from chunkq.storage.formats.tensorstore_arrays import FetchedArray, StoreArray
 from chunkq.storage.formats.tiff_stack import StackArray
 from chunkq.storage.formats.zarr_arrays import TensorStoreArray, ZarrPythonArray
 from chunkq.storage.images import ImageSource, find_source
+from tests.harness.nifti import write_nifti, write_pair
 from tests.harness.packages import install_package
 from tests.harness.volumes import random_volume
 from tests.harness.written_hdf5 import write_hdf5
@@ -198,6 +201,20 @@ def write_store(driver: str, folder: str, values: Voxels, **metadata: Any) -> No
     store[ts.d[:].translate_to[0]].write(native).result()
 
 
+def write_image_of_nifti(path: str, values: Voxels, **options: Any) -> None:
+    endianness = "<" if values.dtype == values.dtype.newbyteorder("<") else ">"
+    write_nifti(path, values, endianness=endianness, **options)
+
+
+def write_nifti_2(path: str, values: Voxels) -> None:
+    write_image_of_nifti(path, values, version=2)
+
+
+def write_pair_of_nifti(path: str, values: Voxels) -> None:
+    endianness = "<" if values.dtype == values.dtype.newbyteorder("<") else ">"
+    write_pair(path, values, endianness=endianness)
+
+
 def write_tiff_in(layout: str, compression: str = "none") -> Callable[[str, Voxels], None]:
     def write(path: str, values: Voxels) -> None:
         write_tiff(path, values, layout, compression=compression, axes="ZYX")
@@ -233,7 +250,8 @@ class Form:
     """A way to store an array: its format, the start and end of its path, and how to write it.
 
     `array` is the class that reads it. `has_chunks` says whether storage chunks can be missing,
-    which are read as `fill`.
+    which are read as `fill`. `is_streamed` says that the array is read from the start of its file
+    as if it were large.
     """
 
     format: str
@@ -243,6 +261,7 @@ class Form:
     array: type | None = None
     has_chunks: bool = True
     fill: int = 7
+    is_streamed: bool = False
 
 
 FORMS = {
@@ -251,6 +270,20 @@ FORMS = {
     "npy in Fortran order": Form("npy", ".npy", write_fortran, has_chunks=False),
     "npy in Fortran order at a URL": Form(
         "npy", ".npy", write_fortran, "memory://", has_chunks=False
+    ),
+    "nifti": Form("nifti", ".nii", write_image_of_nifti, has_chunks=False),
+    "nifti 2": Form("nifti", ".nii", write_nifti_2, has_chunks=False),
+    "compressed nifti": Form("nifti", ".nii.gz", write_image_of_nifti, has_chunks=False),
+    "pair of nifti": Form("nifti", ".img", write_pair_of_nifti, has_chunks=False),
+    "nifti at a URL": Form("nifti", ".nii", write_image_of_nifti, "memory://", has_chunks=False),
+    "compressed nifti at a URL": Form(
+        "nifti", ".nii.gz", write_nifti_2, "memory://", has_chunks=False
+    ),
+    "streamed nifti": Form(
+        "nifti", ".nii.gz", write_image_of_nifti, has_chunks=False, is_streamed=True
+    ),
+    "streamed nifti at a URL": Form(
+        "nifti", ".nii.gz", write_image_of_nifti, "memory://", has_chunks=False, is_streamed=True
     ),
     "zarr v2": Form("zarr", ".zarr", write_v2, array=TensorStoreArray),
     "zarr v3": Form("zarr", ".zarr", write_zarr, array=TensorStoreArray),
@@ -323,7 +356,14 @@ def path_of(form: Form, folder: Path, name: str = "in") -> str:
 
 def written(form: Form, folder: Path, values: Voxels) -> ImageSource:
     form.write(path_of(form, folder), values)
-    return find_source(path_of(form, folder))
+    return found(form, path_of(form, folder))
+
+
+def found(form: Form, path: str) -> ImageSource:
+    with mock.patch.object(gzip_file, "WHOLE_BYTES", 0 if form.is_streamed else 1 << 20):
+        source = find_source(path)
+    assert bool(source.staged) == form.is_streamed
+    return source
 
 
 def voxel_files(source: ImageSource) -> tuple[Any, list[str]]:
@@ -418,6 +458,18 @@ def test_a_path_is_detected_by_its_own_format_only(form: Form, folder: Path) -> 
     source = written(form, folder, random_volume(SHAPE))
     detected = [name for name, built_in in BUILT_IN.items() if built_in.detects(source.path, {})]
     assert detected == [name for name in BUILT_IN if name == form.format]
+
+
+@each_form
+def test_boxes_in_order_have_the_voxels_of_boxes_that_are_read_alone(
+    form: Form, folder: Path
+) -> None:
+    values = random_volume(SHAPE, "uint16")
+    array = written(form, folder, values).open()
+    boxes = [Box((low, 0, 0), (low + 2, 10, 11)) for low in (1, 3, 9)]
+    regions = list(array.read_in_order(boxes))
+    for box, region in zip(boxes, regions, strict=True):
+        np.testing.assert_array_equal(region, values[box.slices((0, 0, 0))])
 
 
 # ------------------------------------------------------------------------- identity and damage

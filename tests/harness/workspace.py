@@ -27,7 +27,8 @@ from chunkq.job.ledger import ItemLedger
 from chunkq.job.task_records import Commit, Failure
 from chunkq.queue.contract.executor import Attempt, Executor, RunningTask, TaskCounts
 from chunkq.queue.registry import open_executor
-from chunkq.stages.completion import failures
+from chunkq.stages.completion import failures, queued_tasks
+from chunkq.stages.registry import stage_of
 from chunkq.storage import documents
 from tests.harness.files import files_below
 from tests.harness.processes import CommandResult, RunningCommand, running
@@ -279,6 +280,8 @@ def run_inline(values: dict[str, Any]) -> tuple[JobHandle, dict[str, Any]]:
 
 def run_tasks(job: JobHandle) -> None:
     """Compute every chunk of a job that is a task, in this process and without its blocks."""
+    for task in queued_tasks(job, stage_of("ingest")):
+        run_task(task, Attempt(1, "inline"))
     for item in job.items:
         for index in item.tasks.chunks():
             run_task(item.task("infer", index), Attempt(1, "inline"))

@@ -87,7 +87,7 @@ def test_a_file_that_is_not_an_array_is_rejected(workspace: Workspace) -> None:
 
 @pytest.mark.parametrize(
     ("name", "reader"),
-    [("scan.nii.gz", "nibabel.load("), ("a.NRRD", "nrrd.read("), ("a.mrc", "mrcfile.read(")],
+    [("scan.mgz", "nibabel.load("), ("a.NRRD", "nrrd.read("), ("a.mrc", "mrcfile.read(")],
 )
 def test_a_file_of_another_format_is_rejected_with_the_code_that_converts_it(
     workspace: Workspace, name: str, reader: str

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import nibabel
+import numpy as np
 import zarr
 
 from tests.harness.documents import run_page
@@ -49,6 +51,23 @@ def test_the_guide_to_n5_and_precomputed_volumes_runs_as_it_stands(tmp_path: Pat
     )
     assert commands == 2
     assert zarr.open_array(tmp_path / "bright.zarr" / "0", mode="r").shape == (20, 30, 40)
+
+
+def test_the_page_about_nifti_runs_as_it_stands(tmp_path: Path) -> None:
+    commands = run_page(
+        "docs/guides/nifti.md",
+        tmp_path,
+        Workspace(tmp_path).process_env,
+        without="Compressed files",
+        shown_as="/home/me/nifti",
+        has_begun=lambda: False,
+    )
+    assert commands == 3
+    scan, labels = (nibabel.load(tmp_path / name) for name in ("scan.nii.gz", "labels.nii.gz"))  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(labels.affine, scan.affine)
+    bright = scan.get_fdata() / 200
+    is_clear = np.abs(bright - 0.5) > 1e-5
+    np.testing.assert_array_equal(labels.get_fdata()[is_clear], bright[is_clear] > 0.5)
 
 
 def test_the_page_on_empty_space_runs_as_it_stands(tmp_path: Path) -> None:

@@ -470,11 +470,11 @@ def test_an_error_of_an_input_is_one_error_with_its_cause(tmp_path: Path) -> Non
 
 
 def test_files_of_formats_without_regions_name_the_function_that_opens_them(tmp_path: Path) -> None:
-    as_nibabel_file(tmp_path, "v.nii.gz")
+    (tmp_path / "v.mgz").write_bytes(b"")
     (tmp_path / "damaged.tif").write_bytes(b"not a TIFF file")
     with create_predictor() as predictor:
         with pytest.raises(StoreError, match=r"nibabel\.load"):
-            predictor.predict(tmp_path / "v.nii.gz")
+            predictor.predict(tmp_path / "v.mgz")
         with pytest.raises(StoreError, match=r"damaged\.tif: not a TIFF file"):
             predictor.predict(tmp_path / "damaged.tif")
 

@@ -34,7 +34,8 @@ def package(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.syspath_prepend(OUTSIDE)
         registry._found.cache_clear()
-        assert [stage.kind for stage in registry.stages()] == ["infer", "finalize", "sum", "total"]
+        kinds = [stage.kind for stage in registry.stages()]
+        assert kinds == ["ingest", "infer", "finalize", "sum", "total"]
         yield
     registry._found.cache_clear()
 

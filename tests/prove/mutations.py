@@ -35,6 +35,7 @@ from tests.prove.faults import (
     empty_space,
     files,
     geometry,
+    ingest,
     ledger,
     notebook,
     queues,
@@ -50,6 +51,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FAULTS: tuple[Fault, ...] = (
     *axes.FAULTS,
     *geometry.FAULTS,
+    *ingest.FAULTS,
     *blending.FAULTS,
     *empty_space.FAULTS,
     *queues.FAULTS,

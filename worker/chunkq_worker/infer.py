@@ -7,13 +7,15 @@ from math import prod
 
 from typing_extensions import override
 
-from chunkq.errors import ErrorCode, QueueError
+from chunkq.errors import ChunkReadError, ErrorCode, GateClosedError, QueueError
 from chunkq.job.job_handle import ItemHandle
 from chunkq.job.task_records import Commit
+from chunkq.paths import without_secret
 from chunkq.plan.plan import Chunk, Index
 from chunkq.queue.contract.executor import Attempt
 from chunkq.stages.finalize import OWN_PIECE
 from chunkq.stages.infer import InferStage
+from chunkq.stages.ingest import forget_incomplete
 from chunkq.storage.chunk_cache import FetchCounter
 from chunkq.system.memory import peak_bytes
 from chunkq_worker.device import ComputedChunk, get_device
@@ -41,7 +43,16 @@ class ComputingStage(InferStage):
             )
         framework_rule.check(item.job.record.job.model)  # again before the network is loaded
         with item.job.check_replaced_on_error():
-            return _compute(item, item.plan.chunk(chunk), attempt)
+            try:
+                return _compute(item, item.plan.chunk(chunk), attempt)
+            except ChunkReadError as error:
+                if not forget_incomplete(item):
+                    raise
+                raise GateClosedError(
+                    f"{without_secret(item.job.folder.output)}: the staged copy of an input is "
+                    f"incomplete, so chunk {item.chunk_name(chunk)} waits until the input is "
+                    "staged again; run `chunkq produce --resume` with the job"
+                ) from error
 
 
 def _compute(item: ItemHandle, chunk: Chunk, attempt: Attempt) -> bool:

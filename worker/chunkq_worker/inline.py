@@ -21,11 +21,12 @@ from chunkq.queue.contract.executor import (
     WorkerName,
     default_depth,
 )
-from chunkq.stages.completion import queued_tasks
+from chunkq.stages.completion import has_gate, queued_tasks
 from chunkq.stages.registry import stages
 from chunkq_worker.run_task import check_gate, run_task
 
 PROGRESS_STAGE = "computing chunks"
+STAGING = "staging inputs"
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
@@ -76,15 +77,19 @@ def compute_inline(job: JobHandle, emit: Sink) -> str:
             continue_with(run_task(task, Attempt(1, worker)))
 
         for stage in filter(attrgetter("is_queued"), stages()):
-            if stage.after and check_gate(job.id, stage.kind, worker=worker) is not GateState.OPEN:
+            total = sum(stage.count(item) for item in job.items)
+            if not total:
+                continue
+            is_gated = has_gate(job, stage)
+            if is_gated and check_gate(job.id, stage.kind, worker=worker) is not GateState.OPEN:
                 break
             tasks = list(queued_tasks(job, stage))
-            total = sum(stage.count(item) for item in job.items)
             committed = total - len(tasks)
-            emit(StageProgress(PROGRESS_STAGE, committed, total))
+            label = STAGING if stage.is_temporary else PROGRESS_STAGE
+            emit(StageProgress(label, committed, total))
             for done, result in enumerate(pipelined(start, tasks, depth), start=committed + 1):
                 continue_with(result)
-                emit(StageProgress(PROGRESS_STAGE, done, total))
+                emit(StageProgress(label, done, total))
             for future in later:  # the list grows while its tasks run
                 future.result()
     return worker

@@ -23,9 +23,10 @@ from chunkq.paths import absolute, absolute_input, is_url, without_secret
 from chunkq.plan.plan import Volume
 from chunkq.storage.array import Array
 from chunkq.storage.formats.base import ArrayInfo
+from chunkq.storage.formats.nifti import AFFINE, affine_of
 from chunkq.storage.images import ImageSource, find_source, source_of
 from chunkq.storage.selection import EVERYTHING, Selection
-from chunkq_worker.input_objects import OpenedInput, open_object
+from chunkq_worker.input_objects import ObjectArray, OpenedInput, open_object
 
 Input = Any
 """One volume: an array or image object (see `input_objects`), or a path."""
@@ -33,8 +34,6 @@ COPY_BYTES = 64 << 20
 """Bytes written at a time when an array is copied to a file."""
 READERS: MappingProxyType[str, str] = MappingProxyType(
     {
-        ".nii": "nibabel.load(path)",
-        ".nii.gz": "nibabel.load(path)",
         ".mgz": "nibabel.load(path)",
     }
 )
@@ -162,7 +161,21 @@ def _open_path(path: str, selection: Selection, allow_empty: bool) -> OpenedInpu
             code=ErrorCode.STORE_UNSUPPORTED,
         ) from error
     array = _presented(source, source.open())
-    return OpenedInput(array, ImageGeometry(source.spatial_axes), path=path)
+    if source.staged:  # a region would be read from the start of the file each time
+        values = array.read(Box.of_shape(array.shape))
+        array = ObjectArray(path, values, array.shape, array.dtype)
+    geometry = ImageGeometry(source.spatial_axes, **_nifti_geometry(source))
+    return OpenedInput(array, geometry, in_memory=bool(source.staged), path=path)
+
+
+def _nifti_geometry(source: ImageSource) -> dict[str, Any]:
+    """Return the affine of a NIfTI image, and the order of its spatial axes x, y, z."""
+    if AFFINE not in source.options:
+        return {}
+    names = [axis.name for axis in source.spatial_axes]
+    order = tuple(names.index(name) for name in "xyz" if name in names)
+    is_named = len(order) == len(names)
+    return {"affine": affine_of(source.options), "file_order": order} if is_named else {}
 
 
 def _write_npy(array: Array, path: str) -> str:

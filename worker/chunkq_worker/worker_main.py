@@ -23,12 +23,13 @@ def serve(executor: Executor, options: WorkerOptions) -> ExitStatus:
     """
     hide_framework_logs()
     # Imported here so that signals are handled while the network's libraries load.
+    from chunkq.stages.ingest import is_advancing
     from chunkq_worker.device import waits_for_device
     from chunkq_worker.frameworks import framework_rule
     from chunkq_worker.run_task import check_gate, run_task
 
     framework_rule.enforced = options.replaceable
-    options.is_waiting = waits_for_device
+    options.is_waiting = lambda task: waits_for_device(task) or is_advancing(task)
     options.check_gate = partial(check_gate, worker=options.worker)
     try:
         executor.run_tasks(run_task, options)

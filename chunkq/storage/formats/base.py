@@ -34,9 +34,10 @@ class ArrayInfo:
     is passed to `Format.open` and must be JSON scalars. `is_empty` says that none of its storage
     chunks exists, as far as the storage can tell, so that all voxels are the fill value. `named_by`
     says which metadata name the axes, such as "OME-Zarr metadata"; it is empty if nothing does.
-    `labels` are the names of the channels, empty if there are none. `staged` says why the array
-    cannot be read by region; it is empty if it can. `storage` is the shape of what is fetched at
-    once, such as a storage chunk, in stored order; empty if any voxel can be.
+    `labels` are the names of the channels, empty if there are none. `storage` is the shape of what
+    is fetched at once, such as a storage chunk, in stored order; empty if any voxel can be.
+    `staged` says why the array cannot be read by region, so that a job copies it to Zarr first; it
+    is empty if it can.
     """
 
     path: str

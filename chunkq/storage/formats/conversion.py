@@ -6,8 +6,6 @@ from types import MappingProxyType
 
 READERS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
     {
-        ".nii": ("NIfTI", "np.asarray(nibabel.load({path!r}).dataobj)"),
-        ".nii.gz": ("NIfTI", "np.asarray(nibabel.load({path!r}).dataobj)"),
         ".mgz": ("MGH", "np.asarray(nibabel.load({path!r}).dataobj)"),
         ".mrc": ("MRC", "mrcfile.read({path!r})"),
         ".nrrd": ("NRRD", "nrrd.read({path!r})[0]"),

@@ -18,6 +18,7 @@ from chunkq.storage.formats.base import (
 from chunkq.storage.formats.conversion import conversion
 from chunkq.storage.formats.hdf5 import Hdf5Format
 from chunkq.storage.formats.n5 import N5Format
+from chunkq.storage.formats.nifti import NiftiFormat
 from chunkq.storage.formats.npy import NpyFormat
 from chunkq.storage.formats.precomputed import PrecomputedFormat
 from chunkq.storage.formats.tiff import TiffFormat, stack_pattern
@@ -28,6 +29,7 @@ from chunkq.storage.formats.zarr_nodes import member_names, missing_documents
 BUILT_IN: MappingProxyType[str, Format] = MappingProxyType(
     {
         "npy": NpyFormat(),
+        "nifti": NiftiFormat(),
         "tiff": TiffFormat(),
         "hdf5": Hdf5Format(),
         "zarr": ZarrFormat(),
@@ -95,7 +97,7 @@ def _unclaimed_error(path: str, access: Access) -> StoreError:
         )
     if not filesystem.exists(inner):
         return missing_error(path)
-    expected = "expected a Zarr store, N5, a precomputed volume, or a file .tif, .h5 or .npy"
+    expected = "expected Zarr, N5, a precomputed volume, or a file .nii, .nii.gz, .tif, .h5 or .npy"
     if advice := conversion(without_secret(path)):
         reason = advice
     elif path.endswith(".npz"):

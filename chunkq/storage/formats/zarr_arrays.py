@@ -33,8 +33,9 @@ class TensorStoreArray(StoreArray):
     """Zarr array read and written by tensorstore: local files, S3, GCS.
 
     `metadata` replaces the stored metadata. `cached` keeps storage chunks in the cache of this
-    process. Raises ValueError, or the error of the storage, if
-    tensorstore cannot open the array, for example for lack of a codec.
+    process. `is_whole` stores chunks of fill values only, too, and makes a missing one an error.
+    Raises ValueError, or the error of the storage, if tensorstore cannot open the array, for
+    example for lack of a codec.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class TensorStoreArray(StoreArray):
         access: Access = DEFAULT_ACCESS,
         metadata: Mapping[str, Any] | None = None,
         cached: bool = False,
+        is_whole: bool = False,
     ) -> None:
         import tensorstore as ts
 
@@ -59,6 +61,8 @@ class TensorStoreArray(StoreArray):
         if cached:
             # What was read since the array was opened is not asked for again.
             spec["recheck_cached_data"] = "open"
+        if is_whole:
+            spec |= {"store_data_equal_to_fill_value": True, "fill_missing_data_reads": False}
         store = ts.open(
             spec,
             open=True,

@@ -54,13 +54,18 @@ def open_store(path: str, access: Access, *, write: bool = False) -> Store:
     return FsspecStore.from_url(path, storage_options=options, read_only=not write)
 
 
-def open_array(store: Store, metadata: Mapping[str, Any]) -> Any:
+def open_array(
+    store: Store, metadata: Mapping[str, Any], config: Mapping[str, Any] | None = None
+) -> Any:
     """Return the array in a store that has this metadata, which are not read again.
+
+    `config` are settings of zarr-python for the array.
 
     Raises ValueError, KeyError or TypeError if the metadata are invalid.
     """
     document: Any = dict(metadata)
-    return zarr.Array(zarr.AsyncArray(metadata=document, store_path=StorePath(store)))
+    settings: Any = None if config is None else dict(config)
+    return zarr.Array(zarr.AsyncArray(document, StorePath(store), settings))
 
 
 def lenient_store(store: Store, check: Callable[[], Any]) -> tuple[Store, Callable[[], None]]:

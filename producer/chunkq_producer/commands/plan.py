@@ -193,6 +193,12 @@ def _values(job: CheckedJob, depth: int, trial: Trial | None) -> dict[str, Any]:
         "precision": job.record.job.model.effective_precision,
         "stochastic": job.record.job.model.stochastic,
         "depth": depth,
+        "staged": [
+            {"path": without_secret(s.path), "reason": s.staged, "bytes": s.staged_bytes}
+            for s in job.record.sources
+            if s.staged
+        ],
+        "staged_bytes": sum(source.staged_bytes for source in job.record.sources),
         "storage_chunks_read": sum(f.storage_chunks for f in _fetches(job)) or None,
         "fetches_per_storage_chunk": _average_fetches(job),
         "cache_bytes": _cache_bytes(job),
@@ -239,6 +245,7 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
             f"overlaps of {costs.finalized_blocks} of {costs.blocks} blocks, {share:.0%} of the "
             "voxels",
         ),
+        *_staged_rows(job.record.sources),
         ("read", f"{si(costs.input_bytes, 'B')} of input{_fetches_text(job)}"),
         ("write", f"{si(costs.output_bytes, 'B')} of output"),
         ("pieces", f"{si(costs.piece_bytes, 'B')} of temporary files"),
@@ -262,6 +269,21 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
             )
         )
     return rows
+
+
+def _staged_rows(sources: Sequence[ImageSource]) -> list[tuple[str, str]]:
+    """Return which inputs are copied to Zarr first, and the disk space for them."""
+    staged = [source for source in sources if source.staged]
+    if not staged:
+        return []
+    which = "the input is" if len(sources) == 1 else f"{len(staged)} of {len(sources)} inputs are"
+    reasons = ", ".join(dict.fromkeys(source.staged for source in staged))
+    size = si(sum(source.staged_bytes for source in staged), "B")
+    text = (
+        f"{which} {reasons}, cannot be read by region, and copied to Zarr first; at most {size} in "
+        "the job folder until the output is complete"
+    )
+    return [("staging", text)]
 
 
 def _skipped_values(job: CheckedJob) -> dict[str, Any] | None:

@@ -65,6 +65,9 @@ def produce(
     print_text(
         f"{result.chunks} chunks, {result.done} done, {result.queued} newly queued -> {output_name}"
     )
+    if result.staging:
+        inputs = "1 input" if result.staging == 1 else f"{result.staging} inputs"
+        print_text(f"the chunks wait until workers have staged {inputs} (see `chunkq plan`)")
     if workers_started:
         print_text("workers are running in the cluster; they do not need this machine")
         print_text(f"next: chunkq status {quoted} --watch, then chunkq finalize {quoted}")

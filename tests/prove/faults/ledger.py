@@ -144,8 +144,8 @@ FAULTS = (
     Fault(
         "pieces-deleted-while-chunks-are-missing",
         FINALIZE,
-        "        job.ledger.delete_pieces()\n    job.ledger.write_report(",
-        "    job.ledger.delete_pieces()\n    job.ledger.write_report(",
+        "        job.ledger.delete_temporary()\n    job.ledger.write_report(",
+        "    job.ledger.delete_temporary()\n    job.ledger.write_report(",
         "an incomplete output cannot be completed without computing it again",
         named(RESUME, "missing"),
     ),

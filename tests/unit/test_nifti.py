@@ -1,0 +1,207 @@
+"""NIfTI files: axes, dtypes and scale factors as in nibabel, and files that are refused."""
+
+import gzip
+import itertools
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import nibabel
+import numpy as np
+import pytest
+
+from chunkq.errors import ChunkReadError, ErrorCode, StoreError
+from chunkq.geometry.axes import Axis
+from chunkq.geometry.box import Box
+from chunkq.storage.formats import gzip_file
+from chunkq.storage.formats.nifti import affine_of
+from chunkq.storage.images import find_source
+from chunkq.storage.selection import Selection
+from tests.harness.nifti import AFFINE, nifti_bytes, write_nifti
+from tests.harness.volumes import random_volume
+
+SHAPE = (7, 6, 5)
+DTYPES = ["u1", "i1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8", "c8"]
+
+
+def read(path: Path, **selection: Any) -> np.ndarray[Any, Any]:
+    source = find_source(str(path), Selection(**selection))
+    array = source.present(source.open())
+    return array.read(Box.of_shape(array.shape))
+
+
+@pytest.mark.parametrize("endianness", ["<", ">"])
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [(None, 0.0), (0.5, 3.0), (1.0, 0.0), (0.0, 3.0)])
+def test_values_and_dtypes_are_those_of_nibabel(
+    tmp_path: Path, dtype: str, version: int, endianness: str, scale: tuple[float | None, float]
+) -> None:
+    path, (slope, inter) = tmp_path / "in.nii", scale
+    write_nifti(
+        path, random_volume(SHAPE, dtype), version=version, endianness=endianness, slope=slope,
+        inter=inter,
+    )  # fmt: skip
+    expected = np.asanyarray(nibabel.load(path).dataobj).T  # type: ignore[attr-defined]
+    found = read(path)
+    assert found.dtype == expected.dtype.newbyteorder("=")
+    np.testing.assert_array_equal(found, expected)
+    if slope in (None, 0.0, 1.0):
+        assert found.dtype == np.dtype(dtype)
+
+
+def test_axes_are_those_of_the_file_from_the_slowest_to_the_fastest(tmp_path: Path) -> None:
+    write_nifti(
+        tmp_path / "in.nii", np.zeros((2, 3, *SHAPE), "u1"), pixdim=[1, 0.5, 1.5, 2, 0.25, 0, 0, 0],
+        toffset=4, units=("micron", "msec"),
+    )  # fmt: skip
+    source = find_source(str(tmp_path / "in.nii"))
+    assert source.axes == (
+        Axis("c", "channel", 2),
+        Axis("t", "time", 3, "millisecond", 0.25, 4.0),
+        Axis("z", "space", 7, "micrometer", 2.0, 11.0),
+        Axis("y", "space", 6, "micrometer", 1.5, 3.0),
+        Axis("x", "space", 5, "micrometer", 0.5, -7.0),
+    )
+    np.testing.assert_array_equal(affine_of(source.options), AFFINE)
+
+
+@pytest.mark.parametrize("flip", [(0, 0), (1, 2)])
+def test_an_image_that_is_turned_keeps_its_voxel_sizes_and_has_no_position(
+    tmp_path: Path, flip: tuple[int, int]
+) -> None:
+    affine = AFFINE.copy()
+    affine[:3, :3] = affine[:3, [1, 0, 2]] if flip == (1, 2) else affine[:3, :3] * [-1, 1, 1]
+    write_nifti(tmp_path / "in.nii", np.zeros(SHAPE, "u1"), affine=affine)
+    axes = find_source(str(tmp_path / "in.nii")).axes
+    assert [axis.scale for axis in axes] == ([2, 0.5, 1.5] if flip == (1, 2) else [2, 1.5, 0.5])
+    assert {axis.translation for axis in axes} == {0}
+
+
+def test_the_order_xyz_is_that_of_the_file(tmp_path: Path) -> None:
+    values = random_volume(SHAPE)
+    write_nifti(tmp_path / "in.nii", values)
+    np.testing.assert_array_equal(read(tmp_path / "in.nii", order="xyz"), values.T)
+
+
+@pytest.mark.parametrize("shape", [(1, *SHAPE), (1, 1, *SHAPE), (1, 1, 1, 1, *SHAPE), (6, 5), (5,)])
+def test_axes_of_length_one_are_no_time_and_no_channels(
+    tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    values = random_volume(shape)
+    write_nifti(tmp_path / "in.nii", values)
+    spatial = values.reshape(shape[-3:])
+    np.testing.assert_array_equal(read(tmp_path / "in.nii"), spatial)
+
+
+@pytest.mark.parametrize(("code", "channels"), [(128, 3), (2304, 4)])
+def test_colours_are_channels(tmp_path: Path, code: int, channels: int) -> None:
+    values = random_volume((*SHAPE, channels))
+    content = bytearray(nifti_bytes(np.zeros(SHAPE, "u1"), datatype=code, bitpix=8 * channels))
+    (tmp_path / "in.nii").write_bytes(content[:352] + values.tobytes())
+    source = find_source(str(tmp_path / "in.nii"))
+    assert source.volume.channels == channels
+    np.testing.assert_array_equal(read(tmp_path / "in.nii"), np.moveaxis(values, -1, 0))
+    np.testing.assert_array_equal(read(tmp_path / "in.nii", channels=("G",)), values[..., 1])
+
+
+# ------------------------------------------------------------------------- files that are refused
+
+VALID = nifti_bytes(random_volume(SHAPE, "i2"))
+
+
+def changed(offset: int, content: bytes) -> bytes:
+    return VALID[:offset] + content + VALID[offset + len(content) :]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "part"),
+    [
+        ("in.nii", VALID[:-1], "truncated"),
+        ("in.nii.gz", gzip.compress(VALID)[:-20], "truncated"),
+        ("in.nii.gz", gzip.compress(VALID[:-1]), "truncated"),
+        ("in.nii.gz", gzip.compress(VALID)[:20], "truncated"),
+        ("in.nii.gz", b"\x1f\x8b" + bytes(600), "gzip"),
+        ("in.nii", b"", "empty"),
+        ("in.nii", VALID[:100], "NIfTI header"),
+        ("in.nii", changed(344, b"xx"), "NIfTI header"),
+        ("in.nii", b"\n<!DOCTYPE html><html>" + bytes(600), "web page"),
+        ("in.nii.gz", b"<html>" + bytes(600), "web page"),
+        ("in.nii.gz", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
+        ("in.nii", bytes(128) + b"DICM" + bytes(600), "DICOM"),
+        ("in.nii", changed(70, b"\x01\x00"), "data code 1"),
+        ("in.nii", changed(40, np.array([3, 5, -6, 7], "<i2").tobytes()), "dimensions"),
+        ("in.nii", changed(40, np.array([6, 5, 6, 7, 1, 1, 2], "<i2").tobytes()), "dimensions"),
+        ("in.nii", changed(108, b"\0" * 4)[:344] + b"ni1" + VALID[347:], "inside the header"),
+    ],
+    ids=itertools.count(),
+)
+def test_a_file_that_is_no_whole_image_is_refused_in_one_line(
+    tmp_path: Path, name: str, content: bytes, part: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(StoreError) as error:
+        find_source(str(tmp_path / name))
+    assert error.value.code is ErrorCode.STORE_UNSUPPORTED
+    assert str(error.value).startswith(f"input: {tmp_path / name}: ")
+    assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_content_decides_whether_a_file_is_compressed(tmp_path: Path) -> None:
+    (tmp_path / "in.nii").write_bytes(gzip.compress(VALID))
+    (tmp_path / "in.nii.gz").write_bytes(VALID)
+    np.testing.assert_array_equal(read(tmp_path / "in.nii"), read(tmp_path / "in.nii.gz"))
+
+
+def test_files_in_several_parts_of_gzip_are_whole(tmp_path: Path) -> None:
+    """As bgzip writes them; the last bytes then say nothing about the size."""
+    parts = [VALID[:400], VALID[400:], b""]
+    (tmp_path / "in.nii.gz").write_bytes(b"".join(map(gzip.compress, parts)))
+    np.testing.assert_array_equal(read(tmp_path / "in.nii.gz"), random_volume(SHAPE, "i2"))
+
+
+def test_voxels_that_fail_the_checksum_are_an_error(tmp_path: Path) -> None:
+    content = bytearray(gzip.compress(VALID))
+    content[200] ^= 0xFF
+    (tmp_path / "in.nii.gz").write_bytes(content)
+    with pytest.raises(ChunkReadError):
+        read(tmp_path / "in.nii.gz")
+
+
+@pytest.mark.parametrize("whole_bytes", [0, 1 << 20])
+def test_the_checksum_at_the_end_of_a_file_is_compared(tmp_path: Path, whole_bytes: int) -> None:
+    content = bytearray(gzip.compress(VALID + bytes(4 << 20)))  # more than is read ahead
+    (tmp_path / "in.nii.gz").write_bytes(content)
+    with mock.patch.object(gzip_file, "WHOLE_BYTES", whole_bytes):
+        array = find_source(str(tmp_path / "in.nii.gz")).open()
+    content[-8] ^= 0xFF
+    (tmp_path / "in.nii.gz").write_bytes(content)
+    with pytest.raises(ChunkReadError):
+        list(array.read_in_order([Box.of_shape(SHAPE)]))
+
+
+def test_a_replaced_file_is_read_again(tmp_path: Path) -> None:
+    path, values = tmp_path / "in.nii.gz", random_volume(SHAPE)
+    write_nifti(path, values)
+    np.testing.assert_array_equal(read(path), values)
+    write_nifti(path, values + 1)
+    np.testing.assert_array_equal(read(path), values + 1)
+
+
+def test_nibabel_that_is_missing_is_named_with_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_nifti(tmp_path / "in.nii", random_volume(SHAPE))
+    monkeypatch.setitem(__import__("sys").modules, "nibabel.nifti1", None)
+    with pytest.raises(StoreError, match=r"\[nifti\]") as error:
+        find_source(str(tmp_path / "in.nii"))
+    assert error.value.code is ErrorCode.PACKAGE_MISSING
+
+
+def test_files_of_other_formats_with_the_suffix_of_a_pair_are_not_nifti(tmp_path: Path) -> None:
+    (tmp_path / "in.img").write_bytes(bytes(600))
+    (tmp_path / "in.hdr").write_bytes(bytes(348))
+    with pytest.raises(StoreError, match="is a file") as error:
+        find_source(str(tmp_path / "in.img"))
+    assert error.value.code is ErrorCode.STORE_UNSUPPORTED
