@@ -19,7 +19,7 @@ from chunkq.blend.image_objects import ImageGeometry
 from chunkq.errors import ErrorCode, JobError, StoreError
 from chunkq.geometry.axes import plain_axes
 from chunkq.geometry.box import Box
-from chunkq.paths import absolute, is_url, without_secret
+from chunkq.paths import absolute, absolute_input, is_url, without_secret
 from chunkq.plan.plan import Volume
 from chunkq.storage.array import Array
 from chunkq.storage.formats.base import ArrayInfo
@@ -143,7 +143,7 @@ def _presented(source: ImageSource, array: Array) -> Array:
 
 
 def _path(volume: Input) -> str:
-    return absolute(os.fspath(volume), Path.cwd())
+    return absolute_input(os.fspath(volume), Path.cwd())
 
 
 def _open_path(path: str, selection: Selection, allow_empty: bool) -> OpenedInput:

@@ -14,7 +14,7 @@ from chunkq.errors import ArgumentError, JobError
 from chunkq.geometry.axes import plain_axes
 from chunkq.job.fields import MaskConfig
 from chunkq.job.mask_source import check_mask, find_mask, mask_axes, mask_errors, mask_of
-from chunkq.paths import absolute
+from chunkq.paths import absolute_input
 from chunkq.storage.array import Array
 from chunkq.storage.formats.base import ArrayInfo
 from chunkq.storage.images import ImageSource, source_of
@@ -64,7 +64,7 @@ def open_mask(
     Raises ArgumentError for an object that is no array, and JobError and StoreError for a path.
     """
     if isinstance(mask, (str, os.PathLike)):
-        config = MaskConfig(path=absolute(os.fspath(mask), Path.cwd()))
+        config = MaskConfig(path=absolute_input(os.fspath(mask), Path.cwd()))
     elif isinstance(mask, Mapping):
         config = _config(mask)
     elif mask is not None:
@@ -93,7 +93,7 @@ def _open_object(mask: Any) -> MaskInput:
 def _config(values: Mapping[str, Any]) -> MaskConfig:
     values = {key: _as_tuple(value) for key, value in values.items()}
     if isinstance(values.get("path"), str):
-        values["path"] = absolute(values["path"], Path.cwd())
+        values["path"] = absolute_input(values["path"], Path.cwd())
     try:
         return MaskConfig.model_validate(values)
     except ValidationError as error:
