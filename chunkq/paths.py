@@ -51,18 +51,23 @@ def absolute(path: str, base: Path) -> str:
     """Return a local path as absolute against `base`, without `..`.
 
     Convert the scheme of a URL to lower case and remove its trailing slashes. `file://` and
-    `local://` in upper or lower case are local paths. A scheme of `FORMAT_SCHEMES` stays before
-    the path.
+    `local://` in upper or lower case are local paths.
     """
     scheme, separator, rest = path.partition("://")
-    if separator and scheme.lower() in FORMAT_SCHEMES:
-        return f"{scheme.lower()}://{absolute(rest, base)}"
     if scheme.lower() in LOCAL_SCHEMES:
         path = rest.removeprefix("localhost") if rest.startswith("localhost/") else rest
     elif separator:
         scheme = scheme.lower() if scheme.isalnum() else scheme
         return f"{scheme}://{rest.rstrip('/')}"
     return str(Path(*_resolved_parts((base / os.path.expanduser(path)).absolute())))
+
+
+def absolute_input(path: str, base: Path) -> str:
+    """Return the path of an input as absolute; a scheme of `FORMAT_SCHEMES` stays before it."""
+    scheme, separator, rest = path.partition("://")
+    if separator and scheme.lower() in FORMAT_SCHEMES:
+        return f"{scheme.lower()}://{absolute(rest, base)}"
+    return absolute(path, base)
 
 
 def _resolved_parts(path: Path) -> list[str]:

@@ -43,7 +43,7 @@ from chunkq.job.fields import (
 from chunkq.job.job_path import canonical
 from chunkq.job.model_config import ModelConfig, model_problems
 from chunkq.job.output_name import check_new_output
-from chunkq.paths import absolute, split_format, without_secret
+from chunkq.paths import absolute, absolute_input, split_format, without_secret
 from chunkq.plan.outputs import Activation, Combine
 
 MAX_FILE_BYTES = 1 << 20
@@ -581,7 +581,7 @@ def load_job(
     """
     values = job_values(source)
     if input is not None:
-        volume = absolute(input, Path.cwd()) if input else ""
+        volume = absolute_input(input, Path.cwd()) if input else ""
         mapping = values.get("input")
         values["input"] = {**mapping, "path": volume} if isinstance(mapping, dict) else volume
     if output is not None:
@@ -843,9 +843,9 @@ def _make_absolute(values: dict[str, Any], base: Path) -> None:
 def _absolute_input(value: object, base: Path) -> object:
     """Return an input with an absolute path; a value of a wrong type stays unchanged."""
     if isinstance(value, str) and value:
-        return absolute(value, base)
+        return absolute_input(value, base)
     if isinstance(value, dict) and isinstance(value.get("path"), str) and value["path"]:
-        return {**value, "path": absolute(value["path"], base)}
+        return {**value, "path": absolute_input(value["path"], base)}
     return value
 
 

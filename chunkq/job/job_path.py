@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from chunkq.errors import ErrorCode, JobError
-from chunkq.paths import FORMAT_SCHEMES, LOCAL_SCHEMES, absolute, is_url, without_secret
+from chunkq.paths import LOCAL_SCHEMES, absolute, is_url, without_secret
 
 SUFFIX = ".chunkq"
 """Suffix of a job folder: the job folder of `OUTPUT` is `OUTPUT.chunkq`."""
@@ -81,10 +81,6 @@ def _url_problem(url: str) -> str | None:
     scheme, _, rest = url.partition("://")
     has_dots = ".." in rest.split("/")
     checks = (
-        (
-            scheme in FORMAT_SCHEMES,
-            "names a format of inputs; use a path or URL, which gets a Zarr image",
-        ),
         ("::" in url, "chains file systems; use a plain URL"),
         (not SCHEME.fullmatch(scheme), "has an invalid scheme; use a URL such as s3://bucket/key"),
         ("\\" in rest, "contains a backslash; use slashes"),

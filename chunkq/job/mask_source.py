@@ -153,9 +153,10 @@ def _check_units(cells: Sequence[Axis], voxels: Sequence[Axis], prefix: str) -> 
                 f"{prefix} has voxel sizes in {cell.unit} along {cell.name}, the input in "
                 f"{voxel.unit}; set scale in mask"
             )
-        if cell.scale <= 0 or voxel.scale <= 0:
+        if cell.scale * voxel.scale <= 0:  # both are negative if both positions fall
             raise JobError(
-                f"{prefix}: voxel sizes along {cell.name} are not positive; set scale in mask"
+                f"{prefix} has voxel size {cell.scale:g} along {cell.name}, the input "
+                f"{voxel.scale:g}; flip one of them, or set scale in mask"
             )
 
 

@@ -135,20 +135,6 @@ def write_image(path: str, values: Voxels) -> None:
     write_zarr(path, values, attributes=attributes, name="full")
 
 
-def write_image_of_nifti(path: str, values: Voxels, **options: Any) -> None:
-    endianness = "<" if values.dtype == values.dtype.newbyteorder("<") else ">"
-    write_nifti(path, values, endianness=endianness, **options)
-
-
-def write_nifti_2(path: str, values: Voxels) -> None:
-    write_image_of_nifti(path, values, version=2)
-
-
-def write_pair_of_nifti(path: str, values: Voxels) -> None:
-    endianness = "<" if values.dtype == values.dtype.newbyteorder("<") else ">"
-    write_pair(path, values, endianness=endianness)
-
-
 def upload(folder: Path, path: str) -> None:
     """Copy the files of a folder to a path or URL."""
     filesystem, inner = fsspec.core.url_to_fs(path)
@@ -215,6 +201,20 @@ def write_store(driver: str, folder: str, values: Voxels, **metadata: Any) -> No
     store[ts.d[:].translate_to[0]].write(native).result()
 
 
+def write_image_of_nifti(path: str, values: Voxels, **options: Any) -> None:
+    endianness = "<" if values.dtype == values.dtype.newbyteorder("<") else ">"
+    write_nifti(path, values, endianness=endianness, **options)
+
+
+def write_nifti_2(path: str, values: Voxels) -> None:
+    write_image_of_nifti(path, values, version=2)
+
+
+def write_pair_of_nifti(path: str, values: Voxels) -> None:
+    endianness = "<" if values.dtype == values.dtype.newbyteorder("<") else ">"
+    write_pair(path, values, endianness=endianness)
+
+
 def write_tiff_in(layout: str, compression: str = "none") -> Callable[[str, Voxels], None]:
     def write(path: str, values: Voxels) -> None:
         write_tiff(path, values, layout, compression=compression, axes="ZYX")
@@ -250,8 +250,8 @@ class Form:
     """A way to store an array: its format, the start and end of its path, and how to write it.
 
     `array` is the class that reads it. `has_chunks` says whether storage chunks can be missing,
-    which are read as `fill`; `is_streamed` that the array is read from the start of its file as if
-    it were large.
+    which are read as `fill`. `is_streamed` says that the array is read from the start of its file
+    as if it were large.
     """
 
     format: str
@@ -260,8 +260,8 @@ class Form:
     scheme: str = ""
     array: type | None = None
     has_chunks: bool = True
-    is_streamed: bool = False
     fill: int = 7
+    is_streamed: bool = False
 
 
 FORMS = {

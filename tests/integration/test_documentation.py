@@ -40,6 +40,19 @@ def test_the_tutorial_runs_as_it_stands(tmp_path: Path) -> None:
     assert (tmp_path / "labels.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_guide_to_n5_and_precomputed_volumes_runs_as_it_stands(tmp_path: Path) -> None:
+    commands = run_page(
+        "docs/guides/n5-precomputed.md",
+        tmp_path,
+        Workspace(tmp_path).process_env,
+        without="",
+        shown_as="",
+        has_begun=lambda: True,
+    )
+    assert commands == 2
+    assert zarr.open_array(tmp_path / "bright.zarr" / "0", mode="r").shape == (20, 30, 40)
+
+
 def test_the_page_about_nifti_runs_as_it_stands(tmp_path: Path) -> None:
     commands = run_page(
         "docs/guides/nifti.md",
@@ -55,19 +68,6 @@ def test_the_page_about_nifti_runs_as_it_stands(tmp_path: Path) -> None:
     bright = scan.get_fdata() / 200
     is_clear = np.abs(bright - 0.5) > 1e-5
     np.testing.assert_array_equal(labels.get_fdata()[is_clear], bright[is_clear] > 0.5)
-
-
-def test_the_guide_to_n5_and_precomputed_volumes_runs_as_it_stands(tmp_path: Path) -> None:
-    commands = run_page(
-        "docs/guides/n5-precomputed.md",
-        tmp_path,
-        Workspace(tmp_path).process_env,
-        without="",
-        shown_as="",
-        has_begun=lambda: True,
-    )
-    assert commands == 2
-    assert zarr.open_array(tmp_path / "bright.zarr" / "0", mode="r").shape == (20, 30, 40)
 
 
 def test_the_page_on_empty_space_runs_as_it_stands(tmp_path: Path) -> None:

@@ -311,3 +311,43 @@ def test_a_mask_follows_the_order_of_the_volume(tmp_path: Path, is_path: bool) -
     inside = (result.probabilities != -3).all(0)
     np.testing.assert_array_equal(inside, mask.T > 0)
     np.testing.assert_array_equal(read_output(tmp_path / "out.zarr"), result.probabilities)
+
+
+def test_a_mask_lies_on_an_image_whose_positions_fall(tmp_path: Path) -> None:
+    affine = np.diag([-2.0, -2.0, 3.0, 1.0])
+    affine[:3, 3] = [90, 80, -70]
+    fine = nibabel.Nifti1Image(random_volume((12, 8, 8), "int16"), affine)
+    mask = np.zeros((3, 4, 4), np.uint8)
+    mask[1:, 2:, :3] = 1
+    coarse = affine @ np.diag([2.0, 2.0, 2.0, 1.0])
+    coarse[:3, 3] = affine[:3, :3] @ [4.5, 0.5, 0.5] + affine[:3, 3]  # from voxel 4 on
+    image = nibabel.Nifti1Image(mask, coarse)
+    expected = np.zeros(fine.shape, np.bool_)
+    expected[4:10] = np.kron(mask, np.ones((2, 2, 2)))
+    with create(fill_value=-3) as predictor:
+        result = predictor.predict(fine, mask=image)
+        predictor.predict_to_store(fine, tmp_path / "out.zarr", mask=image)
+        flipped = nibabel.Nifti1Image(mask, np.diag([1.0, -1.0, 1.0, 1.0]) @ coarse)
+        with pytest.raises(JobError, match="set scale in mask"):
+            predictor.predict(fine, mask=flipped)
+    assert result.probabilities is not None
+    np.testing.assert_array_equal((result.probabilities != -3).all(0), expected)
+    np.testing.assert_array_equal(read_output(tmp_path / "out.zarr"), result.probabilities)
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_a_region_of_the_time_points_of_a_nifti_file_has_its_affine(
+    tmp_path: Path, suffix: str
+) -> None:
+    affine = np.diag([2.0, 3.0, 4.0, 1.0])
+    affine[:3, 3] = [-7, 5, 11]
+    image = nibabel.Nifti1Image(np.moveaxis(MOVIE, 0, -1).transpose(2, 1, 0, 3), affine)
+    nibabel.save(image, tmp_path / f"movie{suffix}")
+    with create(roi=ROI, combine="soft") as predictor:
+        result = predictor.predict(tmp_path / f"movie{suffix}", time=PICKS)
+        expected = predictor.predict(MOVIE, axes="tzyx", time=PICKS).labels
+    np.testing.assert_array_equal(result.labels, expected)
+    converted = result.to_nibabel()
+    assert converted.shape == (*reversed(expected.shape[1:]), 2)
+    np.testing.assert_array_equal(np.asarray(converted.dataobj).T, expected)
+    np.testing.assert_allclose(converted.affine, image.slicer[2:-1, :, 1:8].affine)

@@ -19,7 +19,7 @@ from chunkq.blend.image_objects import ImageGeometry
 from chunkq.errors import ErrorCode, JobError, StoreError
 from chunkq.geometry.box import Box
 from chunkq.job.items import Image
-from chunkq.paths import absolute, is_url, without_secret
+from chunkq.paths import absolute, absolute_input, is_url, without_secret
 from chunkq.storage.array import Array
 from chunkq.storage.formats.base import ArrayInfo
 from chunkq.storage.formats.nifti import AFFINE, affine_of
@@ -181,7 +181,7 @@ def _selected(stored: ObjectInput, selection: Selection, name: str) -> OpenedInp
 
 
 def _path(volume: Input) -> str:
-    return absolute(os.fspath(volume), Path.cwd())
+    return absolute_input(os.fspath(volume), Path.cwd())
 
 
 def _open_path(path: str, selection: Selection, allow_empty: bool) -> OpenedInput:

@@ -22,7 +22,7 @@ from chunkq.job.mask_source import (
     mask_of,
     mask_time,
 )
-from chunkq.paths import absolute
+from chunkq.paths import absolute_input
 from chunkq.storage.array import Array
 from chunkq.storage.formats.base import ArrayInfo
 from chunkq.storage.images import ImageSource, source_of
@@ -85,7 +85,7 @@ def open_mask(
     Raises ArgumentError for an object that is no array, and JobError and StoreError for a path.
     """
     if isinstance(mask, (str, os.PathLike)):
-        config = MaskConfig(path=absolute(os.fspath(mask), Path.cwd()))
+        config = MaskConfig(path=absolute_input(os.fspath(mask), Path.cwd()))
     elif isinstance(mask, Mapping):
         config = _config(mask)
     elif mask is not None:
@@ -111,7 +111,7 @@ def _open_object(mask: Any) -> MaskInput:
 def _config(values: Mapping[str, Any]) -> MaskConfig:
     values = {key: _as_tuple(value) for key, value in values.items()}
     if isinstance(values.get("path"), str):
-        values["path"] = absolute(values["path"], Path.cwd())
+        values["path"] = absolute_input(values["path"], Path.cwd())
     try:
         return MaskConfig.model_validate(values)
     except ValidationError as error:

@@ -97,7 +97,7 @@ def _unclaimed_error(path: str, access: Access) -> StoreError:
         )
     if not filesystem.exists(inner):
         return missing_error(path)
-    expected = "expected a Zarr store, N5, a precomputed volume, or a file .nii, .nii.gz, .tif, .h5 or .npy"
+    expected = "expected Zarr, N5, a precomputed volume, or a file .nii, .nii.gz, .tif, .h5 or .npy"
     if advice := conversion(without_secret(path)):
         reason = advice
     elif path.endswith(".npz"):
