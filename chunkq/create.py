@@ -18,7 +18,7 @@ from chunkq.job.job_folder import RECORD, JobFolder
 from chunkq.job.job_handle import JobHandle, open_job
 from chunkq.job.job_path import job_folder_of
 from chunkq.job.known_empty import MISSING, EmptyFinder, KnownEmpty, has_known_empty
-from chunkq.job.mask_source import check_mask_times, find_mask, mask_axes
+from chunkq.job.mask_source import check_mask_times, find_mask, mask_doubts, nothing_inside
 from chunkq.job.output import new_record
 from chunkq.job.record import KEYS_WITHOUT_EFFECT, JobRecord
 from chunkq.job.tasks import JobId
@@ -62,6 +62,15 @@ class CheckedJob:
         return [finder.find(item) for item in self.record.items]
 
     @property
+    def all_warnings(self) -> tuple[str, ...]:
+        """The warnings, and one if no chunk runs. Raises StoreError and ChunkReadError."""
+        if self.costs.chunks:
+            return self.warnings
+        job = self.record.job
+        line = nothing_inside(job.fill_value, has_mask=job.mask is not None)
+        return (*self.warnings, line)
+
+    @property
     def largest(self) -> Plan:
         """The plan of the item with the most voxels."""
         return max(self.plans, key=lambda plan: prod(plan.volume.shape))
@@ -80,10 +89,13 @@ def check_job(
         mask = find_mask(job.mask, allow_empty=job.allow_empty)
     record = JobRecord.create(job, sources, mask)
     plans = record.plans()
+    doubts: list[str] = []
     if mask is not None:
         for image in record.images:
             check_mask_times(mask, image.sources[0])
-            mask_axes(mask, image.sources[0], job.mask.scale if job.mask else None)
+        scale = job.mask.scale if job.mask else None
+        for item, plan in zip(record.items, plans, strict=True):
+            doubts += mask_doubts(mask, item.image.sources[0], scale, plan.region)
     load_blend_weights(job.weight_function, plans[0])
     if job_folder_of(job.output) == job.output:
         raise JobError(
@@ -101,7 +113,7 @@ def check_job(
                 f"output: {without_secret(job.output)} would overwrite the {name} "
                 f"{without_secret(source.path)}; choose another output"
             )
-    checked = CheckedJob(record, plans, _warnings(sources))
+    checked = CheckedJob(record, plans, (*_warnings(sources), *doubts[:1]))
     if job.skip_empty == MISSING:
         _ = checked.known_empty  # refused before work starts if storage chunks cannot be listed
     return checked

@@ -36,6 +36,11 @@ class CellAxis:
         )
         return cells
 
+    @property
+    def covered(self) -> tuple[float, float]:
+        """The range of voxels that the cells cover; voxel i is `[i, i + 1)`."""
+        return -self.shift + 0.0, self.count * self.scale - self.shift
+
     @classmethod
     def between(cls, voxels: Axis, cells: Axis) -> CellAxis:
         """Return cells that lie as the voxel sizes and positions of two axes say.

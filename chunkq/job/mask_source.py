@@ -11,6 +11,7 @@ import numpy as np
 from chunkq.casts import REAL
 from chunkq.errors import JobError, StoreError
 from chunkq.geometry.axes import Axis
+from chunkq.geometry.box import Box
 from chunkq.geometry.cells import CellAxis
 from chunkq.job.fields import MaskConfig
 from chunkq.paths import without_secret
@@ -80,6 +81,50 @@ def mask_axes(
             "scale in mask, the voxels of the input per voxel of the mask along each axis"
         )
     return tuple(CellAxis(n, v / n) for n, v in zip(shape, expected, strict=True))
+
+
+def mask_doubts(
+    source: ImageSource, image: ImageSource, scale: Sequence[float] | None, region: Box
+) -> tuple[str, ...]:
+    """Return a line if a mask does not cover the region that is computed of an image.
+
+    Also return one if `scale` makes the mask longer than the image. One voxel of the mask more or
+    less is no doubt. Raises JobError if mask and image cannot be aligned.
+    """
+    axes = mask_axes(source, image, scale)
+    covered = [axis.covered for axis in axes]
+    doubtful = [
+        start > first + max(axis.scale, 1)
+        or stop < last - max(axis.scale, 1)
+        or (scale is not None and stop > size + max(axis.scale, 1))
+        for axis, (start, stop), size, first, last in zip(
+            axes, covered, image.shape, region.start, region.stop, strict=True
+        )
+    ]
+    if not any(doubtful):
+        return ()
+    ranges = ", ".join(f"{start:g}:{stop:g}" for start, stop in covered)
+    advice = (
+        "correct scale in mask if it lies elsewhere"
+        if scale is not None
+        else "set scale in mask if both begin at the same corner"
+    )
+    return (
+        f"mask: {without_secret(source.path)} covers the voxels [{ranges}] of an input of shape "
+        f"{list(image.shape)}, and what it does not cover is outside; {advice}",
+    )
+
+
+def nothing_inside(fill_value: float, *, has_mask: bool) -> str:
+    """Return a line about a job whose chunks are all known to be empty."""
+    if has_mask:
+        cause, keys = "mask: no patch has a voxel inside", "path, above, level and scale of mask"
+    else:
+        cause, keys = "skip_empty: the storage chunks of all patches are missing", "input"
+    return (
+        f"{cause}, so the network does not run and the whole output is fill_value "
+        f"({fill_value:g}); check {keys}, and roi if it is set"
+    )
 
 
 def check_mask_times(source: ImageSource, image: ImageSource) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from chunkq.create import CheckedJob, create_job, stored_job
 from chunkq.enqueue import EnqueueResult, check_not_running, enqueue
-from chunkq.job.events import Sink, ignore, write_log
+from chunkq.job.events import Message, Sink, ignore, write_log
 from chunkq.job.job_path import job_folder_of
+from chunkq.job.mask_source import nothing_inside
 from chunkq.queue.backends.hosted.hosted import HostedQueue
 from chunkq.queue.contract.executor import Executor
 from chunkq_producer.cluster import Cluster
@@ -34,7 +35,12 @@ def produce_job(
         check_not_running(folder, replaced, executor)
     queue = executor.url if store_queue else None
     handle = create_job(job, queue=queue, resume=resume, overwrite=overwrite)
-    return enqueue(handle, executor, replaced=replaced, emit=emit)
+    result = enqueue(handle, executor, replaced=replaced, emit=emit)
+    if not result.chunks:
+        keys = job.record.job
+        line = nothing_inside(keys.fill_value, has_mask=keys.mask is not None)
+        emit(Message(f"chunkq: warning: {line}"))
+    return result
 
 
 def launch_cluster_workers(executor: Executor, produced: EnqueueResult) -> bool:

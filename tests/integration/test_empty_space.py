@@ -1,5 +1,6 @@
 """Masks and empty patches: the output equals that of the reference, for any cut and any worker."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -9,13 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import zarr
+from chunkq_producer.produce import produce_job
 from chunkq_worker.inline import Contributions
 from chunkq_worker.predictor import Predictor
 from chunkq_worker.run_task import run_task
 
 from chunkq.create import check_job, create_job
 from chunkq.enqueue import enqueue
-from chunkq.errors import ChunkqError, ErrorCode
+from chunkq.errors import ChunkqError, ErrorCode, PredictionWarning
 from chunkq.finalize import finalize_job
 from chunkq.job.job_file import load_job
 from chunkq.job.job_handle import JobHandle
@@ -513,3 +515,69 @@ def test_missing_is_refused_for_a_format_that_cannot_tell(tmp_path: Path) -> Non
         create_job(check_job(load_job(values)))
     assert error.value.code is ErrorCode.STORE_UNSUPPORTED
     assert not (tmp_path / "out.zarr.chunkq").exists()
+
+
+@pytest.mark.parametrize(
+    ("mask", "roi", "warns"),
+    [
+        ({}, None, False),
+        ({"scale": [4, 4, 4]}, None, False),
+        ({"scale": [2, 4, 4]}, None, True),
+        ({"scale": [8, 4, 4]}, None, True),
+        ({"scale": [2, 4, 4]}, [[0, 18], None, None], False),
+    ],
+)
+def test_a_mask_that_covers_another_part_is_a_warning(
+    tmp_path: Path, mask: dict[str, Any], roi: Any, *, warns: bool
+) -> None:
+    volume = sparse_volume()[:36, :20, :28]
+    write_zarr(tmp_path / "in.zarr", volume, (16, 16, 16))
+    np.save(tmp_path / "mask.npy", np.ones((9, 5, 7), np.uint8))
+    keys = {"mask": {"path": str(tmp_path / "mask.npy")} | mask} | ({"roi": roi} if roi else {})
+    job = load_job(job_values(tmp_path, "out", **keys, **SLIDING))
+    assert [line.startswith("mask: ") for line in check_job(job).warnings] == [True] * warns
+    keys.pop("roi", None)
+    if roi is None:
+        predictor = Predictor.from_config(job_values(tmp_path, "out", **keys, **SLIDING))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", PredictionWarning)
+            predictor.predict(volume)
+        assert len(caught) == warns
+
+
+def test_a_mask_without_a_position_over_an_image_with_one_is_a_warning(tmp_path: Path) -> None:
+    axes = [{"name": name, "type": "space", "unit": "micrometer"} for name in "zyx"]
+    place: list[dict[str, Any]] = [
+        {"type": "scale", "scale": [2.0, 0.5, 0.5]},
+        {"type": "translation", "translation": [0.0, 10.0, 0.0]},
+    ]
+    for name, transformations in {"in": place, "mask": place[:1], "same": place}.items():
+        group = zarr.open_group(tmp_path / f"{name}.zarr", mode="w", zarr_format=2)
+        group.create_array("0", data=np.ones((8, 8, 8), np.uint8))
+        datasets = [{"path": "0", "coordinateTransformations": transformations}]
+        group.attrs["multiscales"] = [{"version": "0.4", "axes": axes, "datasets": datasets}]
+    count = {}
+    for name in ("mask", "same"):
+        values = job_values(tmp_path, "out", mask=str(tmp_path / f"{name}.zarr"), **SLIDING)
+        count[name] = len(check_job(load_job(values)).warnings)
+    assert count == {"mask": 1, "same": 0}
+
+
+def test_a_mask_with_nothing_inside_is_a_warning(tmp_path: Path) -> None:
+    write_zarr(tmp_path / "in.zarr", sparse_volume(), (16, 16, 16))
+    write_zarr(tmp_path / "mask.zarr", np.ones(SHAPE, np.uint8), (16, 16, 16))
+    for above, expected in ((0, 0), (5, 1)):
+        mask = {"path": str(tmp_path / "mask.zarr"), "above": above}
+        values = job_values(tmp_path, f"out{above}", mask=mask, **SLIDING)
+        messages: list[Any] = []
+        checked = check_job(load_job(values))
+        assert len(checked.all_warnings) == expected
+        with closing(open_executor("inprocess://nothing")) as executor:
+            produce_job(checked, executor, emit=messages.append)
+        assert sum("warning: mask: " in getattr(m, "line", "") for m in messages) == expected
+        predictor = Predictor.from_config(values)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", PredictionWarning)
+            predictor.predict(sparse_volume())
+            predictor.predict_to_store(sparse_volume(), tmp_path / f"p{above}.zarr")
+        assert len(caught) == expected

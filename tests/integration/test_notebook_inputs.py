@@ -538,6 +538,22 @@ def test_channels_that_an_object_names_feed_the_network(tmp_path: Path) -> None:
     assert report["patches"] > 0
 
 
+def test_channels_of_a_data_array_are_selected_by_their_names(tmp_path: Path) -> None:
+    values = np.stack([volume(), volume()[::-1]]).astype(np.int16)
+    named = xarray.DataArray(values, dims=(*"czyx",), coords={"c": ["DAPI", "GFP"]})
+    shapes = {"model_input_shape": [2, 8, 8, 8], "model_output_shape": [1, 8, 8, 8]}
+    keys = {**shapes, "combine": "weighted_avg", "inference_type": "patch"}
+    expected = values[0].astype(np.float32) - values[1]
+    with chunkq.Predictor.from_model(second_minus_first, **keys) as predictor:
+        result = predictor.predict(named, channels=["GFP", "DAPI"])
+        predictor.predict_to_store(named, tmp_path / "out.zarr", channels=["GFP", "DAPI"])
+        with pytest.raises(JobError, match="GFP"):
+            predictor.predict(named, channels=["GFP", "RFP"])
+    np.testing.assert_array_equal(result.probabilities[0], expected)
+    stored = zarr.open_array(tmp_path / "out.zarr" / "0", mode="r")[:]
+    np.testing.assert_array_equal(stored.reshape(SHAPE), expected)
+
+
 CONTAINERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "dataset": (lambda _: xarray.Dataset({"raw": ("x", np.zeros(3))}), "raw"),
     "group": (lambda folder: zarr.open_group(folder / "g.zarr", mode="w"), "group"),

@@ -67,8 +67,8 @@ class ObjectInput:
 
     `array` is all of it. `axes` are its axes; `is_named` says whether the object names them.
     `affine` (4, 4) and `header` are those of a nibabel image, `dims` and `coords` those of a
-    DataArray. `in_memory` says whether reading is free. `lost` has one line for each property of
-    its positions that `axes` cannot hold.
+    DataArray. `labels` are the names of its channels, if there are any. `in_memory` says whether
+    reading is free. `lost` has one line for each property of its positions that `axes` cannot hold.
     """
 
     array: Array
@@ -78,6 +78,7 @@ class ObjectInput:
     header: Any = None
     dims: tuple[Any, ...] = ()
     coords: Mapping[Any, Any] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
     in_memory: bool = False
     lost: tuple[str, ...] = ()
 
@@ -258,6 +259,7 @@ def _open_xarray(array: Any, name: str) -> ObjectInput:
         in_memory=isinstance(array.variable._data, np.ndarray),
         dims=tuple(array.dims),
         coords=dict(array.coords),
+        labels=_channel_names(array),
         lost=(line,) if irregular else (),
     )
 
@@ -270,6 +272,15 @@ class _Place:
     start: float = 0.0
     unit: str | None = None
     is_irregular: bool = False
+
+
+def _channel_names(array: Any) -> tuple[str, ...]:
+    """Return the texts that are the coordinate of the channels of a DataArray, or nothing."""
+    dims = [dim for dim in array.dims if kind_of_name(str(dim)) == "channel"]
+    if len(dims) != 1 or dims[0] not in array.coords:
+        return ()
+    names = np.asarray(array.coords[dims[0]].values).tolist()
+    return tuple(names) if all(isinstance(name, str) for name in names) else ()
 
 
 def _place_of(coordinate: Any, size: int, kind: AxisKind) -> _Place:

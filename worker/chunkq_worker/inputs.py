@@ -175,7 +175,8 @@ def _open_input(volume: Input, name: str, selection: Selection, allow_empty: boo
 def _selected(stored: ObjectInput, selection: Selection, name: str) -> OpenedInput:
     """Return an object with what is read of it."""
     named_by = "the object" if stored.is_named else ""
-    info = ArrayInfo(name, stored.axes, str(stored.array.dtype), named_by=named_by)
+    dtype = str(stored.array.dtype)
+    info = ArrayInfo(name, stored.axes, dtype, named_by=named_by, labels=stored.labels)
     source = source_of(info, selection, name, remedies=PYTHON)
     return OpenedInput(stored.array, source, stored, stored.in_memory)
 

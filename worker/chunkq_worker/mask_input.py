@@ -11,13 +11,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from chunkq.errors import JobError
+from chunkq.geometry.box import Box
 from chunkq.job.fields import MaskConfig
 from chunkq.job.mask_source import (
     check_mask,
     check_mask_times,
     find_mask,
     in_order_of,
-    mask_axes,
+    mask_doubts,
     mask_errors,
     mask_of,
     mask_time,
@@ -43,10 +44,13 @@ class MaskInput:
     source: ImageSource
     array: Array
 
-    def check(self, volume: OpenedInput) -> None:
-        """Raise JobError if the mask does not fit an opened volume."""
+    def doubts(self, volume: OpenedInput, region: Box) -> tuple[str, ...]:
+        """Return what is doubtful about how the mask lies on a region of an opened volume.
+
+        Raises JobError if it does not fit.
+        """
         check_mask_times(self.source, volume.source)
-        mask_axes(self.source, _image(volume), self.config.scale)
+        return mask_doubts(self.source, _image(volume), self.config.scale, region)
 
     def time(self, volume: OpenedInput, time: int) -> int:
         """Return which time point of the mask a selected time point of an opened volume has."""

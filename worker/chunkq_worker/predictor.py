@@ -31,6 +31,7 @@ from chunkq.job.events import Sink, StageProgress
 from chunkq.job.items import Image, images_of
 from chunkq.job.job_file import Job, job_values, load_job, parse_job
 from chunkq.job.known_empty import MISSING
+from chunkq.job.mask_source import nothing_inside
 from chunkq.job.output_name import check_new_output
 from chunkq.job.record import JobRecord
 from chunkq.job.resolve import resolve
@@ -38,6 +39,7 @@ from chunkq.paths import absolute, without_secret
 from chunkq.plan.item_tasks import ItemTasks
 from chunkq.plan.plan import Chunk, Index, Plan
 from chunkq.queue.registry import queue_url
+from chunkq.stages.completion import chunks_of
 from chunkq.storage.formats.base import ArrayInfo
 from chunkq.storage.images import ImageSource, source_of
 from chunkq.storage.remedies import PYTHON
@@ -429,6 +431,9 @@ class Predictor:
             # The queue for the chunks that remain if this call is interrupted.
             queue = queue_url(None, self._job.queue)
             job = create_job(checked, queue=queue, overwrite=overwrite)
+            if not chunks_of(job):
+                line = nothing_inside(checked.record.job.fill_value, has_mask=masked is not None)
+                self._warnings.show("nothing", line)
             device, plan = get_device(), job.items[0].plan
             watch = self._watch(request)
             with UserErrors(), progress_of(progress) as emit:
@@ -480,7 +485,12 @@ class Predictor:
                 "skip_empty: missing is unsupported for predictions in memory; use "
                 "predict_to_store, a job, or another skip_empty"
             )
-        return self._request(volume, selection, mask)
+        request = self._request(volume, selection, mask)
+        if not request.chunks:
+            has_mask = request.mask is not None
+            line = nothing_inside(request.job.fill_value, has_mask=has_mask)
+            self._warnings.show("nothing", line)
+        return request
 
     def _request(
         self, volume: Input | Sequence[Input], selection: Selection, mask: Any
@@ -490,7 +500,8 @@ class Predictor:
         job, image, plan = self._plan([one.array.path for one in inputs], sources)
         masked = open_mask(mask, self._job.mask, allow_empty=self._job.allow_empty)
         if masked is not None:
-            masked.check(inputs[0])
+            for line in masked.doubts(inputs[0], plan.region):
+                self._warnings.show("mask", line)
         for line in (line for source in sources for line in source.doubts(PYTHON)):
             self._warnings.show("axes", line)
         return PredictionRequest(inputs, masked, job, image, plan)

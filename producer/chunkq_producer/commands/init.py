@@ -18,7 +18,8 @@ TEMPLATE = """\
 # Relative paths are relative to this file. `chunkq explain` lists all keys, `chunkq explain KEY`
 # describes one. The first line tells editors where the descriptions are on this machine.
 
-input: volume.zarr                # Zarr, OME-Zarr, TIFF, HDF5 or .npy; a path or s3://bucket/key
+input: volume.zarr                # Zarr, NIfTI, TIFF (slices/*.tif), HDF5 (file.h5/raw), N5,
+                                  # precomputed or .npy; a path or s3://bucket/key
 output: result.zarr               # becomes an OME-Zarr image
 
 # Where patches are placed:

@@ -192,7 +192,7 @@ def _values(job: CheckedJob, depth: int, trial: Trial | None) -> dict[str, Any]:
         "store_bytes": costs.store_bytes,
         "precision": job.record.job.model.effective_precision,
         "stochastic": job.record.job.model.stochastic,
-        "warnings": list(job.warnings),
+        "warnings": list(job.all_warnings),
         "depth": depth,
         "staged": [
             {"path": without_secret(s.path), "reason": s.staged, "bytes": s.staged_bytes}
@@ -259,7 +259,7 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
     ]
     if model.stochastic:
         rows.append(("note", STOCHASTIC))
-    rows += [("warning", line) for line in job.warnings]
+    rows += [("warning", line) for line in job.all_warnings]
     if trial is not None:
         rows += _trial_rows(costs, trial)
     if share > MAX_SHARE_TO_FINALIZE:
@@ -317,7 +317,7 @@ def _skipped_rows(job: CheckedJob, trial: Trial | None) -> list[tuple[str, str]]
             f"{total.chunks} chunks are skipped, which saves "
             f"{si(values['store_bytes'], 'B')} to read and write"
         )
-        if trial is not None:
+        if trial is not None and values["patches"]:
             seconds = trial.patches.batch_seconds / trial.check.batch * values["patches"]
             text += f" and {duration(max(1, seconds))} on one device"
         parts.append(text)
