@@ -120,10 +120,13 @@ def check_job(
 
 
 def _warnings(sources: Sequence[ImageSource]) -> tuple[str, ...]:
-    """Return one line about properties of the inputs that can be a mistake, if there are any."""
+    """Return lines about properties of the inputs that can be a mistake."""
     lines = [line for source in sources for line in source.doubts()]
     more = f" (the same holds for {len(lines) - 1} more inputs)" if len(lines) > 1 else ""
-    return tuple(f"{line}{more}" for line in lines[:1])
+    return (
+        *(f"{line}{more}" for line in lines[:1]),
+        *(line for source in sources for line in source.file_doubts()),
+    )
 
 
 def check_output(job: CheckedJob, *, resume: bool = False, overwrite: bool = False) -> None:

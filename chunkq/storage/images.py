@@ -96,6 +96,14 @@ class ImageSource:
             f"all are spatial; if the first one is channels, {remedies.set_axes(letters)}",
         )
 
+    def file_doubts(self) -> tuple[str, ...]:
+        """Return a line for each property of the files that can be a mistake.
+
+        Raises StoreError and OSError.
+        """
+        lines = format_named(self.format).doubts(self.path, self.options) if self.format else ()
+        return tuple(f"input: {without_secret(self.path)}: {line}" for line in lines)
+
     def open(self, *, cached: bool = False) -> Array:
         """Open all of the array for reading. Raises StoreError if it cannot be opened.
 

@@ -332,6 +332,53 @@ def test_a_pattern_is_a_stack_in_natural_order(tmp_path: Path, options: dict[str
     assert [axis.name for axis in source.axes] == ["z", "y", "x"]
 
 
+@pytest.mark.parametrize(
+    ("names", "warns"),
+    [
+        (["a_1_1", "a_1_2", "a_1_3"], 0),
+        (["a_1_10", "a_1_20", "a_1_30"], 0),
+        (["a_1_08", "a_1_09", "a_1_11"], 1),
+        (["z1", "z10", "z11", "z12"], 1),
+        (["a_1_1", "a_1_2", "a_2_1", "a_2_2"], 0),
+        (["b", "c", "e"], 0),
+        (["1", "9"], 0),
+    ],
+)
+def test_a_stack_in_which_a_number_is_missing_is_a_warning(
+    tmp_path: Path, names: list[str], warns: int
+) -> None:
+    for name in names:
+        write_tiff(tmp_path / f"{name}.tif", random_volume((19, 23)))
+    source = find_source(f"{tmp_path}/*.tif")
+    assert len(source.file_doubts()) == warns
+    assert find_source(f"{tmp_path}/{names[0]}.tif").file_doubts() == ()
+
+
+def test_a_file_with_two_images_is_a_warning(tmp_path: Path) -> None:
+    with tifffile.TiffWriter(tmp_path / "in.ome.tif") as file:
+        for values in (random_volume(SHAPE), random_volume(SHAPE)):
+            file.write(values, metadata={"axes": "ZYX"})
+    assert len(find_source(str(tmp_path / "in.ome.tif")).file_doubts()) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("scan.tif", "scan.ome.tif"),
+        ("scna.ome.tif", "scan.ome.tif"),
+        ("slice/*.tif", ""),
+        ("slcies/z1.tif", "slices"),
+        ("other/slices/x.tif", ""),
+        ("data.h5:raw", "data.h5"),
+    ],
+)
+def test_a_missing_path_names_a_similar_one(tmp_path: Path, path: str, name: str) -> None:
+    write_stack(tmp_path / "slices", random_volume(SHAPE))
+    for file in ("scan.ome.tif", "data.h5"):
+        (tmp_path / file).touch()
+    refused(tmp_path / path, ErrorCode.STORE_MISSING, f"did you mean '{name}'" if name else "")
+
+
 def test_a_stack_of_colour_images_has_channels(tmp_path: Path) -> None:
     values = random_volume((3, 40, 50, 3))
     pattern = write_stack(tmp_path / "slices", values, axes="YXS", photometric="rgb")

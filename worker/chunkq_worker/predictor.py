@@ -504,6 +504,8 @@ class Predictor:
                 self._warnings.show("mask", line)
         for line in (line for source in sources for line in source.doubts(PYTHON)):
             self._warnings.show("axes", line)
+        for line in (line for source in sources for line in source.file_doubts()):
+            self._warnings.show(line, line)
         return PredictionRequest(inputs, masked, job, image, plan)
 
     def _watch(self, request: PredictionRequest) -> ChunkWatch:

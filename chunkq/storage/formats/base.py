@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from chunkq.access import BUCKET_SCHEMES, is_denied
-from chunkq.errors import ErrorCode, StoreError
+from chunkq.errors import ErrorCode, StoreError, suggestion
 from chunkq.geometry.axes import Axis
 from chunkq.paths import is_url, mask_secrets, without_secret
 from chunkq.storage.array import Array
@@ -19,6 +21,8 @@ from chunkq.storage.stored_chunks import StoredChunks
 
 Options = Mapping[str, str | int | bool]
 """What a format needs, besides the path, to open an array that it has found."""
+MAX_NAMES = 10_000
+"""Names of a folder that are compared with one that is missing."""
 NUMBERS = "biufc"
 """NumPy's kinds of dtypes of single numbers."""
 CACHED = "cached"
@@ -108,6 +112,13 @@ class Format(ABC):
         """
         return None
 
+    def doubts(self, path: str, options: Options) -> tuple[str, ...]:
+        """Return a line for each property of an array's files that can be a mistake of the user.
+
+        Reads metadata only. Raises StoreError and OSError.
+        """
+        return ()
+
     @abstractmethod
     def open(self, path: str, options: Options) -> Array:
         """Open an array for reading. Raises StoreError if it cannot be opened."""
@@ -134,9 +145,24 @@ def native_dtype(dtype: Any) -> np.dtype[Any]:
 def missing_error(path: str) -> StoreError:
     """Return the error for a path that does not exist."""
     return StoreError(
-        f"input: {without_secret(path)} does not exist; fix the path",
+        f"input: {without_secret(path)} does not exist; fix the path{_similar(path)}",
         code=ErrorCode.STORE_MISSING,
     )
+
+
+def _similar(path: str) -> str:
+    """Return a hint with the name beside the first missing part of a local path, or nothing."""
+    if is_url(path):
+        return ""
+    folder, name = os.path.split(path.rstrip("/"))
+    while name and not os.path.lexists(folder):
+        folder, name = os.path.split(folder)
+    try:
+        with os.scandir(folder or ".") as entries:
+            names = [entry.name for entry in islice(entries, MAX_NAMES)]
+    except OSError:  # a message without this advice is better than another error
+        return ""
+    return suggestion(name, sorted(names))
 
 
 def unreadable_error(path: str, error: BaseException) -> StoreError:

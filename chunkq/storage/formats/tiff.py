@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from typing import Any
 
@@ -19,6 +18,7 @@ from chunkq.storage.formats.tiff_file import check_size, read_image
 from chunkq.storage.formats.tiff_stack import (
     StackArray,
     check_slices,
+    gaps,
     is_pattern,
     matching_files,
     names_hash,
@@ -35,7 +35,6 @@ NAMES = "names"
 """Option: hash of the names of the files of a stack."""
 HEADER_BYTES = 1024
 """Bytes at the start of a file that its identity covers."""
-log = logging.getLogger("chunkq.storage")
 
 
 class TiffFormat(Format):
@@ -63,6 +62,14 @@ class TiffFormat(Format):
                 f"expected the number of a level, found level {level!r}; use a number"
             )
         return _find(path, level, Access.of(options))
+
+    @override
+    def doubts(self, path: str, options: Options) -> tuple[str, ...]:
+        access, level = Access.of(options), int(options.get(LEVEL, 0))
+        files = matching_files(path, access) if NAMES in options else [path]
+        if not files:
+            return ()
+        return (*read_image(files[0], access, level).warnings, *gaps(files))
 
     @override
     def open(self, path: str, options: Options) -> Array:
@@ -122,8 +129,6 @@ def _find(path: str, level: int, access: Access) -> ArrayInfo:
         check_slices(files, image.array, level, access)
         options[NAMES] = names_hash(files)
         axes = stack_axes(len(files), image.axes)
-    for warning in image.warnings:
-        log.warning("%s: %s", without_secret(path), warning)
     return ArrayInfo(
         path,
         axes,

@@ -9,6 +9,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from threading import Lock
 from typing import Any
 
@@ -61,6 +62,31 @@ def natural_key(path: str) -> tuple[Any, ...]:
     """Return the key by which paths are sorted: runs of digits count as numbers."""
     parts = NUMBER.split(path)
     return (*((part, 0) if n % 2 == 0 else ("", int(part)) for n, part in enumerate(parts)), path)
+
+
+def gaps(files: Sequence[str]) -> tuple[str, ...]:
+    """Return a line if numbers are missing between the names of files in natural order.
+
+    The names differ in one number. Its smallest step is the distance between two files.
+    """
+    parts = [NUMBER.split(path.rpartition("/")[2]) for path in files]
+    if len(files) < 3 or any(len(part) != len(parts[0]) for part in parts):
+        return ()
+    columns = [column for column in zip(*parts, strict=True) if len(set(column)) > 1]
+    if len(columns) != 1 or not all(text.isdecimal() for text in columns[0]):
+        return ()
+    numbers = [int(text) for text in columns[0]]
+    steps = [after - before for before, after in pairwise(numbers)]
+    step = min(steps)
+    if step < 1 or set(steps) == {step}:
+        return ()
+    count = sum((gap - 1) // step for gap in steps)
+    first = next(number for number, gap in enumerate(steps) if gap > step)
+    before, after = (path.rpartition("/")[2] for path in files[first : first + 2])
+    return (
+        f"numbers of {count} files are missing, the first one between {before} and {after}, and "
+        "the slices on both sides become neighbours; add the missing files if there are any",
+    )
 
 
 def names_hash(files: Iterable[str]) -> str:
