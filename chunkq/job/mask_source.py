@@ -89,9 +89,12 @@ def mask_doubts(
     """Return a line if a mask does not cover the region that is computed of an image.
 
     Also return one if `scale` makes the mask longer than the image. One voxel of the mask more or
-    less is no doubt. Raises JobError if mask and image cannot be aligned.
+    less is no doubt, and neither is a mask whose metadata have a position. Raises JobError if mask
+    and image cannot be aligned.
     """
     axes = mask_axes(source, image, scale)
+    if scale is None and any(axis.translation for axis in spatial_axes(source, image)):
+        return ()
     covered = [axis.covered for axis in axes]
     doubtful = [
         start > first + max(axis.scale, 1)

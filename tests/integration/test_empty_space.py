@@ -551,16 +551,18 @@ def test_a_mask_without_a_position_over_an_image_with_one_is_a_warning(tmp_path:
         {"type": "scale", "scale": [2.0, 0.5, 0.5]},
         {"type": "translation", "translation": [0.0, 10.0, 0.0]},
     ]
-    for name, transformations in {"in": place, "mask": place[:1], "same": place}.items():
+    crop = [place[0], {"type": "translation", "translation": [0.0, 12.0, 0.0]}]
+    layouts = {"in": place, "mask": place[:1], "same": place, "crop": crop}
+    for name, transformations in layouts.items():
         group = zarr.open_group(tmp_path / f"{name}.zarr", mode="w", zarr_format=2)
         group.create_array("0", data=np.ones((8, 8, 8), np.uint8))
         datasets = [{"path": "0", "coordinateTransformations": transformations}]
         group.attrs["multiscales"] = [{"version": "0.4", "axes": axes, "datasets": datasets}]
     count = {}
-    for name in ("mask", "same"):
+    for name in ("mask", "same", "crop"):
         values = job_values(tmp_path, "out", mask=str(tmp_path / f"{name}.zarr"), **SLIDING)
         count[name] = len(check_job(load_job(values)).warnings)
-    assert count == {"mask": 1, "same": 0}
+    assert count == {"mask": 1, "same": 0, "crop": 0}
 
 
 def test_a_mask_with_nothing_inside_is_a_warning(tmp_path: Path) -> None:
