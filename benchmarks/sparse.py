@@ -2,10 +2,11 @@
 
 Run: python -m benchmarks.sparse [--edge N] [--real N] [--json FILE]. The volume has one storage
 chunk per chunk, of which N exist; patches overlap by half, so a storage chunk makes up to 8 chunks
-real. Each step runs once, in this process, on a Redis server of its own, whose memory is compared
-with that before the job (`plan` and `finalize` do not use it): `plan` finds the storage chunks by one listing, `produce` stores what is empty
-and queues the rest, `run` computes the queue's tasks, `finalize` seals. A mask of an eighth of the
-resolution that says the same is measured by `plan` beside it.
+real. Each step runs once, in this process: `plan` finds the storage chunks by one listing,
+`produce` stores what is empty and queues the rest, `run` computes the queue's tasks, `finalize`
+seals. A mask of an eighth of the resolution that says the same is measured by `plan` beside it. The
+memory of a Redis server of its own is compared with that before the job; `plan` and `finalize` do
+not use it.
 """
 
 from __future__ import annotations
