@@ -77,7 +77,7 @@ class Prediction:
         if any(axis.scale != 1 or axis.unit for axis in axes):
             units = {axis.unit for axis in axes} - {None}
             unit = f" {units.pop()}" if len(units) == 1 else ""
-            rows["voxel size"] = " × ".join(f"{axis.scale:.6g}" for axis in axes) + unit
+            rows["voxel size"] = " × ".join(f"{size:.6g}" for size in self.voxel_size) + unit
         return rows
 
     @property
@@ -91,7 +91,7 @@ class Prediction:
     @property
     def voxel_size(self) -> tuple[float, ...]:
         """Voxel size along each axis of the labels, in `geometry.axes[n].unit`."""
-        return tuple(axis.scale for axis in self.geometry.axes)
+        return tuple(abs(axis.scale) for axis in self.geometry.axes)
 
     def to_nibabel(self, what: What = "labels", *, affine: Any = None) -> Any:
         """Return the labels or the probabilities as a NIfTI image with the affine of the input.

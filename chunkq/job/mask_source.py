@@ -15,6 +15,7 @@ from chunkq.geometry.cells import CellAxis
 from chunkq.job.fields import MaskConfig
 from chunkq.paths import without_secret
 from chunkq.storage.array import Array
+from chunkq.storage.formats.nifti import orientation_of
 from chunkq.storage.images import ImageSource, find_source
 from chunkq.storage.mask import Mask
 
@@ -64,6 +65,7 @@ def mask_axes(
             f"{prefix} has {len(cells)} spatial axes, but the input has {len(voxels)}; use a mask "
             "with the same axes, or set axes in mask"
         )
+    _check_orientations(source, image, prefix)
     if scale is not None:
         if len(scale) != len(voxels):
             raise JobError(
@@ -142,6 +144,22 @@ def _has_positions(axes: Sequence[Axis]) -> bool:
     return any(axis.scale != 1 or axis.translation != 0 or axis.unit for axis in axes)
 
 
+def _check_orientations(source: ImageSource, image: ImageSource, prefix: str) -> None:
+    """Raise JobError if mask and image are NIfTI, and not set to one orientation."""
+    own, expected = orientation_of(source.options), orientation_of(image.options)
+    if own is None or expected is None or own == expected:
+        return
+    advice = f"set orientation: {expected} in mask" if expected else "remove orientation in mask"
+    raise JobError(
+        f"{prefix} has {_orientation_text(own)}, but the input has {_orientation_text(expected)}; "
+        f"{advice}"
+    )
+
+
+def _orientation_text(codes: str) -> str:
+    return f"orientation {codes}" if codes else "no orientation set"
+
+
 def _check_units(cells: Sequence[Axis], voxels: Sequence[Axis], prefix: str) -> None:
     for cell, voxel in zip(cells, voxels, strict=True):
         if cell.unit and voxel.unit and cell.unit != voxel.unit:
@@ -149,9 +167,12 @@ def _check_units(cells: Sequence[Axis], voxels: Sequence[Axis], prefix: str) -> 
                 f"{prefix} has voxel sizes in {cell.unit} along {cell.name}, the input in "
                 f"{voxel.unit}; set scale in mask"
             )
-        if cell.scale <= 0 or voxel.scale <= 0:
+        if not cell.scale * voxel.scale:
+            raise JobError(f"{prefix}: a voxel size along {cell.name} is 0; set scale in mask")
+        if cell.scale * voxel.scale < 0:
             raise JobError(
-                f"{prefix}: voxel sizes along {cell.name} are not positive; set scale in mask"
+                f"{prefix} runs against the input along {cell.name}: voxel sizes {cell.scale:g} "
+                f"and {voxel.scale:g}; flip the mask, or the input"
             )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from chunkq.geometry.axis_units import unit_name
 from chunkq.geometry.box import Box
 from chunkq.storage.array import Array, box_error
 from chunkq.storage.formats import hdf5_axes
-from chunkq.storage.formats.base import native_dtype
+from chunkq.storage.formats.base import Options, native_dtype
 from chunkq.storage.formats.tiff_axes import ImageMetadata, described_axes, image_metadata
 from chunkq_worker.imported_classes import class_name, is_instance
 
@@ -64,7 +64,7 @@ class OpenedInput:
     """An input: its array, what is known of its spatial axes, and whether it is in memory.
 
     `axes` are all axes of the array if the object names them, else empty. `path` is that of an
-    input that a job can read, else empty.
+    input that a job can read, else empty, and `options` are those of its format.
     """
 
     array: Array
@@ -72,6 +72,7 @@ class OpenedInput:
     in_memory: bool = False
     axes: tuple[Axis, ...] = ()
     path: str = ""
+    options: Options = field(default_factory=dict)
 
 
 def open_object(value: Any, name: str) -> OpenedInput:

@@ -165,7 +165,9 @@ def _open_path(path: str, selection: Selection, allow_empty: bool) -> OpenedInpu
         values = array.read(Box.of_shape(array.shape))
         array = ObjectArray(path, values, array.shape, array.dtype)
     geometry = ImageGeometry(source.spatial_axes, **_nifti_geometry(source))
-    return OpenedInput(array, geometry, in_memory=bool(source.staged), path=path)
+    return OpenedInput(
+        array, geometry, in_memory=bool(source.staged), path=path, options=source.options
+    )
 
 
 def _nifti_geometry(source: ImageSource) -> dict[str, Any]:

@@ -109,4 +109,5 @@ def _as_tuple(value: Any) -> Any:
 def _image(volume: OpenedInput) -> ImageSource:
     """Return the spatial axes of an opened volume as a source."""
     axes = volume.geometry.axes
-    return ImageSource("", "", tuple(axes), str(volume.array.dtype), named_by="the volume")
+    dtype, options = str(volume.array.dtype), volume.options
+    return ImageSource("", "", tuple(axes), dtype, options, named_by="the volume")
