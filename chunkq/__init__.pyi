@@ -12,6 +12,7 @@ from chunkq.errors import ChunkqError as ChunkqError
 from chunkq.errors import IncompleteError as IncompleteError
 from chunkq.errors import JobError as JobError
 from chunkq.errors import ModelError as ModelError
+from chunkq.errors import PredictionWarning as PredictionWarning
 
 __version__: str
 API: Mapping[str, str]

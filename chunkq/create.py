@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,6 +27,7 @@ from chunkq.paths import is_url, is_web, open_filesystem, without_secret
 from chunkq.plan.item_tasks import ItemTasks
 from chunkq.plan.plan import Costs, Plan, total_costs
 from chunkq.stages.completion import chunks_of, job_completion
+from chunkq.storage.images import ImageSource
 from chunkq.storage.objects import ObjectFolder
 
 METADATA = {2: (".zgroup", "0/.zarray"), 3: ("zarr.json", "0/zarr.json")}
@@ -35,10 +36,11 @@ METADATA = {2: (".zgroup", "0/.zarray"), 3: ("zarr.json", "0/zarr.json")}
 
 @dataclass(frozen=True)
 class CheckedJob:
-    """A valid job: its record, and the plans of its items."""
+    """A valid job: its record, the plans of its items, and doubts about its inputs."""
 
     record: JobRecord
     plans: list[Plan]
+    warnings: tuple[str, ...] = ()
 
     @property
     def costs(self) -> Costs:
@@ -65,13 +67,17 @@ class CheckedJob:
         return max(self.plans, key=lambda plan: prod(plan.volume.shape))
 
 
-def check_job(job: Job) -> CheckedJob:
+def check_job(
+    job: Job, sources: Sequence[ImageSource] | None = None, mask: ImageSource | None = None
+) -> CheckedJob:
     """Check a job against its volumes and files without writing anything.
 
-    Raises JobError or StoreError with one line per problem.
+    `sources` and `mask` are those of its inputs and its mask if they are known. Raises JobError or
+    StoreError with one line per problem.
     """
-    sources = find_sources(job)
-    mask = None if job.mask is None else find_mask(job.mask, allow_empty=job.allow_empty)
+    sources = find_sources(job) if sources is None else sources
+    if mask is None and job.mask is not None:
+        mask = find_mask(job.mask, allow_empty=job.allow_empty)
     record = JobRecord.create(job, sources, mask)
     plans = record.plans()
     if mask is not None:
@@ -95,10 +101,17 @@ def check_job(job: Job) -> CheckedJob:
                 f"output: {without_secret(job.output)} would overwrite the {name} "
                 f"{without_secret(source.path)}; choose another output"
             )
-    checked = CheckedJob(record, plans)
+    checked = CheckedJob(record, plans, _warnings(sources))
     if job.skip_empty == MISSING:
         _ = checked.known_empty  # refused before work starts if storage chunks cannot be listed
     return checked
+
+
+def _warnings(sources: Sequence[ImageSource]) -> tuple[str, ...]:
+    """Return one line about properties of the inputs that can be a mistake, if there are any."""
+    lines = [line for source in sources for line in source.doubts()]
+    more = f" (the same holds for {len(lines) - 1} more inputs)" if len(lines) > 1 else ""
+    return tuple(f"{line}{more}" for line in lines[:1])
 
 
 def check_output(job: CheckedJob, *, resume: bool = False, overwrite: bool = False) -> None:

@@ -135,6 +135,10 @@ class ErrorCode(StrEnum):
     """The cluster of the run did not start, or ended before the run."""
 
 
+class PredictionWarning(UserWarning):
+    """Values or axes of a prediction are probably a mistake of the job."""
+
+
 class ChunkqError(Exception):
     """Base class of chunkq's errors. The message is one printable line.
 

@@ -63,6 +63,7 @@ API: MappingProxyType[str, str] = MappingProxyType(
         "JobError": "chunkq.errors:JobError",
         "ModelError": "chunkq.errors:ModelError",
         "IncompleteError": "chunkq.errors:IncompleteError",
+        "PredictionWarning": "chunkq.errors:PredictionWarning",
     }
 )
 """Public name of the package `chunkq` -> `module:attribute`. `__init__.pyi` has the types."""

@@ -150,7 +150,8 @@ def cases(draw: st.DrawFn, max_rank: int = 4) -> Case:
         "model_output_shape": [*channels, *output],
     }
     keys["combine"] = draw(st.sampled_from(("weighted_avg", "soft", "hard")))
-    keys["activation"] = draw(st.sampled_from(("none", "softmax", "sigmoid")))
+    softmax = ["softmax"] if channels in ([2], [3]) else []  # of one channel it is refused
+    keys["activation"] = draw(st.sampled_from(("none", "sigmoid", *softmax)))
     return Case(tuple(volume), tuple(patch), tuple(output), keys)
 
 

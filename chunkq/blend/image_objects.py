@@ -16,17 +16,21 @@ from chunkq.geometry.box import Box
 
 NIFTI_UNITS = {"millimeter": "mm", "micrometer": "micron", "meter": "meter"}
 """Unit of an axis -> name in NIfTI headers."""
+NIFTI_TIME_UNITS = {"second": "sec", "millisecond": "msec", "microsecond": "usec"}
+"""Unit of a time axis -> name in NIfTI headers."""
 NIFTI_1_SIZE = 32_767
 """Longest axis of NIfTI-1."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImageGeometry:
-    """What is known of the spatial axes of an image, in the order of its array.
+    """What is known of the axes of an image, in the order of its array.
 
-    `affine` (4, 4) and `header` are those of a nibabel image or of a NIfTI file, `dims` and
-    `coords` those of a DataArray. The columns of the affine are in the order of the array, unless
-    `file_order` has the numbers of the array's spatial axes in the order of the file, x first.
+    `axes` are the spatial axes. `series` are those along which volumes were predicted one by one:
+    time, channels or none. `affine` (4, 4) and `header` are those of a nibabel image or of a NIfTI
+    file, `dims` (of the series and the spatial axes) and `coords` those of a DataArray. The columns
+    of the affine are in the order of the array, unless `file_order` has the numbers of the spatial
+    axes in the order of the file, x first.
     """
 
     axes: tuple[Axis, ...] = ()
@@ -35,30 +39,35 @@ class ImageGeometry:
     file_order: tuple[int, ...] = ()
     dims: tuple[Any, ...] = ()
     coords: Mapping[Any, Any] = field(default_factory=dict)
+    series: tuple[Axis, ...] = ()
 
     def cropped(self, region: Box) -> ImageGeometry:
-        """Return the geometry of a region of the image."""
+        """Return the geometry of a region of the image, along its spatial axes."""
         affine = self.affine
         if affine is not None:
             affine = affine.copy()
-            affine[:3, 3] += affine[:3, : len(region.start)] @ region.start
-        slices = dict(zip(self.dims, region.slices((0,) * len(region.start)), strict=False))
+            order = self.file_order or range(len(region.start))
+            start = [region.start[axis] for axis in order]
+            affine[:3, 3] += affine[:3, : len(start)] @ start
+        spatial = self.dims[len(self.series) :]
+        slices = dict(zip(spatial, region.slices((0,) * len(region.start)), strict=False))
         return replace(
             self,
             axes=tuple(map(cropped, self.axes, region.start, region.stop)),
             affine=affine,
             coords={
-                name: coord.isel({dim: slices[dim] for dim in coord.dims})
+                name: coord.isel({dim: slices[dim] for dim in coord.dims if dim in slices})
                 for name, coord in self.coords.items()
             },
         )
 
 
 def to_nibabel(array: npt.NDArray[Any], geometry: ImageGeometry, affine: Any) -> Any:
-    """Return a NIfTI image of an array (*S) or (C, *S); channels become its fifth axis.
+    """Return a NIfTI image of an array (*series, [C,] *S).
 
-    Without `affine`, the image has the order of the file from which the array comes. Raise
-    ChunkqError without an affine, or if the array has more than three spatial axes.
+    Time points become its fourth axis, channels its fifth. Without `affine`, the image has the
+    order of the file from which the array comes. Raise ChunkqError without an affine, or if the
+    array has more than three spatial axes.
     """
     try:
         nibabel: Any = import_module("nibabel")
@@ -79,11 +88,17 @@ def to_nibabel(array: npt.NDArray[Any], geometry: ImageGeometry, affine: Any) ->
             f"Prediction.to_nibabel: expected an affine of shape [4, 4] and 1 to 3 spatial axes, "
             f"found {list(matrix.shape)} and {rank} axes"
         )
+    leading = array.ndim - rank
     if affine is None and geometry.file_order:
-        lead = array.ndim - rank
-        array = array.transpose(*range(lead), *(lead + axis for axis in geometry.file_order))
-    if array.ndim > rank:  # NIfTI: x, y, z, time, channel
-        array = np.moveaxis(array, 0, -1).reshape(*array.shape[1:], *(1,) * (4 - rank), -1)
+        order = (leading + axis for axis in geometry.file_order)
+        array = array.transpose(*range(leading), *order)
+    time = next((axis for axis in geometry.series if axis.kind == "time"), None)
+    if leading:  # NIfTI: x, y, z, time, channel
+        times, spatial = 1 if time is None else time.size, array.shape[leading:]
+        array = np.moveaxis(array.reshape(times, -1, *spatial), (0, 1), (-2, -1))
+        array = array.reshape(*spatial, *(1,) * (3 - rank), times, -1)
+        if time is not None and leading == 1:
+            array = array[..., 0]
     if array.dtype == np.float16:  # which NIfTI does not have
         array = array.astype(np.float32)
     kind = nibabel.Nifti1Image if max(array.shape) <= NIFTI_1_SIZE else nibabel.Nifti2Image
@@ -95,13 +110,17 @@ def to_nibabel(array: npt.NDArray[Any], geometry: ImageGeometry, affine: Any) ->
         image.set_sform(matrix, codes["sform"])
         image.set_qform(matrix, codes["qform"])
     units = {NIFTI_UNITS.get(axis.unit or "") for axis in geometry.axes}
-    if len(units) == 1 and (unit := units.pop()) is not None:
-        image.header.set_xyzt_units(unit)
+    unit = units.pop() if len(units) == 1 else None
+    time_unit = None if time is None else NIFTI_TIME_UNITS.get(time.unit or "")
+    if unit is not None or time_unit is not None:
+        image.header.set_xyzt_units(unit, time_unit)
+    if time is not None:
+        image.header["pixdim"][4] = time.scale
     return image
 
 
 def to_xarray(array: npt.NDArray[Any], geometry: ImageGeometry, name: str) -> Any:
-    """Return a DataArray of an array (*S) or (C, *S), whose channels are the dimension `c`.
+    """Return a DataArray of an array (*series, [C,] *S), whose channels are the dimension `c`.
 
     It has the dimensions and coordinates of the input, or the positions of the voxels. Raise
     ChunkqError if xarray is not installed.
@@ -113,7 +132,7 @@ def to_xarray(array: npt.NDArray[Any], geometry: ImageGeometry, name: str) -> An
             f"Prediction.to_xarray: xarray is not installed ({error}); install it with pip install "
             "xarray"
         ) from None
-    axes = geometry.axes
+    axes = (*geometry.series, *geometry.axes)
     dims, coords = geometry.dims, dict(geometry.coords)
     if not dims:
         dims = tuple(axis.name for axis in axes)
@@ -121,5 +140,10 @@ def to_xarray(array: npt.NDArray[Any], geometry: ImageGeometry, name: str) -> An
             positions = axis.translation + axis.scale * np.arange(axis.size)
             attributes = {} if axis.unit is None else {"units": axis.unit}
             coords[axis.name] = xarray.DataArray(positions, dims=[axis.name], attrs=attributes)
-    channels = ("c",) if array.ndim > len(axes) else ()
-    return xarray.DataArray(array, dims=(*channels, *dims), coords=coords, name=name)
+    first = len(geometry.series)
+    if array.ndim > len(axes):
+        if "c" not in dims:
+            dims = (*dims[:first], "c", *dims[first:])
+        else:  # one value for each predicted channel
+            array = np.squeeze(array, first)
+    return xarray.DataArray(array, dims=dims, coords=coords, name=name)

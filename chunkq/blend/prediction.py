@@ -33,6 +33,8 @@ class Unread:
 class Prediction:
     """The result for one volume of shape (*S), with spatial axes in the volume's order.
 
+    If time points or channels were predicted one by one, they are axes before those of each array.
+
     Attributes:
         labels: `(*S)` uint8, or uint16 for more than 256 classes: the class with the largest
             probability, the lowest one in a tie; for a single channel, whether it is at least 0.5.
@@ -77,7 +79,7 @@ class Prediction:
         if any(axis.scale != 1 or axis.unit for axis in axes):
             units = {axis.unit for axis in axes} - {None}
             unit = f" {units.pop()}" if len(units) == 1 else ""
-            rows["voxel size"] = " × ".join(f"{size:.6g}" for size in self.voxel_size) + unit
+            rows["voxel size"] = " × ".join(f"{n:.6g}" for n in self.voxel_size) + unit
         return rows
 
     @property
@@ -90,7 +92,7 @@ class Prediction:
 
     @property
     def voxel_size(self) -> tuple[float, ...]:
-        """Voxel size along each axis of the labels, in `geometry.axes[n].unit`."""
+        """Voxel size along each spatial axis of the labels, in `geometry.axes[n].unit`."""
         return tuple(abs(axis.scale) for axis in self.geometry.axes)
 
     def to_nibabel(self, what: What = "labels", *, affine: Any = None) -> Any:
@@ -98,7 +100,8 @@ class Prediction:
 
         Labels of a NIfTI file are turned into the order of the file, x, y, z. Set `affine` (4, 4)
         if the input was neither a nibabel image nor a NIfTI file; its columns are in the order of
-        the axes of the labels. Channels become the fifth axis, float16 becomes float32. Raises
+        the axes of the labels. Time points become the fourth axis, channels the fifth, float16
+        becomes float32. Raises
         ChunkqError if nibabel is not installed, without an affine, and for 4-D volumes.
         """
         return to_nibabel(self._array(what), self.geometry, affine)
@@ -107,7 +110,8 @@ class Prediction:
         """Return the labels or the probabilities as a DataArray.
 
         It has the dimensions and coordinates of the input, or the positions of the voxels.
-        Channels are the first dimension, `c`. Raises ChunkqError if xarray is not installed.
+        Channels are the dimension `c` before the spatial ones. Raises ChunkqError if xarray is not
+        installed.
         """
         return to_xarray(self._array(what), self.geometry, what)
 
@@ -146,7 +150,8 @@ class Prediction:
 
         Draws three planes through voxel `at` of a 3-D volume, all of a 2-D volume, and a line for a
         1-D volume. For a 4-D volume, draws entry `at[0]` of its first axis. `at` has one entry per
-        axis; the default is the median of the labeled voxels. Label 0 is transparent. The suffix
+        axis of the labels; the default is the first time point and channel, and the median of its
+        labeled voxels. Label 0 is transparent. The suffix
         of `path` sets the format. Raises ChunkqError if matplotlib is not installed, and ValueError
         if `at` is outside the volume.
         """
@@ -159,6 +164,15 @@ class Prediction:
             ) from None
         first = self.input[0] if isinstance(self.input, tuple) else self.input
         image, labels = to_numpy(first), to_numpy(self.labels)
+        leading = len(self.geometry.series)
+        point = (0,) * leading if at is None else tuple(at)[:leading]
+        if any(not 0 <= n < size for n, size in zip(point, labels.shape, strict=False)):
+            raise ValueError(
+                f"at: {list(point)} is not in the axes {list(labels.shape[:leading])}; use one "
+                "index per axis, within the shape"
+            )
+        image, labels = image[point], labels[point]
+        at = None if at is None else tuple(at)[leading:]
         figure = draw(image if image.ndim == labels.ndim else image[0], labels, at)
         if path is not None:
             figure.savefig(path)

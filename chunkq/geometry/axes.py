@@ -18,9 +18,9 @@ KIND_OF_NAME: dict[str, AxisKind] = {
 }
 """Lower-case name of an axis -> kind. All others are spatial."""
 COLOR_SIZES = (3, 4)
-"""Sizes of a last axis that can be colour."""
+"""Sizes of an axis that can be colour."""
 COLOR_RATIO = 16
-"""Colour is suspected if the two axes before are at least so many times as long."""
+"""Colour is suspected if the two axes of the picture are at least so many times as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,3 +152,16 @@ def looks_like_color(shape: Sequence[int]) -> bool:
     if len(shape) < 3 or shape[-1] not in COLOR_SIZES:
         return False
     return min(shape[-3:-1]) >= COLOR_RATIO * shape[-1]
+
+
+def starts_like_color(shape: Sequence[int]) -> bool:
+    """Return whether the first axis can be colour: 3 or 4 voxels, and two long last axes."""
+    if len(shape) < 3 or shape[0] not in COLOR_SIZES:
+        return False
+    return min(shape[-2:]) >= COLOR_RATIO * shape[0]
+
+
+def color_letters(rank: int, *, first: bool) -> str:
+    """Return the letters of `rank` axes of which the first or the last one is colour."""
+    spatial = LETTERS.replace("c", "")[-(rank - 1) :]
+    return f"c{spatial}" if first else f"{spatial}c"

@@ -19,10 +19,19 @@ UNITS: MappingProxyType[str, str] = MappingProxyType(
         "å": "angstrom",
         "s": "second",
         "sec": "second",
+        "seconds": "second",
         "ms": "millisecond",
+        "msec": "millisecond",
+        "milliseconds": "millisecond",
         "us": "microsecond",
         "µs": "microsecond",
         "μs": "microsecond",
+        "usec": "microsecond",
+        "microseconds": "microsecond",
+        "min": "minute",
+        "minutes": "minute",
+        "h": "hour",
+        "hours": "hour",
     }
 )
 """Short name of a unit in lower case -> its name in OME-Zarr."""

@@ -58,6 +58,11 @@ class Image:
         return tuple(axis for axis in axes if axis is not None and axis.size > 1)
 
     @property
+    def is_channel_series(self) -> bool:
+        """Whether its channels are computed one by one."""
+        return any(axis.kind == "channel" for axis in self.series_axes)
+
+    @property
     def spatial_axes(self) -> tuple[Axis, ...]:
         """The spatial axes in the order of the network."""
         return self.sources[0].spatial_axes

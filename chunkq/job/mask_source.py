@@ -112,9 +112,13 @@ def mask_of(
 
     `array` is the open array of the source.
     """
-    ordered = replace(source, order=_order(source, image))
-    view = ordered.present(array, mask_time(source, image, time))
+    view = in_order_of(source, image).present(array, mask_time(source, image, time))
     return Mask(view, mask_axes(source, image, config.scale), config.above)
+
+
+def in_order_of(source: ImageSource, image: ImageSource) -> ImageSource:
+    """Return the source of a mask with its spatial axes in the network's order of an image."""
+    return replace(source, order=_order(source, image))
 
 
 def spatial_axes(source: ImageSource, image: ImageSource) -> tuple[Axis, ...]:
@@ -167,12 +171,10 @@ def _check_units(cells: Sequence[Axis], voxels: Sequence[Axis], prefix: str) -> 
                 f"{prefix} has voxel sizes in {cell.unit} along {cell.name}, the input in "
                 f"{voxel.unit}; set scale in mask"
             )
-        if not cell.scale * voxel.scale:
-            raise JobError(f"{prefix}: a voxel size along {cell.name} is 0; set scale in mask")
-        if cell.scale * voxel.scale < 0:
+        if cell.scale * voxel.scale <= 0:  # both are negative if both positions fall
             raise JobError(
-                f"{prefix} runs against the input along {cell.name}: voxel sizes {cell.scale:g} "
-                f"and {voxel.scale:g}; flip the mask, or the input"
+                f"{prefix} has voxel size {cell.scale:g} along {cell.name}, the input "
+                f"{voxel.scale:g}; flip one of them, or set scale in mask"
             )
 
 

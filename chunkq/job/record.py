@@ -12,11 +12,12 @@ from typing import Any
 
 from chunkq import __version__, json_values
 from chunkq.errors import ChunkqError, ErrorCode, JobError, StoreError
+from chunkq.job.file_hashes import changed_files, hash_files
 from chunkq.job.items import Image, Item, images_of, items_of, largest_image
 from chunkq.job.job_file import Job, parse_job
 from chunkq.job.resolve import resolve
 from chunkq.job.tasks import EPOCH_DIGITS
-from chunkq.paths import file_hash, without_secret
+from chunkq.paths import without_secret
 from chunkq.plan.fetches import Fetches
 from chunkq.plan.plan import Plan
 from chunkq.storage import documents
@@ -73,22 +74,12 @@ class JobRecord:
     def create(
         cls, job: Job, sources: Sequence[ImageSource], mask: ImageSource | None = None
     ) -> JobRecord:
-        """Create the record of a job. Read and hash each file of the job once.
+        """Create the record of a job. Read and hash each of its files once, see `hash_files`.
 
         Raises JobError with one line per file that cannot be read, and StoreError if an input is
         missing.
         """
-        hashes, problems = {}, []
-        for key, path in job.files.items():
-            try:
-                hashes[key] = file_hash(path)
-            except OSError as error:
-                is_missing = isinstance(error, FileNotFoundError)
-                reason = "no file" if is_missing else "cannot read"
-                problems.append(f"{key}: {reason} {without_secret(path)}; fix the path")
-        if problems:
-            raise JobError(problems)
-        images = images_of(job, sources)
+        hashes, images = hash_files(job), images_of(job, sources)
         identities = (tuple(map(_identity, image.sources)) for image in images)
         mask_identity = "" if mask is None else _identity(mask, "mask")
         return cls(job, images, hashes, tuple(identities), mask=mask, mask_identity=mask_identity)
@@ -109,15 +100,7 @@ class JobRecord:
 
     def changed_files(self) -> list[str]:
         """Return the keys of the files whose content no longer has the recorded hash."""
-        changed = []
-        for key, path in self.job.files.items():
-            try:
-                is_same = file_hash(path) == self.file_hashes[key]
-            except OSError:
-                is_same = False
-            if not is_same:
-                changed.append(key)
-        return changed
+        return changed_files(self.job, self.file_hashes)
 
     @cached_property
     def digest(self) -> str:
@@ -141,7 +124,7 @@ class JobRecord:
                 self.job,
                 image.volume,
                 paths if image.is_alone else [paths[image.number]],
-                by_channel=any(axis.kind == "channel" for axis in image.series_axes),
+                by_channel=image.is_channel_series,
             )
         return self._plans[image.number]
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from chunkq.casts import REAL, misfit
 from chunkq.errors import JobError
+from chunkq.geometry.axes import color_letters, starts_like_color
 from chunkq.geometry.box import Box
 from chunkq.geometry.grid_spec import GridSpec
 from chunkq.job.axis_order import (
@@ -28,26 +29,33 @@ from chunkq.plan.chunk_choice import choose_chunks, storage_edge
 from chunkq.plan.empty_rule import EmptyRule
 from chunkq.plan.outputs import OutputSpec
 from chunkq.plan.plan import Plan, Volume
+from chunkq.storage.remedies import JOB_FILE, Remedies
 
 MAX_PATCH_VALUES = 1 << 31
 """Upper limit for the values of one patch, channels included."""
 
 
 def resolve(
-    job: Job, volume: Volume, paths: Sequence[str] = (), *, by_channel: bool = False
+    job: Job,
+    volume: Volume,
+    paths: Sequence[str] = (),
+    *,
+    by_channel: bool = False,
+    remedies: Remedies = JOB_FILE,
 ) -> Plan:
     """Return the plan of a job over one of its volumes; pure and deterministic.
 
-    Error lines name the `paths` of the volume's arrays, by default the inputs of the job. If
-    `by_channel`, the volume is one channel of an image, whose output has these channels. Raises
-    JobError with one line per mistake.
+    Error lines name the `paths` of the volume's arrays, by default the inputs of the job, and
+    `remedies` for axes. If `by_channel`, the volume is one channel of an image, whose output has
+    these channels. Raises JobError with one line per mistake.
     """
     paths = paths or job.input_paths
-    problems = _volume_problems(job, volume, paths) or _length_problems(job, volume, paths[0])
+    problems = _volume_problems(job, volume, paths, remedies)
+    problems = problems or _length_problems(job, volume, paths[0], remedies)
     problems = problems or _region_problems(job, volume, paths)
     if problems:
         raise JobError(problems)
-    shapes = _Shapes(job, volume, paths, by_channel=by_channel)
+    shapes = _Shapes(job, volume, paths, remedies, by_channel=by_channel)
     if problems := shapes.problems():
         raise JobError(shapes.channels_last_problems() or problems)
     grid = shapes.grid(_region(job, volume))
@@ -65,12 +73,14 @@ def empty_rule(job: Job) -> EmptyRule | None:
     return None if rule is None or isinstance(rule, str) else EmptyRule(float(rule))
 
 
-def _volume_problems(job: Job, volume: Volume, paths: Sequence[str]) -> list[str]:
+def _volume_problems(
+    job: Job, volume: Volume, paths: Sequence[str], remedies: Remedies
+) -> list[str]:
     rank = len(volume.shape)
     if not 1 <= rank <= 4:
         return [
             f"input: {paths[0]} has {rank} spatial axes; expected 1 to 4; use an array with fewer, "
-            "or set axes in input if some are channels or time"
+            f"or {remedies.set_axes()} if some are channels or time"
         ]
     if min(volume.shape) == 0:
         return [
@@ -136,8 +146,8 @@ def _skip_empty_problems(job: Job, dtype: np.dtype[Any]) -> list[str]:
     ]
 
 
-def _length_problems(job: Job, volume: Volume, path: str) -> list[str]:
-    rank = len(volume.shape)
+def _length_problems(job: Job, volume: Volume, path: str, remedies: Remedies) -> list[str]:
+    rank, hint = len(volume.shape), _axes_hint(volume.shape, remedies)
     lists: dict[str, Sequence[object] | None] = {
         "chunksize": job.chunksize,
         "pad_width": job.pad_width,
@@ -149,7 +159,7 @@ def _length_problems(job: Job, volume: Volume, path: str) -> list[str]:
     lists |= {f"offsets.{i}": offset for i, offset in enumerate(job.offsets)}
     problems = [
         f"{key}: found {len(value)} entries; expected {rank}; set one per spatial axis of "
-        f"{path}, whose lengths are {list(volume.shape)}"
+        f"{path}, whose lengths are {list(volume.shape)}{hint if len(value) < rank else ''}"
         for key, value in lists.items()
         if value is not None and len(value) != rank
     ]
@@ -159,7 +169,7 @@ def _length_problems(job: Job, volume: Volume, path: str) -> list[str]:
             problems.append(
                 f"model_config.{key}: found {len(shape)} entries; expected {rank} or {rank + 1}; "
                 f"set one per spatial axis of {path}, whose lengths are {list(volume.shape)}, "
-                f"and {_channel_place(job.model.runtime)}"
+                f"and {_channel_place(job.model.runtime)}{hint if len(shape) < rank else ''}"
             )
         elif shape is not None and prod(shape) > MAX_PATCH_VALUES:
             problems.append(
@@ -167,6 +177,14 @@ def _length_problems(job: Job, volume: Volume, path: str) -> list[str]:
                 f"{MAX_PATCH_VALUES}"
             )
     return problems
+
+
+def _axes_hint(shape: Sequence[int], remedies: Remedies) -> str:
+    """Return what to do if an axis that a job counts as spatial is another one."""
+    if starts_like_color(shape):
+        letters = color_letters(len(shape), first=True)
+        return f"; if its first axis is channels, {remedies.set_axes(letters)}"
+    return f"; if an axis is channels or time, {remedies.set_axes()}"
 
 
 def _region_problems(job: Job, volume: Volume, paths: Sequence[str]) -> list[str]:
@@ -223,8 +241,17 @@ class _Shapes:
     channels last are read with channels first.
     """
 
-    def __init__(self, job: Job, volume: Volume, paths: Sequence[str], *, by_channel: bool) -> None:
+    def __init__(
+        self,
+        job: Job,
+        volume: Volume,
+        paths: Sequence[str],
+        remedies: Remedies,
+        *,
+        by_channel: bool,
+    ) -> None:
         self.job, self.volume, self.paths, self.by_channel = job, volume, paths, by_channel
+        self.remedies = remedies
         rank = len(volume.shape)
         channels = input_channels(job.model, volume)
         model = channels_first(job.model, rank, channels)
@@ -269,6 +296,7 @@ class _Shapes:
         problems += [
             *self._lost_axis_problems(),
             *self._class_problems(),
+            *self._activation_problems(),
             *self._fill_value_problems(),
             *self._channel_problems(found),
         ]
@@ -316,14 +344,14 @@ class _Shapes:
             if self.by_channel and self.channel_axis and self.channels > 1:
                 return [
                     f"input: {path} has several channels, and the network takes one and returns "
-                    f"{self.channels} for it; set channels in input to one of them"
+                    f"{self.channels} for it; {self.remedies.set_channels()} to select one of them"
                 ]
             return []
         count = f" in {len(self.job.input)} inputs" if len(self.job.input) > 1 else ""
         each = "each input has" if is_joined else f"{path} has"
         return [
             f"model_config.model_input_shape: {shape} has {self.input_channels} input channels, "
-            f"but {each} {found}{count}; fix the shape, or set channels or axes in input"
+            f"but {each} {found}{count}; fix the shape, or {self.remedies.set_channels_or_axes()}"
         ]
 
     def _class_problems(self) -> list[str]:
@@ -353,6 +381,16 @@ class _Shapes:
                 f"are unsupported; use at most {MAX_PATCH_VALUES} values per patch"
             )
         return problems
+
+    def _activation_problems(self) -> list[str]:
+        """Return a line if the activation makes every prediction the same."""
+        if self.job.activation != "softmax" or self.channels > 1:
+            return []
+        several = f"[CHANNELS, {', '.join(map(str, self.output))}]"
+        return [
+            "activation: softmax of one channel is 1 everywhere; use sigmoid, or if the network "
+            f"returns several channels, set model_config.model_output_shape: {several}"
+        ]
 
     def _fill_value_problems(self) -> list[str]:
         """Return a line if the output has labels and the fill value is none of them."""

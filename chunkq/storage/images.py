@@ -10,7 +10,7 @@ import numpy as np
 
 from chunkq.access import DEFAULT_ACCESS, Access
 from chunkq.errors import ErrorCode, StoreError
-from chunkq.geometry.axes import Axis, picked
+from chunkq.geometry.axes import Axis, color_letters, picked, starts_like_color
 from chunkq.geometry.grids import AxisGeometry
 from chunkq.paths import split_format, without_secret
 from chunkq.plan.fetches import Fetches, axis_fetches, picked_fetches
@@ -20,6 +20,7 @@ from chunkq.storage.axes_view import AxesView
 from chunkq.storage.formats.base import CACHED, ORIENTATION, ArrayInfo, Options
 from chunkq.storage.formats.registry import format_named, format_of
 from chunkq.storage.oriented import Orientation, OrientedArray
+from chunkq.storage.remedies import JOB_FILE, Remedies
 from chunkq.storage.selection import EVERYTHING, Selection, select
 from chunkq.storage.staged import Slabs
 from chunkq.storage.stored_chunks import StoredCells, StoredChunks
@@ -62,18 +63,18 @@ class ImageSource:
     @property
     def spatial_axes(self) -> tuple[Axis, ...]:
         """The spatial axes in the order of the network."""
-        return tuple(self.axes[number] for number in self._spatial)
+        return tuple(self.axes[number] for number in self.spatial_numbers)
 
     @property
     def time_axis(self) -> Axis | None:
         """The time axis with the selected time points, or None without one."""
-        number = self._number("time")
+        number = self.number("time")
         return None if number is None else picked(self.axes[number], self.time)
 
     @property
     def channel_axis(self) -> Axis | None:
         """The channel axis with the selected channels, or None without one."""
-        number = self._number("channel")
+        number = self.number("channel")
         return None if number is None else picked(self.axes[number], self.channels)
 
     @property
@@ -92,6 +93,17 @@ class ImageSource:
         """Spatial shape, dtype and number of channels, for the planner."""
         return Volume(self.shape, self.dtype, channels=len(self.channels) or 1)
 
+    def doubts(self, remedies: Remedies = JOB_FILE) -> tuple[str, ...]:
+        """Return a line if nothing names the axes, and the first one can be colour."""
+        shape = [axis.size for axis in self.axes]
+        if self.named_by or not starts_like_color(shape):
+            return ()
+        letters = color_letters(len(shape), first=True)
+        return (
+            f"input: {without_secret(self.path)} has shape {shape} without names of its axes, so "
+            f"all are spatial; if the first one is channels, {remedies.set_axes(letters)}",
+        )
+
     def open(self, *, cached: bool = False) -> Array:
         """Open all of the array, as it is stored. Raises StoreError if it cannot be opened.
 
@@ -109,13 +121,13 @@ class ImageSource:
             return None
         along = [
             axis_fetches(axis, self.storage[number])
-            for axis, number in zip(axes, self._spatial, strict=True)
+            for axis, number in zip(axes, self.spatial_numbers, strict=True)
         ]
         for kind, picks, at_once in (
             ("channel", self.channels, not by_channel),
             ("time", self.time, False),
         ):
-            if (number := self._number(kind)) is not None:
+            if (number := self.number(kind)) is not None:
                 along.insert(0, picked_fetches(picks, self.storage[number], at_once=at_once))
         return Fetches(tuple(along), prod(self.storage) * np.dtype(self.dtype).itemsize)
 
@@ -128,15 +140,16 @@ class ImageSource:
         if self.orientation:
             array = OrientedArray(array, self.orientation)
         fixed = {}
-        time_axis, channel_axis = self._number("time"), self._number("channel")
+        time_axis, channel_axis = self.number("time"), self.number("channel")
         if time_axis is not None:
             fixed[time_axis] = self.time[time]
         if channel_axis is not None and (channel is not None or len(self.channels) == 1):
             fixed[channel_axis] = self.channels[channel or 0]
             channel_axis = None
-        if channel_axis is None and not fixed and self._spatial == tuple(range(len(self.axes))):
+        is_stored = self.spatial_numbers == tuple(range(len(self.axes)))
+        if channel_axis is None and not fixed and is_stored:
             return array
-        return AxesView(array, self._spatial, fixed, channel_axis, self.channels)
+        return AxesView(array, self.spatial_numbers, fixed, channel_axis, self.channels)
 
     def stored_chunks(self) -> StoredChunks | None:
         """Return the storage chunks that exist; None if format or storage cannot tell.
@@ -150,12 +163,12 @@ class ImageSource:
     ) -> StoredCells:
         """Return which of these are read by the view that `present` returns."""
         read: dict[int, tuple[int, ...]] = {}
-        time_axis, channel_axis = self._number("time"), self._number("channel")
+        time_axis, channel_axis = self.number("time"), self.number("channel")
         if time_axis is not None:
             read[time_axis] = (self.time[time],)
         if channel_axis is not None:
             read[channel_axis] = self.channels if channel is None else (self.channels[channel],)
-        return stored.spatial(self._spatial, read)
+        return stored.spatial(self.spatial_numbers, read)
 
     def identity(self) -> str | None:
         """Return a string that changes when the array is replaced; None if it is missing.
@@ -166,11 +179,13 @@ class ImageSource:
         return format_named(self.format).identity(self.path, self.options)
 
     @property
-    def _spatial(self) -> tuple[int, ...]:
+    def spatial_numbers(self) -> tuple[int, ...]:
+        """Numbers of the stored spatial axes, in the order of the network."""
         stored = (number for number, axis in enumerate(self.axes) if axis.kind == "space")
         return self.order or tuple(stored)
 
-    def _number(self, kind: str) -> int | None:
+    def number(self, kind: str) -> int | None:
+        """Return the number of the stored axis of a kind, or None without one."""
         return next((number for number, axis in enumerate(self.axes) if axis.kind == kind), None)
 
 
@@ -180,6 +195,7 @@ def find_source(
     access: Access = DEFAULT_ACCESS,
     *,
     allow_empty: bool = False,
+    remedies: Remedies = JOB_FILE,
 ) -> ImageSource:
     """Find the array of an input path: an array, or a level of a multiscale image.
 
@@ -202,17 +218,21 @@ def find_source(
             "voxel would be the fill value; fix the path, or set allow_empty: true",
             code=ErrorCode.INPUT_EMPTY,
         )
-    return source_of(array, selection, path, name)
+    return source_of(array, selection, path, name, remedies)
 
 
 def source_of(
-    array: ArrayInfo, selection: Selection, path: str, format_name: str = ""
+    array: ArrayInfo,
+    selection: Selection,
+    path: str,
+    format_name: str = "",
+    remedies: Remedies = JOB_FILE,
 ) -> ImageSource:
     """Return the source of an array that a format has found. `path` is the user's name of it.
 
     Raises JobError if the selection does not fit it or its axes have no clear meaning.
     """
-    selected = select(array, selection, without_secret(path))
+    selected = select(array, selection, without_secret(path), remedies)
     return ImageSource(
         format_name,
         array.path,

@@ -7,8 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from chunkq.errors import ErrorCode, JobError, suggestion
-from chunkq.geometry.axes import LETTERS, Axis, lettered_axes, looks_like_color
+from chunkq.geometry.axes import (
+    LETTERS,
+    Axis,
+    color_letters,
+    lettered_axes,
+    looks_like_color,
+)
 from chunkq.storage.formats.base import ArrayInfo
+from chunkq.storage.remedies import JOB_FILE, Remedies
 
 Picks = int | str | tuple[int | str, ...]
 """One index, a half-open range `START:STOP:STEP` of which all parts are optional, or a list of
@@ -56,7 +63,9 @@ class SelectedAxes:
     named_by: str
 
 
-def select(array: ArrayInfo, selection: Selection, path: str) -> SelectedAxes:
+def select(
+    array: ArrayInfo, selection: Selection, path: str, remedies: Remedies = JOB_FILE
+) -> SelectedAxes:
     """Return the selected axes of an array. `path` is the user's name of it, for messages.
 
     Raises JobError, with the code AXES_AMBIGUOUS if the meaning of the axes is not clear.
@@ -67,7 +76,7 @@ def select(array: ArrayInfo, selection: Selection, path: str) -> SelectedAxes:
             f"{prefix}: orientation is for NIfTI files only; remove it",
             code=ErrorCode.STORE_UNSUPPORTED,
         )
-    axes, named_by = _named(array, selection.axes, prefix)
+    axes, named_by = _named(array, selection.axes, prefix, remedies)
     numbers = {
         kind: [n for n, axis in enumerate(axes) if axis.kind == kind]
         for kind in ("space", "channel", "time")
@@ -75,26 +84,37 @@ def select(array: ArrayInfo, selection: Selection, path: str) -> SelectedAxes:
     for kind in ("channel", "time"):
         if len(numbers[kind]) > 1:
             raise JobError(
-                f"{prefix} has {len(numbers[kind])} axes of type {kind} ({_listed(axes)}); set "
-                f"axes in input, one letter of {LETTERS} per axis",
+                f"{prefix} has {len(numbers[kind])} axes of type {kind} ({_listed(axes)}); "
+                f"{remedies.set_axes()}, one letter of {LETTERS} per axis",
                 code=ErrorCode.AXES_AMBIGUOUS,
             )
     if axes and not numbers["space"]:
         raise JobError(
-            f"{prefix} has no spatial axis ({_listed(axes)}); set axes in input, one letter of "
+            f"{prefix} has no spatial axis ({_listed(axes)}); {remedies.set_axes()}, one letter of "
             f"{LETTERS} per axis",
             code=ErrorCode.AXES_AMBIGUOUS,
         )
+    for key, picks, kind in (
+        ("channels", selection.channels, "channel"),
+        ("time", selection.time, "time"),
+    ):
+        if picks is not None and not numbers[kind]:
+            raise JobError(
+                f"{prefix} has no {kind} axis ({_listed(axes)}); remove {key}, or "
+                f"{remedies.set_axes()}"
+            )
     return SelectedAxes(
         axes,
         _picks("channels", selection.channels, axes, numbers["channel"], array.labels, prefix),
         _picks("time", selection.time, axes, numbers["time"], (), prefix),
-        _order(selection.order, axes, numbers["space"], prefix),
+        _order(selection.order, axes, numbers["space"], prefix, remedies),
         named_by,
     )
 
 
-def _named(array: ArrayInfo, letters: str | None, prefix: str) -> tuple[tuple[Axis, ...], str]:
+def _named(
+    array: ArrayInfo, letters: str | None, prefix: str, remedies: Remedies
+) -> tuple[tuple[Axis, ...], str]:
     """Return the axes with the names of the job file, if it has any, and what names them."""
     shape = [axis.size for axis in array.axes]
     if letters is not None:
@@ -105,11 +125,14 @@ def _named(array: ArrayInfo, letters: str | None, prefix: str) -> tuple[tuple[Ax
             )
         return lettered_axes(letters, array.axes), NAMED_BY_JOB
     if not array.named_by and looks_like_color(shape):
-        color = "tzyx"[-(len(shape) - 1) :] + "c"
-        other = "axes: zyx for a volume" if len(shape) == 3 else f"other letters of {LETTERS}"
+        color = color_letters(len(shape), first=False)
+        other = f"other letters of {LETTERS}"
+        if len(shape) == 3:
+            other = ('axes="zyx"' if remedies.in_python else "axes: zyx") + " for a volume"
+        example = "" if remedies.in_python else f", as in input: {{path: FILE, axes: {color}}}"
         raise JobError(
-            f"{prefix} has shape {shape}, whose last axis can be colour; set axes: {color} for "
-            f"channels, as in input: {{path: FILE, axes: {color}}}, or {other}",
+            f"{prefix} has shape {shape}, whose last axis can be colour; "
+            f"{remedies.set_axes(color)} for channels{example}, or {other}",
             code=ErrorCode.AXES_AMBIGUOUS,
         )
     return array.axes, array.named_by
@@ -125,11 +148,6 @@ def _picks(
 ) -> tuple[int, ...]:
     """Return the indices that `picks` mean along the axis of a kind."""
     if not numbers:
-        if picks is not None:
-            kind = "channel" if key == "channels" else "time"
-            raise JobError(
-                f"{prefix} has no {kind} axis ({_listed(axes)}); remove {key}, or set axes in input"
-            )
         return ()
     size = axes[numbers[0]].size
     if picks is None:
@@ -175,7 +193,11 @@ def _index(key: str, entry: int | str, size: int, labels: Sequence[str], prefix:
 
 
 def _order(
-    order: str | None, axes: Sequence[Axis], spatial: Sequence[int], prefix: str
+    order: str | None,
+    axes: Sequence[Axis],
+    spatial: Sequence[int],
+    prefix: str,
+    remedies: Remedies,
 ) -> tuple[int, ...]:
     if order is None:
         return tuple(spatial)
@@ -183,7 +205,7 @@ def _order(
     if sorted(order) != sorted(number_of):
         raise JobError(
             f"{prefix}: order: expected the spatial axes {', '.join(number_of)} in another order, "
-            f"found {order!r}; use their letters, or set axes in input"
+            f"found {order!r}; use their letters, or {remedies.set_axes()}"
         )
     return tuple(number_of[name] for name in order)
 

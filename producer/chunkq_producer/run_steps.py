@@ -66,6 +66,8 @@ def run_steps(
     check_output(checked, overwrite=overwrite)
     for line in engine.warnings:
         emit(Message(f"chunkq: {line}"))
+    for line in checked.warnings:
+        emit(Message(f"chunkq: warning: {line}"))
     with cluster_for(job, engine, options.workers) as cluster:
         _check_before_writing(checked, engine, cluster, early, overwrite, emit)
         for recovery in range(MAX_RECOVERIES + 1):

@@ -126,6 +126,7 @@ JOB_CASES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*0.5; if the values are logits")
 @pytest.mark.parametrize("name", JOB_CASES)
 def test_predicting_an_array_returns_the_bytes_that_the_job_stores(
     name: str, tmp_path: Path

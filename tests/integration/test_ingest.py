@@ -421,8 +421,9 @@ def test_a_predictor_with_an_orientation_computes_the_canonical_image(
     values = workspace_over(tmp_path, {"orientation": "RAS"}, combine="soft").values
     with Predictor.from_config({k: v for k, v in values.items() if k != "output"}) as predictor:
         prediction = predictor.predict(tmp_path / "in.nii")
-        with pytest.raises(JobError, match="set orientation: RAS in mask"):
-            predictor.predict(tmp_path / "in.nii", mask=tmp_path / "mask.nii")
+        for stored in (tmp_path / "mask.nii", nibabel.load(tmp_path / "mask.nii")):  # type: ignore[attr-defined]
+            with pytest.raises(JobError, match="set orientation: RAS in mask"):
+                predictor.predict(tmp_path / "in.nii", mask=stored)
         mask = {"path": str(tmp_path / "mask.nii"), "orientation": "RAS"}
         predictor.predict(tmp_path / "in.nii", mask=mask)
         with pytest.raises(JobError, match="orientation is for NIfTI") as error:

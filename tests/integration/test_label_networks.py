@@ -169,7 +169,9 @@ def test_integers_of_several_channels_are_scores(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
 def test_an_activation_of_bool_outputs_is_refused(tmp_path: Path, activation: str) -> None:
-    refused(numpy_keys(tmp_path, "x > 0.5"), "bool", "remove activation", activation=activation)
+    keys = numpy_keys(tmp_path, "np.stack([x > 0.5, x < 0.5], 1)")
+    keys |= {"model_output_shape": [2, *PATCH]}
+    refused(keys, "bool", "remove activation", activation=activation)
 
 
 # ------------------------------------------------------------------------- labels as floats
@@ -198,6 +200,7 @@ def test_amounts_are_averaged_without_a_warning(
     assert caplog.records == []
 
 
+@pytest.mark.filterwarnings("ignore:.*0.5; if the values are logits")
 @pytest.mark.parametrize("returned", ["x", "(x > 0.5).astype('f4')", "x * 20 - 10"])
 def test_probabilities_masks_and_logits_are_no_labels(tmp_path: Path, returned: str) -> None:
     assert predict(numpy_keys(tmp_path, returned), combine="hard") is not None

@@ -145,6 +145,7 @@ class Nested:
         return volume()
 
 
+@pytest.mark.filterwarnings("ignore:.*rotates:chunkq.errors.PredictionWarning")
 @pytest.mark.parametrize("name", OBJECTS)
 def test_an_object_gives_the_bytes_of_its_voxels(name: str, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
@@ -217,7 +218,8 @@ def test_the_affine_of_an_image_reaches_its_result(tmp_path: Path) -> None:
     image.set_qform(AFFINE, 2)
     with create_predictor() as predictor:
         prediction = predictor.predict(image)
-        predictor.predict_to_store(image, tmp_path / "out.zarr")
+        with pytest.warns(chunkq.PredictionWarning, match="rotates"):
+            predictor.predict_to_store(image, tmp_path / "out.zarr")
     assert prediction.voxel_size == (0.5, 2.0, 3.0)
     assert "0.5 × 2 × 3 millimeter" in repr(prediction)
     result = prediction.to_nibabel()
@@ -300,6 +302,110 @@ def test_positions_of_an_image_become_coordinates(tmp_path: Path) -> None:
     assert plain.dims == ("z", "y", "x")
 
 
+def stored_places(path: Path) -> tuple[list[float], list[float]]:
+    """Return scale and translation of the spatial axes of an image."""
+    (level,) = zarr.open_group(path, mode="r").attrs["ome"]["multiscales"][0]["datasets"]
+    scale, *rest = level["coordinateTransformations"]
+    translation = rest[0]["translation"] if rest else [0.0] * len(scale["scale"])
+    return scale["scale"][-3:], translation[-3:]
+
+
+def test_falling_coordinates_keep_the_position_of_every_voxel(tmp_path: Path) -> None:
+    coords = {"z": 4 - 0.5 * np.arange(13), "y": 3.0 * np.arange(9), "x": -np.arange(15)}
+    array = xarray.DataArray(volume(), dims=(*"zyx",), coords=coords)
+    with create_predictor(combine="soft") as predictor:
+        prediction = predictor.predict(array)
+        predictor.predict_to_store(array, tmp_path / "out.zarr")
+        again = predictor.predict(tmp_path / "out.zarr").to_xarray()
+    assert stored_places(tmp_path / "out.zarr") == ([-0.5, 3, -1], [4, 0, 0])
+    np.testing.assert_array_equal(read_output(tmp_path / "out.zarr"), prediction.labels)
+    assert prediction.voxel_size == (0.5, 3, 1)
+    for dim in "zyx":
+        np.testing.assert_allclose(again[dim], array[dim])
+        np.testing.assert_array_equal(prediction.to_xarray()[dim], array[dim])
+
+
+def test_an_affine_without_rotation_keeps_the_position_of_every_voxel(tmp_path: Path) -> None:
+    affine = np.diag([-2.0, -2.0, 3.0, 1.0])
+    affine[:3, 3] = 90, 126, -72
+    affine[0, 1] = 1e-9  # a rounding error
+    with create_predictor() as predictor:
+        predictor.predict_to_store(nibabel.Nifti1Image(volume(), affine), tmp_path / "out.zarr")
+    assert stored_places(tmp_path / "out.zarr") == ([-2, -2, 3], [90, 126, -72])
+
+
+def test_positions_that_the_axes_cannot_hold_are_not_stored_and_are_a_warning(
+    tmp_path: Path,
+) -> None:
+    z = xarray.DataArray(np.arange(13.0) ** 2, dims="z", attrs={"units": "um"})
+    array = xarray.DataArray(volume(), dims=(*"zyx",), coords={"z": z, "x": np.arange(15) + 5})
+    with create_predictor() as predictor:
+        with pytest.warns(chunkq.PredictionWarning, match="along z"):
+            predictor.predict_to_store(array, tmp_path / "out.zarr")
+        predictor.predict_to_store(array, tmp_path / "out.zarr", overwrite=True)  # once
+    assert stored_places(tmp_path / "out.zarr") == ([1, 1, 1], [0, 0, 5])
+    axes, _ = stored_axes(tmp_path / "out.zarr")
+    assert "unit" not in axes[1]
+    with create_predictor() as predictor, pytest.warns(chunkq.PredictionWarning, match="affine"):
+        predictor.predict_to_store(nibabel.Nifti1Image(volume(), AFFINE), tmp_path / "b.zarr")
+    assert stored_places(tmp_path / "b.zarr") == ([0.5, 2, 3], [0, 0, 0])
+
+
+def test_a_single_slice_keeps_its_position(tmp_path: Path) -> None:
+    coords = {"z": [7.5], "y": np.arange(9), "x": np.arange(15)}
+    array = xarray.DataArray(volume()[:1], dims=(*"zyx",), coords=coords)
+    with create_predictor() as predictor:
+        predictor.predict_to_store(array, tmp_path / "out.zarr")
+    assert stored_places(tmp_path / "out.zarr") == ([1, 1, 1], [7.5, 0, 0])
+
+
+def test_labels_and_voxel_sizes_of_a_dataset_are_those_of_its_axes(tmp_path: Path) -> None:
+    file = h5py.File(tmp_path / "v.h5", "w")
+    dataset = file.create_dataset("v", data=np.stack([volume()] * 2))
+    for dim, label in zip(dataset.dims, "tzyx", strict=True):
+        dim.label = label
+    dataset.attrs["element_size_um"] = [3.0, 0.5, 0.25]
+    with create_predictor(combine="soft") as predictor:
+        prediction = predictor.predict(dataset)
+        predictor.predict_to_store(dataset, tmp_path / "out.zarr")
+    assert prediction.labels.shape == (2, *SHAPE)
+    assert prediction.voxel_size == (3, 0.5, 0.25)
+    assert stored_places(tmp_path / "out.zarr") == ([3, 0.5, 0.25], [0, 0, 0])
+    file.close()
+
+
+def test_a_zarr_level_has_the_axes_of_its_image(tmp_path: Path) -> None:
+    image = xarray.DataArray(volume(), dims=(*"zyx",), coords={"z": 2.0 * np.arange(13) + 1})
+    with create_predictor() as predictor:  # writes c, z, y, x
+        predictor.predict_to_store(image, tmp_path / "in.zarr")
+        level = zarr.open_group(tmp_path / "in.zarr", mode="r")["0"]
+        expected = predictor.predict(level[1])
+        shapes = {"model_input_shape": [2, 4, 4, 4], "model_output_shape": [1, 4, 4, 4]}
+    with chunkq.Predictor.from_model(second_minus_first, **shapes) as predictor:
+        prediction = predictor.predict(level)
+    np.testing.assert_array_equal(prediction.input[1], expected.input)
+    np.testing.assert_array_equal(prediction.to_xarray()["z"], image["z"])
+
+
+def test_the_order_of_the_network_is_that_of_the_result(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text("def net(batch): return batch * 1.0")
+    model = {"runtime": "numpy", "type": "class", "class_name": "net"}
+    model |= {"class_file": str(tmp_path / "net.py"), "model_input_shape": [1, 4, 5, 6]}
+    values = {"input": {"path": "unused", "order": "zyx"}, "model_config": model}
+    affine = np.diag([2.0, 3.0, 4.0, 1.0])
+    affine[:3, 3] = 10, 20, 30
+    image = nibabel.Nifti1Image(volume(), affine)
+    array = xarray.DataArray(volume(), dims=(*"xyz",), coords={"x": 10 + 2.0 * np.arange(13)})
+    with chunkq.Predictor.from_config(values) as predictor:
+        result, from_array = predictor.predict(image), predictor.predict(array)
+    np.testing.assert_array_equal(result.input, volume().transpose())
+    back = result.to_nibabel("labels")
+    point = back.affine @ [1, 2, 3, 1]  # z, y, x
+    np.testing.assert_allclose(point, affine @ [3, 2, 1, 1])
+    assert from_array.to_xarray().dims == ("z", "y", "x")
+    np.testing.assert_array_equal(from_array.to_xarray()["x"], array["x"])
+
+
 IRREGULAR = {
     "gaps": np.array([0, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]),
     "names": np.array([*"abcdefghijklm"]),
@@ -363,23 +469,33 @@ def tiff_of(folder: Path, values: npt.NDArray[Any], axes: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", ["time", "volumes"])
-def test_several_time_points_are_refused(name: str, tmp_path: Path) -> None:
+CHANNELS = [name for name in MANY if name not in ("time", "volumes")]
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_channels_of_which_the_network_returns_several_are_refused(
+    name: str, tmp_path: Path
+) -> None:
     with create_predictor() as predictor, pytest.raises(JobError) as caught:
         predictor.predict(MANY[name](tmp_path))
     assert caught.value.code is ErrorCode.JOB_INVALID
     [line] = caught.value.problems
     assert line.startswith("input: ")
-    assert "time points" in line
+    assert "channels=" in line
+    assert " in input" not in line
 
 
-@pytest.mark.parametrize("name", [name for name in MANY if name not in ("time", "volumes")])
+@pytest.mark.parametrize("name", CHANNELS)
 def test_channels_that_the_network_does_not_take_are_refused(name: str, tmp_path: Path) -> None:
-    with create_predictor() as predictor, pytest.raises(JobError) as caught:
+    shapes = {"model_input_shape": [5, 4, 4, 4], "model_output_shape": [2, 4, 4, 4]}
+    predictor = chunkq.Predictor.from_model(net, **shapes)
+    with predictor, pytest.raises(JobError) as caught:
         predictor.predict(MANY[name](tmp_path))
     assert caught.value.code is ErrorCode.JOB_INVALID
     [line] = caught.value.problems
     assert line.startswith("model_config.model_input_shape: ")
+    assert "axes=" in line
+    assert " in input" not in line
 
 
 def second_minus_first(batch: npt.NDArray[Any]) -> npt.NDArray[Any]:

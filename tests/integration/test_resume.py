@@ -228,7 +228,7 @@ def replace_input(workspace: Workspace) -> dict[str, Any]:
         ({"strides": [3, 4]}, ": strides)"),
         ({"combine": "soft", "chunksize": [16, 16]}, ": chunksize, combine)"),
         ({"model": {"max_batch_size": 2}}, ": model_config.max_batch_size)"),
-        ({"activation": "softmax"}, ": activation)"),
+        ({"activation": "sigmoid"}, ": activation)"),
         (change_network, "model_config.class_file)"),
         ({"input": "other.zarr"}, ": input, the input volume)"),
         (replace_input, ": the input volume)"),

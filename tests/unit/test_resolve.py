@@ -412,3 +412,31 @@ def test_only_weighted_averages_are_stored_with_channels(
     box = Box((2, 3), (4, 9))
     channels = Box.of_shape(shape[: len(shape) - 2])
     assert plan.output_box(box) == Box(channels.start + box.start, channels.stop + box.stop)
+
+
+@pytest.mark.parametrize("combine", ["weighted_avg", "soft", "hard"])
+@pytest.mark.parametrize("output", [None, [4, 4], [1, 4, 4]])
+def test_softmax_of_one_channel_is_refused(output: list[int] | None, combine: str) -> None:
+    keys = {"model": {"model_output_shape": output}} if output else {}
+    (line,) = problems((8, 8), (4, 4), activation="softmax", combine=combine, **keys)
+    assert_problem(line, "activation", "softmax", "sigmoid", "[CHANNELS, 4, 4]")
+
+
+def test_softmax_of_several_channels_and_sigmoid_of_one_are_accepted() -> None:
+    several = {"model_output_shape": [2, 4, 4]}
+    assert plan_for((8, 8), (4, 4), activation="softmax", model=several).channels == 2
+    assert plan_for((8, 8), (4, 4), activation="sigmoid").channels == 1
+
+
+@pytest.mark.parametrize(
+    ("volume", "hint"),
+    [((3, 64, 64), "axes: cyx"), ((4, 20, 64, 64), "axes: czyx"), ((9, 64, 64), "set axes")],
+)
+def test_a_key_with_too_few_entries_has_a_hint_about_the_axes(
+    volume: tuple[int, ...], hint: str
+) -> None:
+    (line,) = problems(volume, (4,) * len(volume), strides=[4, 4], **SLIDING)
+    assert_problem(line, "strides", 2, len(volume))
+    assert hint in line
+    (line,) = problems(volume, (4,) * len(volume), strides=[4] * 5, **SLIDING)
+    assert "axes" not in line

@@ -13,6 +13,7 @@ from chunkq.geometry.box import Box
 from chunkq.storage.array import Array
 from chunkq.storage.formats.base import ArrayInfo
 from chunkq.storage.images import ImageSource, source_of
+from chunkq.storage.remedies import PYTHON
 from chunkq.storage.selection import Selection
 
 LABELS = ("DAPI", "GFP", "GFP")
@@ -174,6 +175,33 @@ def test_a_shape_that_can_be_colour_is_refused_until_axes_are_named(
 @pytest.mark.parametrize("shape", [(47, 48, 3), (100, 3), (64, 64, 5), (3, 64, 64), (64, 64, 2)])
 def test_other_shapes_without_names_are_spatial(shape: tuple[int, ...]) -> None:
     assert unnamed(shape).shape == shape
+
+
+@pytest.mark.parametrize("shape", [(3, 48, 48), (4, 64, 100), (3, 5, 64, 64)])
+def test_a_first_axis_that_can_be_colour_is_spatial_with_a_doubt(shape: tuple[int, ...]) -> None:
+    letters = "c" + "zyx"[-(len(shape) - 1) :]
+    spatial = unnamed(shape)
+    assert spatial.shape == shape
+    (line,) = spatial.doubts()
+    assert f"axes: {letters} in input" in line
+    assert f'axes="{letters}"' in spatial.doubts(PYTHON)[0]
+    assert unnamed(shape, axes=letters).doubts() == ()
+    assert unnamed(shape, axes="tzyx"[-len(shape) :]).doubts() == ()
+
+
+@pytest.mark.parametrize("shape", [(3, 47, 48), (3, 100), (5, 500, 500), (2, 64, 64), (64, 64, 64)])
+def test_other_first_axes_raise_no_doubt(shape: tuple[int, ...]) -> None:
+    assert unnamed(shape).doubts() == ()
+
+
+def test_messages_of_a_predictor_name_its_arguments() -> None:
+    info = ArrayInfo("/in.zarr", plain_axes((64, 64, 3)), "uint8")
+    with pytest.raises(JobError) as raised:
+        source_of(info, Selection(), "the array", remedies=PYTHON)
+    assert 'axes="yxc"' in str(raised.value)
+    assert "input: {" not in str(raised.value)
+    with pytest.raises(JobError, match="pass axes="):
+        source_of(info, Selection(axes="zyx", channels=0), "the array", remedies=PYTHON)
 
 
 def test_a_named_last_axis_is_no_colour() -> None:

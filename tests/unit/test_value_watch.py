@@ -67,8 +67,10 @@ def test_labels_give_no_warning() -> None:
     assert result.output_range == (0, 4)
 
 
-def test_constant_outputs_of_a_constant_input_give_no_warning() -> None:
-    assert check(0 * X, "none", "weighted_avg", received=0 * INPUT).warnings == ()
+@pytest.mark.parametrize("value", [0, np.inf, np.nan])
+def test_constant_outputs_of_a_constant_input_give_no_warning(value: float) -> None:
+    received = np.full_like(INPUT, value)
+    assert check(0 * X, "none", "weighted_avg", received=received).warnings == ()
 
 
 def test_ranges_are_those_of_finite_values_and_of_patches_only() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from threading import Event
 from typing import TypeVar
 
@@ -26,6 +27,7 @@ from chunkq_worker.cancellation import stopped_by
 from chunkq_worker.frameworks import framework_rule
 from chunkq_worker.inference_engine import ENGINES_CACHED, InferenceEngine
 from chunkq_worker.loading import loading
+from chunkq_worker.value_watch import ChunkWatch, ValueWatch
 
 T = TypeVar("T")
 
@@ -37,6 +39,7 @@ class Device:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._engines: OrderedDict[str, InferenceEngine] = OrderedDict()
         self._borrowed: dict[str, InferenceEngine] = {}
+        self._watches: dict[str, ChunkWatch] = {}
         self._waiting: set[Task] = set()
         self._lock = threading.Lock()
         self._finished = 0.0
@@ -59,14 +62,22 @@ class Device:
         return self.run(lambda: self._load(allowed_job_path(folder), record, record.plan()))
 
     @contextmanager
-    def compute_with(self, job: JobHandle, engine: InferenceEngine) -> Iterator[None]:
-        """Use the caller's engine for a job inside the `with` block; the caller closes it."""
+    def compute_with(
+        self, job: JobHandle, engine: InferenceEngine, watch: ChunkWatch | None = None
+    ) -> Iterator[None]:
+        """Use the caller's engine for a job inside the `with` block; the caller closes it.
+
+        `watch` gets the values of one of the chunks, if it is set.
+        """
         key = _job_key(job.folder.path, job.record)
         self._borrowed[key] = engine
+        if watch is not None:
+            self._watches[key] = watch
         try:
             yield
         finally:
             self._borrowed.pop(key, None)
+            self._watches.pop(key, None)
 
     def start(
         self,
@@ -75,13 +86,15 @@ class Device:
         halos: Halos,
         selection: PatchSelection,
         stop: Event | None = None,
+        watch: ValueWatch | None = None,
     ) -> Future[Callable[[], Contribution]]:
         """Start the selected patches of a chunk on the device thread, where `engine` is called.
 
         The result is a function that waits for the chunk. Do not call it on the device thread.
-        The chunk is given up between two batches once `stop` is set.
+        The chunk is given up between two batches once `stop` is set. `watch` gets the values of its
+        first batch.
         """
-        return self.run(lambda: self._start(engine(), chunk, halos, selection, stop))
+        return self.run(lambda: self._start(engine(), chunk, halos, selection, stop, watch))
 
     def _start(
         self,
@@ -90,12 +103,13 @@ class Device:
         halos: Halos,
         selection: PatchSelection,
         stop: Event | None = None,
+        watch: ValueWatch | None = None,
     ) -> Callable[[], Contribution]:
         def run_in_device_thread(run: Callable[[Chunk, Halos, PatchSelection], T]) -> T:
             with stopped_by(stop):
                 return run(chunk, halos, selection)
 
-        finish = run_in_device_thread(engine.start)
+        finish = run_in_device_thread(partial(engine.start, watch=watch))
 
         def finish_or_check() -> Contribution:
             result = finish()
@@ -120,7 +134,9 @@ class Device:
             self._waiting.discard(task)
             engine = self._engine(item)
             started = time.time()
-            finish = self._start(engine, chunk, halos, selection)
+            watch = self._watches.get(_job_key(item.job.folder.path, item.job.record))
+            value_watch = None if watch is None else watch.of(item.number, chunk)
+            finish = self._start(engine, chunk, halos, selection, watch=value_watch)
             framework_rule.record(item.job.record.job.model)
             return finish
 

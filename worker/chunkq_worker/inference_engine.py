@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable
+from contextlib import nullcontext
 from copy import copy
 from typing import Any
 
@@ -25,6 +26,7 @@ from chunkq_worker.output_checks import OutputChecks
 from chunkq_worker.runtimes.base import Runtime, load_runtime
 from chunkq_worker.runtimes.item_shapes import ItemShapes
 from chunkq_worker.steps import Steps
+from chunkq_worker.value_watch import ValueWatch
 
 ENGINES_CACHED = 2
 """Engines, and with them loaded networks, that a process keeps at most."""
@@ -105,16 +107,24 @@ class InferenceEngine:
         result = self.start(chunk, halos, selection)()
         return self.check(chunk, halos, selection) if result is None else result
 
-    def start(self, chunk: Chunk, halos: Halos, selection: PatchSelection | None = None) -> Finish:
+    def start(
+        self,
+        chunk: Chunk,
+        halos: Halos,
+        selection: PatchSelection | None = None,
+        watch: ValueWatch | None = None,
+    ) -> Finish:
         """Compute a chunk; return a function that waits for its results.
 
         The device thread continues with the next chunk. If the function returns None, call `check`.
-        Raise PredictionError if the network's dtype cannot hold the input of a patch that runs.
+        The values of the first batch are reported to `watch`, if it is set. Raise PredictionError
+        if the network's dtype cannot hold the input of a patch that runs.
         """
         is_partial = selection is not None and len(selection.run) < chunk.patches
         run = selection.run if selection is not None and is_partial else None
         self.batcher.check_input(halos, chunk.halo.start, run)
-        return self.pipeline.start(chunk, halos, selection)
+        with nullcontext() if watch is None else self.batcher.watched_by(watch):
+            return self.pipeline.start(chunk, halos, selection)
 
     def check(
         self, chunk: Chunk, halos: Halos, selection: PatchSelection | None = None

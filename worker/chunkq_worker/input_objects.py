@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,15 +11,15 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
-from chunkq.blend.image_objects import ImageGeometry
 from chunkq.errors import ArgumentError, ChunkqError, ChunkReadError, JobError
-from chunkq.geometry.axes import Axis, named_axes
+from chunkq.geometry.axes import Axis, AxisKind, kind_of_name, named_axes, plain_axes
 from chunkq.geometry.axis_units import unit_name
 from chunkq.geometry.box import Box
 from chunkq.storage.array import Array, box_error
-from chunkq.storage.formats import hdf5_axes
-from chunkq.storage.formats.base import Options, native_dtype
-from chunkq.storage.formats.tiff_axes import ImageMetadata, described_axes, image_metadata
+from chunkq.storage.formats import hdf5_axes, tiff_axes
+from chunkq.storage.formats.base import native_dtype
+from chunkq.storage.formats.nifti import MAX_SHIFT
+from chunkq.storage.images import find_source
 from chunkq_worker.imported_classes import class_name, is_instance
 
 EXPECTED = (
@@ -60,22 +61,27 @@ class ObjectArray(Array):
 
 
 @dataclass(frozen=True)
-class OpenedInput:
-    """An input: its array, what is known of its spatial axes, and whether it is in memory.
+class ObjectInput:
+    """An array or image of another package.
 
-    `axes` are all axes of the array if the object names them, else empty. `path` is that of an
-    input that a job can read, else empty, and `options` are those of its format.
+    `array` is all of it. `axes` are its axes; `is_named` says whether the object names them.
+    `affine` (4, 4) and `header` are those of a nibabel image, `dims` and `coords` those of a
+    DataArray. `in_memory` says whether reading is free. `lost` has one line for each property of
+    its positions that `axes` cannot hold.
     """
 
     array: Array
-    geometry: ImageGeometry
+    axes: tuple[Axis, ...]
+    is_named: bool = False
+    affine: npt.NDArray[Any] | None = None
+    header: Any = None
+    dims: tuple[Any, ...] = ()
+    coords: Mapping[Any, Any] = field(default_factory=dict)
     in_memory: bool = False
-    axes: tuple[Axis, ...] = ()
-    path: str = ""
-    options: Options = field(default_factory=dict)
+    lost: tuple[str, ...] = ()
 
 
-def open_object(value: Any, name: str) -> OpenedInput:
+def open_object(value: Any, name: str) -> ObjectInput:
     """Open an array-like or an image; `name` is for messages.
 
     Raise ArgumentError if it is neither.
@@ -117,17 +123,17 @@ def _opened(
     *,
     axes: Sequence[Axis] | None = None,
     convert: Callable[[Any], Any] = np.asarray,
-    in_memory: bool = False,
-    **geometry: Any,
-) -> OpenedInput:
-    """Return an input; `axes` describe all axes of `shape`."""
+    **more: Any,
+) -> ObjectInput:
+    """Return an input; `axes` are those that the object names, or None."""
     if any(isinstance(n, float) for n in shape):  # dask's unknown lengths are NaN
         raise JobError(
             f"input: {name} has the unknown shape {tuple(shape)}; call its method "
             "compute_chunk_sizes() first"
         )
     array = ObjectArray(name, values, shape, dtype, convert)
-    return OpenedInput(array, ImageGeometry(**geometry), in_memory, tuple(axes or ()))
+    named = plain_axes(array.shape) if axes is None else tuple(axes)
+    return ObjectInput(array, named, **({"is_named": axes is not None} | more))
 
 
 def _named_axes(
@@ -147,7 +153,7 @@ def _named_axes(
     )
 
 
-def _open_masked(value: Any, name: str) -> OpenedInput:
+def _open_masked(value: Any, name: str) -> ObjectInput:
     if np.ma.is_masked(value):
         raise JobError(
             f"input: {name} has masked voxels; fill them first, for example with array.filled(0)"
@@ -155,7 +161,7 @@ def _open_masked(value: Any, name: str) -> OpenedInput:
     return _opened(name, value.data, value.shape, value.dtype, in_memory=True)
 
 
-def _open_tensor(tensor: Any, name: str) -> OpenedInput:
+def _open_tensor(tensor: Any, name: str) -> ObjectInput:
     if tensor.is_sparse or tensor.is_quantized:
         raise JobError(f"input: {name} is sparse or quantized; pass tensor.to_dense() or floats")
     # NumPy has no bfloat16; float32 holds its values.
@@ -172,7 +178,7 @@ def _tensor_to_numpy(tensor: Any) -> npt.NDArray[Any]:
     return np.asarray((tensor.float() if is_bfloat16 else tensor).numpy())
 
 
-def _open_nibabel(image: Any, name: str) -> OpenedInput:
+def _open_nibabel(image: Any, name: str) -> ObjectInput:
     """Open an image; its axes are those of its array, x first."""
     data, shape = image.dataobj, tuple(image.shape)
     file = image.file_map.get("image") if image.file_map else None
@@ -181,42 +187,66 @@ def _open_nibabel(image: Any, name: str) -> OpenedInput:
         data, is_array = np.asanyarray(data), True
     # Reading applies the scale factors of the file, which determine the dtype.
     dtype = data.dtype if is_array else np.asanyarray(data[(slice(0, 1),) * len(shape)]).dtype
-    unit = None
+    unit = time_unit = None
     if hasattr(image.header, "get_xyzt_units"):
-        unit = image.header.get_xyzt_units()[0].replace("unknown", "") or None
+        unit, time_unit = image.header.get_xyzt_units()
     affine = None if image.affine is None else np.asarray(image.affine, np.float64)
     count, extra = min(3, len(shape)), max(0, len(shape) - 3)
-    scales, origin = [1.0] * count, [0.0] * count
-    if affine is not None:
-        scales = [float(n) for n in np.linalg.norm(affine[:3, :3], axis=0)[:count]]
-        if (
-            np.array_equal(affine[:3, :3], np.diag(np.diag(affine)[:3]))
-            and (np.diag(affine)[:3] > 0).all()
-        ):
-            origin = [float(n) for n in affine[:count, 3]]
+    scales, origin, lost = _placed(affine, shape[:count])
+    step = [float(n) or 1.0 for n in image.header.get_zooms()[3:4]] if extra else []
     axes = _named_axes(
         [*"xyz"[:count], *["t", *["c"] * extra][:extra]],
         shape,
-        [n or 1.0 for n in scales] + [1.0] * extra,
-        origin + [0.0] * extra,
-        [unit] * count + [None] * extra,
+        [*scales, *step, *[1.0] * (extra - len(step))],
+        [*origin, *[0.0] * extra],
+        [*[unit] * count, *[time_unit, *[None] * extra][:extra]],
     )
     return _opened(
-        name, data, shape, dtype, axes=axes, in_memory=is_array, affine=affine, header=image.header
+        name,
+        data,
+        shape,
+        dtype,
+        axes=axes,
+        in_memory=is_array,
+        affine=affine,
+        header=image.header,
+        lost=lost,
     )
 
 
-def _open_xarray(array: Any, name: str) -> OpenedInput:
-    steps = [
-        _spacing(array.coords.get(dim), n) for dim, n in zip(array.dims, array.shape, strict=True)
-    ]
-    units = [getattr(array.coords.get(dim), "attrs", {}).get("units") for dim in array.dims]
+def _placed(
+    affine: npt.NDArray[Any] | None, shape: Sequence[int]
+) -> tuple[list[float], list[float], tuple[str, ...]]:
+    """Return voxel sizes, position of the first voxel, and what these do not say of an affine.
+
+    A voxel size is negative along an axis whose position falls.
+    """
+    count = len(shape)
+    if affine is None:
+        return [1.0] * count, [0.0] * count, ()
+    matrix = affine[:3, :3]
+    diagonal = np.diag(matrix)
+    sizes = np.linalg.norm(matrix, axis=0)
+    lengths = np.array([*shape, *[1] * (3 - count)])
+    shift = np.abs(matrix - np.diag(diagonal)) @ (lengths - 1)
+    if (shift <= MAX_SHIFT * sizes.min()).all() and diagonal[:count].all():
+        return diagonal[:count].tolist(), affine[:count, 3].tolist(), ()
+    line = "its affine rotates or permutes the axes: voxel sizes are stored, and no position"
+    return [float(size) or 1.0 for size in sizes[:count]], [0.0] * count, (line,)
+
+
+def _open_xarray(array: Any, name: str) -> ObjectInput:
+    pairs = zip(array.dims, array.shape, strict=True)
+    places = [_place_of(array.coords.get(dim), n, kind_of_name(str(dim))) for dim, n in pairs]
     axes = _named_axes(
-        array.dims, array.shape, [step for step, _ in steps], [start for _, start in steps], units
+        array.dims,
+        array.shape,
+        [place.step for place in places],
+        [place.start for place in places],
+        [place.unit for place in places],
     )
-    dims = {dim for dim, axis in zip(array.dims, axes, strict=True) if axis.kind == "space"}
-    coords = {key: coord for key, coord in array.coords.items() if {*coord.dims} <= dims}
-    kept = tuple(dim for dim in array.dims if dim in dims)
+    irregular = [str(dim) for dim, p in zip(array.dims, places, strict=True) if p.is_irregular]
+    line = f"its positions along {', '.join(irregular)} are not evenly spaced and are not stored"
     return _opened(
         name,
         array.variable,  # without coordinates, which a slice would load, too
@@ -225,24 +255,45 @@ def _open_xarray(array: Any, name: str) -> OpenedInput:
         axes=axes,
         convert=lambda part: part.values,
         in_memory=isinstance(array.variable._data, np.ndarray),
-        dims=kept,
-        coords=coords,
+        dims=tuple(array.dims),
+        coords=dict(array.coords),
+        lost=(line,) if irregular else (),
     )
 
 
-def _spacing(coordinate: Any, size: int) -> tuple[float, float]:
-    """Return step and start of the positions along an axis; (1, 0) if they are not regular."""
-    if coordinate is None or size < 2 or coordinate.dtype.kind not in "iuf":
-        return 1.0, 0.0
-    positions = np.asarray(coordinate.values, np.float64)
+@dataclass(frozen=True)
+class _Place:
+    """Positions along an axis: those of evenly spaced voxels, with a negative step if they fall."""
+
+    step: float = 1.0
+    start: float = 0.0
+    unit: str | None = None
+    is_irregular: bool = False
+
+
+def _place_of(coordinate: Any, size: int, kind: AxisKind) -> _Place:
+    """Return the positions of the voxels along an axis from its coordinate.
+
+    Along time, dates begin at 0, and they and durations are in seconds. Texts are no positions.
+    """
+    numbers = "iufmM" if kind == "time" else "iuf"
+    if coordinate is None or coordinate.dtype.kind not in numbers or size == 0:
+        return _Place()
+    unit = coordinate.attrs.get("units", coordinate.attrs.get("unit"))
+    values = np.asarray(coordinate.values)
+    if values.dtype.kind in "mM":
+        start = values[0] if values.dtype.kind == "M" else np.timedelta64(0)
+        values, unit = (values - start) / np.timedelta64(1, "s"), "second"
+    positions = values.astype(np.float64)
     steps = np.diff(positions)
-    if not np.isfinite(positions).all() or not np.allclose(steps, steps[0], rtol=1e-3, atol=0):
-        return 1.0, 0.0
-    step = float(positions[-1] - positions[0]) / (size - 1)
-    return (step, float(positions[0])) if step > 0 else (abs(step) or 1.0, 0.0)
+    is_even = np.isfinite(positions).all() and np.allclose(steps, steps[:1], rtol=1e-3, atol=0)
+    if not is_even or not steps.all():
+        return _Place(is_irregular=True)
+    step = float(positions[-1] - positions[0]) / (size - 1) if size > 1 else 1.0
+    return _Place(step, float(positions[0]), unit)
 
 
-def _open_tensorstore(store: Any, name: str) -> OpenedInput:
+def _open_tensorstore(store: Any, name: str) -> ObjectInput:
     import tensorstore
 
     shape = tuple(store.shape)
@@ -250,6 +301,7 @@ def _open_tensorstore(store: Any, name: str) -> OpenedInput:
     # NumPy has no bfloat16; float32 holds its values.
     dtype = np.dtype(store.dtype.numpy_dtype)
     is_standard = dtype.kind != "V"
+    labels = store.domain.labels
     units = [None if unit is None else unit.base_unit for unit in store.dimension_units]
     scales = [1.0 if unit is None else float(unit.multiplier) for unit in store.dimension_units]
     return _opened(
@@ -257,42 +309,64 @@ def _open_tensorstore(store: Any, name: str) -> OpenedInput:
         values,
         shape,
         dtype if is_standard else np.float32,
-        axes=_named_axes(store.domain.labels, shape, scales, (), units),
+        axes=_named_axes(labels, shape, scales, (), units),
+        is_named=any(labels),
         convert=lambda part: part.read().result(),
     )
 
 
-def _open_zarr(array: Any, name: str) -> OpenedInput:
+def _open_zarr(array: Any, name: str) -> ObjectInput:
     names = getattr(array.metadata, "dimension_names", None) or array.attrs.get("_ARRAY_DIMENSIONS")
     is_named = isinstance(names, (list, tuple)) and len(names) == len(array.shape)
-    axes = _named_axes(names, array.shape) if is_named and any(names) else None
+    axes = _stored_axes(array)
+    if axes is None and is_named and any(names):
+        axes = _named_axes(names, array.shape)
     return _opened(name, array, array.shape, array.dtype, axes=axes)
 
 
-def _open_tiff(file: Any, name: str) -> OpenedInput:
-    """Open a `TiffFile`, or one of its series, whose axes the file describes."""
-    series = file.series[0] if hasattr(file, "series") else file
-    is_first = hasattr(file, "series")
-    metadata = image_metadata(file, series.kind, series.name) if is_first else ImageMetadata()
-    return _open_series(series, name, metadata)
+def _stored_axes(array: Any) -> tuple[Axis, ...] | None:
+    """Return the axes that a job finds for a Zarr array on a local disk, None if it finds none.
+
+    The array is often a level of an OME-Zarr image, whose group names the axes.
+    """
+    if not is_instance(array.store, "zarr", "storage.LocalStore"):
+        return None
+    try:
+        source = find_source(os.path.join(array.store.root, array.path), allow_empty=True)
+    except (ChunkqError, OSError):
+        return None
+    is_same = tuple(axis.size for axis in source.axes) == tuple(array.shape)
+    return source.axes if is_same and source.named_by else None
 
 
-def _open_series(series: Any, name: str, metadata: ImageMetadata) -> OpenedInput:
-    import zarr
-
-    array = zarr.open_array(series.aszarr(level=0), mode="r")
-    axes = described_axes(series.axes, array.shape, metadata)
-    return _opened(name, array, array.shape, array.dtype, axes=axes)
-
-
-def _open_hdf5(dataset: Any, name: str) -> OpenedInput:
+def _open_hdf5(dataset: Any, name: str) -> ObjectInput:
     if dataset.shape is None:
         raise ArgumentError(f"input: {name} is an HDF5 dataset without values, {EXPECTED}")
     axes, source = hdf5_axes.described_axes(dataset)
-    return _opened(name, dataset, dataset.shape, dataset.dtype, axes=axes if source else None)
+    return _opened(name, dataset, dataset.shape, dataset.dtype, axes=axes, is_named=bool(source))
 
 
-def _open_tiff_store(store: Any, name: str) -> OpenedInput:
+def _open_tiff(file: Any, name: str) -> ObjectInput:
+    """Open a `TiffFile`, or one of its series, whose axes the file describes."""
+    import zarr
+
+    is_file = hasattr(file, "series")
+    series = file.series[0] if is_file else file
+    metadata = tiff_axes.ImageMetadata()
+    if is_file:
+        metadata = tiff_axes.image_metadata(file, series.kind, series.name)
+    array = zarr.open_array(series.aszarr(level=0), mode="r")
+    return _opened(
+        name,
+        array,
+        array.shape,
+        array.dtype,
+        axes=tiff_axes.described_axes(series.axes, array.shape, metadata),
+        is_named=bool(tiff_axes.named_by(series.kind, series.axes)),
+    )
+
+
+def _open_tiff_store(store: Any, name: str) -> ObjectInput:
     import zarr
 
     node: Any = zarr.open(store, mode="r")
@@ -300,8 +374,8 @@ def _open_tiff_store(store: Any, name: str) -> OpenedInput:
     return _open_zarr(array, name)
 
 
-def _refuse(what: str, advice: str) -> Callable[[Any, str], OpenedInput]:
-    def refuse(value: Any, name: str) -> OpenedInput:
+def _refuse(what: str, advice: str) -> Callable[[Any, str], ObjectInput]:
+    def refuse(value: Any, name: str) -> ObjectInput:
         members = ", ".join(sorted(map(str, value))[:8])
         raise ArgumentError(
             f"input: {name} is {what} with {members or 'nothing'}, {EXPECTED}; pass {advice}"
@@ -310,7 +384,7 @@ def _refuse(what: str, advice: str) -> Callable[[Any, str], OpenedInput]:
     return refuse
 
 
-_PACKAGES: tuple[tuple[str, tuple[str, ...], Callable[[Any, str], OpenedInput]], ...] = (
+_PACKAGES: tuple[tuple[str, tuple[str, ...], Callable[[Any, str], ObjectInput]], ...] = (
     ("torch", ("Tensor",), _open_tensor),
     ("xarray", ("DataArray",), _open_xarray),
     ("xarray", ("Dataset",), _refuse("a dataset", "one of its variables")),

@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -17,19 +17,22 @@ import numpy.typing as npt
 
 from chunkq.blend.image_objects import ImageGeometry
 from chunkq.errors import ErrorCode, JobError, StoreError
-from chunkq.geometry.axes import plain_axes
 from chunkq.geometry.box import Box
+from chunkq.job.items import Image
 from chunkq.paths import absolute, absolute_input, is_url, without_secret
-from chunkq.plan.plan import Volume
 from chunkq.storage.array import Array
 from chunkq.storage.formats.base import ArrayInfo
 from chunkq.storage.formats.nifti import AFFINE, affine_of
+from chunkq.storage.formats.registry import format_named
 from chunkq.storage.images import ImageSource, find_source, source_of
+from chunkq.storage.remedies import PYTHON
 from chunkq.storage.selection import EVERYTHING, Selection
-from chunkq_worker.input_objects import ObjectArray, OpenedInput, open_object
+from chunkq_worker.input_objects import ObjectArray, ObjectInput, open_object
 
 Input = Any
 """One volume: an array or image object (see `input_objects`), or a path."""
+NAMED_BY = "the array"
+"""What names the axes of a written array, if nothing names those of the original."""
 COPY_BYTES = 64 << 20
 """Bytes written at a time when an array is copied to a file."""
 READERS: MappingProxyType[str, str] = MappingProxyType(
@@ -38,6 +41,58 @@ READERS: MappingProxyType[str, str] = MappingProxyType(
     }
 )
 """Suffix of a file that no job reads -> what returns an object that a predictor reads."""
+
+
+@dataclass(frozen=True)
+class OpenedInput:
+    """An input, and what is read of it.
+
+    `array` is all of it, and `source` says what its axes are and what is read along them. `stored`
+    is the object that holds the array, None for a path. `in_memory` says whether reading is free.
+    `path` is that of an input that a job can read, else empty.
+    """
+
+    array: Array
+    source: ImageSource
+    stored: ObjectInput | None = None
+    in_memory: bool = False
+    path: str = ""
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """One line for each property of its positions that its axes cannot hold."""
+        return () if self.stored is None else self.stored.lost
+
+    def geometry(self, image: Image) -> ImageGeometry:
+        """Return what is known of the axes of a result for `image`, whose first source it is."""
+        geometry = ImageGeometry(self.source.spatial_axes, series=image.series_axes)
+        if self.stored is None:
+            return replace(geometry, **_nifti_geometry(self.source))
+        stored, source = self.stored, self.source
+        series = [(axis.kind, source.number(axis.kind)) for axis in image.series_axes]
+        numbers = [*(number for _, number in series), *source.spatial_numbers]
+        dims = tuple(stored.dims[n] for n in numbers if n is not None) if stored.dims else ()
+        picks = {
+            dim: list(source.time if kind == "time" else source.channels)
+            for dim, (kind, _) in zip(dims, series, strict=False)
+        }
+        coords = {
+            key: coord.isel({dim: picks[dim] for dim in coord.dims if dim in picks})
+            for key, coord in stored.coords.items()
+            if {*coord.dims} <= {*dims}
+        }
+        affine = stored.affine
+        if affine is not None:
+            affine = _reordered(affine, source.spatial_numbers)
+        return replace(geometry, affine=affine, header=stored.header, dims=dims, coords=coords)
+
+
+def _reordered(affine: npt.NDArray[Any], numbers: Sequence[int]) -> npt.NDArray[Any] | None:
+    """Return an affine (4, 4) for an array with these of its axes, None if it has other ones."""
+    if len(numbers) > 3 or max(numbers) > 2:
+        return None
+    missing = [number for number in range(3) if number not in numbers]
+    return affine[:, [*numbers, *missing, 3]]
 
 
 def open_inputs(
@@ -49,37 +104,31 @@ def open_inputs(
     """Open one volume, or each volume of a list or tuple, for reading box by box.
 
     `selection` applies to each of them. A path can be to an array without any storage chunk only if
-    `allow_empty`. The arrays are views ([C,] *S). Raise ArgumentError if one is not an
-    array, JobError if the axes are not clear or the shapes differ, and StoreError for a bad path.
+    `allow_empty`. Raise ArgumentError if one is not an array, JobError if the axes are not clear or
+    the spatial shapes differ, and StoreError for a bad path.
     """
     volumes = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
     if not volumes:
         raise JobError("input: expected at least one volume, found an empty list")
-    names = [f"array {n}" for n in range(len(volumes))] if len(volumes) > 1 else ["the array"]
     opened = tuple(
-        _open_input(v, name, selection, allow_empty) for v, name in zip(volumes, names, strict=True)
+        _open_input(v, name, selection, allow_empty)
+        for v, name in zip(volumes, array_names(len(volumes)), strict=True)
     )
-    arrays = [one.array for one in opened]
+    shapes = [one.source.shape for one in opened]
     problems = [
-        f"input: {without_secret(array.path)} has shape {list(array.shape)}, expected "
-        f"{list(arrays[0].shape)} as the first input; use inputs of the same shape"
-        for array in arrays
-        if array.shape != arrays[0].shape
+        f"input: {without_secret(one.array.path)} has shape {list(shape)}, expected "
+        f"{list(shapes[0])} as the first input; use inputs of the same shape"
+        for one, shape in zip(opened, shapes, strict=True)
+        if shape != shapes[0]
     ]
     if problems:
         raise JobError(problems)
     return opened
 
 
-def volume_of(inputs: Sequence[OpenedInput]) -> Volume:
-    """Return the shape and dtype of the inputs for the planner."""
-    return Volume.joined([_volume_of(one.array) for one in inputs])
-
-
-def _volume_of(array: Array) -> Volume:
-    if not array.has_channels:
-        return Volume(array.shape, str(array.dtype))
-    return Volume(array.shape[1:], str(array.dtype), channels=array.shape[0])
+def array_names(count: int) -> list[str]:
+    """Return the names of the arrays of a call, for messages."""
+    return [f"array {n}" for n in range(count)] if count > 1 else ["the array"]
 
 
 def read_region(array: Array, region: Box) -> npt.NDArray[Any]:
@@ -90,30 +139,31 @@ def read_region(array: Array, region: Box) -> npt.NDArray[Any]:
 
 
 @contextmanager
-def as_paths(opened: Sequence[OpenedInput], output: str) -> Iterator[list[str]]:
-    """Yield one path per input; write the views ([C,] *S) of inputs without one to temporary files.
+def stored_sources(opened: Sequence[OpenedInput], output: str) -> Iterator[list[ImageSource]]:
+    """Yield a source that a job can read for each input; write what has no path to temporary files.
 
-    The files are created beside a local output, else in the
-    system's temporary folder, and removed at the end. Raise StoreError if one cannot be written.
+    The files have the axes ([t,] [c,] *S) of what is read. They are created beside a local output,
+    else in the system's temporary folder, and removed at the end. Raise StoreError if one cannot be
+    written.
     """
-    arrays = [one.array for one in opened]
-    paths = [one.path for one in opened]
     parent = os.path.dirname(absolute(output, Path.cwd()))
     directory = parent if not is_url(output) and os.path.isdir(parent) else None
+    sources = [one.source for one in opened]
     with ExitStack() as stack:
-        if not all(paths):
+        if not all(one.path for one in opened):
             try:
                 temporary = tempfile.TemporaryDirectory(prefix=".chunkq-", dir=directory)
                 folder = stack.enter_context(temporary)
-                for number, array in enumerate(arrays):
-                    paths[number] = paths[number] or _write_npy(array, f"{folder}/{number}.npy")
+                for number, one in enumerate(opened):
+                    if not one.path:
+                        sources[number] = _write_npy(one, f"{folder}/{number}.npy")
             except OSError as error:
                 reason = error.strerror or error
                 raise StoreError(
-                    f"output: {without_secret(arrays[0].path)} cannot be copied beside "
+                    f"output: {without_secret(opened[0].array.path)} cannot be copied beside "
                     f"{without_secret(output)}: {reason}"
                 ) from error
-        yield paths
+        yield sources
 
 
 def _open_input(volume: Input, name: str, selection: Selection, allow_empty: bool) -> OpenedInput:
@@ -122,24 +172,12 @@ def _open_input(volume: Input, name: str, selection: Selection, allow_empty: boo
     return _selected(open_object(volume, name), selection, name)
 
 
-def _selected(opened: OpenedInput, selection: Selection, name: str) -> OpenedInput:
-    """Return the view of an object's array that the network sees."""
-    described = opened.axes or plain_axes(opened.array.shape)
-    named_by = "the object" if opened.axes else ""
-    info = ArrayInfo(name, described, str(opened.array.dtype), named_by=named_by)
-    source = source_of(info, selection, name)
-    geometry = replace(opened.geometry, axes=source.spatial_axes)
-    return replace(opened, array=_presented(source, opened.array), geometry=geometry)
-
-
-def _presented(source: ImageSource, array: Array) -> Array:
-    """Return the view of an array that the network sees. Raise JobError for a time series."""
-    if len(source.time) > 1:
-        raise JobError(
-            f"input: {without_secret(array.path)} has {len(source.time)} time points; predict them "
-            "one by one, or run a job"
-        )
-    return source.present(array)
+def _selected(stored: ObjectInput, selection: Selection, name: str) -> OpenedInput:
+    """Return an object with what is read of it."""
+    named_by = "the object" if stored.is_named else ""
+    info = ArrayInfo(name, stored.axes, str(stored.array.dtype), named_by=named_by)
+    source = source_of(info, selection, name, remedies=PYTHON)
+    return OpenedInput(stored.array, source, stored, stored.in_memory)
 
 
 def _path(volume: Input) -> str:
@@ -149,7 +187,7 @@ def _path(volume: Input) -> str:
 def _open_path(path: str, selection: Selection, allow_empty: bool) -> OpenedInput:
     """Open an input of a job."""
     try:
-        source = find_source(path, selection, allow_empty=allow_empty)
+        source = find_source(path, selection, allow_empty=allow_empty, remedies=PYTHON)
     except StoreError as error:
         if error.code is not ErrorCode.STORE_UNSUPPORTED or is_url(path):
             raise
@@ -160,14 +198,11 @@ def _open_path(path: str, selection: Selection, allow_empty: bool) -> OpenedInpu
             f"input: {path} cannot be read by chunkq; pass what {advice} returns",
             code=ErrorCode.STORE_UNSUPPORTED,
         ) from error
-    array = _presented(source, source.open())
+    array = source.open()
     if source.staged:  # a region would be read from the start of the file each time
         values = array.read(Box.of_shape(array.shape))
         array = ObjectArray(path, values, array.shape, array.dtype)
-    geometry = ImageGeometry(source.spatial_axes, **_nifti_geometry(source))
-    return OpenedInput(
-        array, geometry, in_memory=bool(source.staged), path=path, options=source.options
-    )
+    return OpenedInput(array, source, in_memory=bool(source.staged), path=path)
 
 
 def _nifti_geometry(source: ImageSource) -> dict[str, Any]:
@@ -180,19 +215,30 @@ def _nifti_geometry(source: ImageSource) -> dict[str, Any]:
     return {"affine": affine_of(source.options), "file_order": order} if is_named else {}
 
 
-def _write_npy(array: Array, path: str) -> str:
-    """Write an input to a `.npy` file, COPY_BYTES at a time; return the path."""
-    shape = array.shape
-    rows = max(1, COPY_BYTES // (prod(shape[1:]) * array.dtype.itemsize))
-    descriptor = np.lib.format.dtype_to_descr(array.dtype)
+def _write_npy(opened: OpenedInput, path: str) -> ImageSource:
+    """Write what is read of an input, ([t,] [c,] *S), to a `.npy` file; return its source."""
+    source = opened.source
+    leading = [axis for axis in (source.time_axis, source.channel_axis) if axis and axis.size > 1]
+    axes = (*leading, *source.spatial_axes)
+    dtype, shape = opened.array.dtype, tuple(axis.size for axis in axes)
     # No memory map: on a full disk, writing to a mapped file kills the process.
     with open(path, "wb") as file:
+        descriptor = np.lib.format.dtype_to_descr(dtype)
         np.lib.format.write_array_header_1_0(
             file, {"descr": descriptor, "fortran_order": False, "shape": shape}
         )
-        for first in range(0, shape[0], rows):
-            last = min(first + rows, shape[0])
-            zeros = (0,) * (len(shape) - 1)
-            part = array.read(Box((first, *zeros), (last, *shape[1:])))
-            file.write(np.ascontiguousarray(part, array.dtype).data)
-    return path
+        for time in range(len(source.time) or 1):
+            for part in _slabs(source.present(opened.array, time)):
+                file.write(np.ascontiguousarray(part, dtype).data)
+    info = format_named("npy").find(path, {})
+    named_by = source.named_by or NAMED_BY
+    return source_of(replace(info, axes=axes, named_by=named_by), EVERYTHING, path, "npy")
+
+
+def _slabs(array: Array) -> Iterator[npt.NDArray[Any]]:
+    """Yield an array in parts along its first axis, of about `COPY_BYTES`."""
+    shape = array.shape
+    rows = max(1, COPY_BYTES // (prod(shape[1:]) * array.dtype.itemsize))
+    for first in range(0, shape[0], rows):
+        start, stop = (first, *(0,) * (len(shape) - 1)), (min(first + rows, shape[0]), *shape[1:])
+        yield array.read(Box(start, stop))

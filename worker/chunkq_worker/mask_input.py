@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,17 +11,28 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from chunkq.errors import ArgumentError, JobError
-from chunkq.geometry.axes import plain_axes
+from chunkq.errors import JobError
 from chunkq.job.fields import MaskConfig
-from chunkq.job.mask_source import check_mask, find_mask, mask_axes, mask_errors, mask_of
+from chunkq.job.mask_source import (
+    check_mask,
+    check_mask_times,
+    find_mask,
+    in_order_of,
+    mask_axes,
+    mask_errors,
+    mask_of,
+    mask_time,
+)
 from chunkq.paths import absolute_input
 from chunkq.storage.array import Array
 from chunkq.storage.formats.base import ArrayInfo
+from chunkq.storage.formats.nifti import AFFINE
 from chunkq.storage.images import ImageSource, source_of
 from chunkq.storage.mask import Mask
+from chunkq.storage.remedies import PYTHON
 from chunkq.storage.selection import EVERYTHING
-from chunkq_worker.input_objects import OpenedInput, open_object
+from chunkq_worker.input_objects import open_object
+from chunkq_worker.inputs import NAMED_BY, OpenedInput
 
 NAME = "the mask"
 
@@ -33,27 +45,38 @@ class MaskInput:
     source: ImageSource
     array: Array
 
-    def on(self, volume: OpenedInput) -> Mask:
-        """Return the mask of an opened volume. Raises JobError if it cannot be aligned."""
-        return mask_of(self.source, self.array, _image(volume), 0, self.config)
+    def check(self, volume: OpenedInput) -> None:
+        """Raise JobError if the mask does not fit an opened volume."""
+        check_mask_times(self.source, volume.source)
+        mask_axes(self.source, _image(volume), self.config.scale)
+
+    def time(self, volume: OpenedInput, time: int) -> int:
+        """Return which time point of the mask a selected time point of an opened volume has."""
+        return mask_time(self.source, volume.source, time)
+
+    def on(self, volume: OpenedInput, time: int = 0) -> Mask:
+        """Return the mask of a selected time point of an opened volume.
+
+        Raises JobError if it cannot be aligned.
+        """
+        return mask_of(self.source, self.array, _image(volume), time, self.config)
 
     def stored(self, volume: OpenedInput) -> tuple[OpenedInput, dict[str, Any]]:
         """Return the mask as an input that can be written to a file, and its keys of a job.
 
-        The path is missing from the keys. Raises ArgumentError if the file could not say where the
-        mask lies.
+        The path is missing from the keys. The axes of what is written lie like those of the job's
+        volume, which is written with the axes ([t,] [c,] *S) that are read of it if it has no path.
         """
         values = self.config.model_dump(exclude_none=True, exclude={"path"})
-        if self.config.path:
-            return OpenedInput(self.array, volume.geometry, path=self.config.path), values
-        axes = mask_axes(self.source, _image(volume), self.config.scale)
-        if any(axis.shift for axis in axes):
-            raise ArgumentError(
-                "mask: an object whose first voxel is not at that of the volume cannot be stored; "
-                "pass the path of the mask"
-            )
-        view = OpenedInput(self.on(volume).array, volume.geometry)
-        return view, values | {"scale": [axis.scale for axis in axes]}
+        has_times = len(self.source.time) > 1
+        if self.config.path and (volume.path or not has_times):
+            return OpenedInput(self.array, self.source, path=self.config.path), values
+        image = _image(volume)
+        source = in_order_of(self.source, replace(image, order=()) if volume.path else image)
+        if has_times and not volume.path:
+            source = replace(source, time=tuple(source.time[n] for n in volume.source.time))
+        kept = {key: value for key, value in values.items() if key in ("above", "scale")}
+        return OpenedInput(self.array, source), kept
 
 
 def open_mask(
@@ -76,18 +99,17 @@ def open_mask(
 
 
 def _open_object(mask: Any) -> MaskInput:
-    opened = open_object(mask, NAME)
-    described = opened.axes or plain_axes(opened.array.shape)
-    named_by = "the object" if opened.axes else ""
-    info = ArrayInfo(NAME, described, str(opened.array.dtype), named_by=named_by)
+    stored = open_object(mask, NAME)
+    named_by = "the object" if stored.is_named else ""
+    # A mask has no colour, so its axes are spatial unless it names them.
+    info = ArrayInfo(NAME, stored.axes, str(stored.array.dtype), named_by=named_by or NAME)
     with mask_errors():
-        # A mask has no colour, so its axes are spatial unless it names them.
-        source = source_of(replace(info, named_by=named_by or "the mask"), EVERYTHING, NAME)
+        source = source_of(info, EVERYTHING, NAME, remedies=PYTHON)
     source = replace(source, named_by=named_by)
+    if stored.affine is not None and stored.lost:
+        source = replace(source, options={AFFINE: json.dumps(stored.affine.tolist())})
     check_mask(source)
-    if len(source.time) > 1:
-        raise JobError(f"mask: {NAME} has {len(source.time)} time points; use one of them")
-    return MaskInput(MaskConfig(path=""), source, opened.array)
+    return MaskInput(MaskConfig(path=""), source, stored.array)
 
 
 def _config(values: Mapping[str, Any]) -> MaskConfig:
@@ -107,7 +129,6 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _image(volume: OpenedInput) -> ImageSource:
-    """Return the spatial axes of an opened volume as a source."""
-    axes = volume.geometry.axes
-    dtype, options = str(volume.array.dtype), volume.options
-    return ImageSource("", "", tuple(axes), dtype, options, named_by="the volume")
+    """Return the source on which a mask lies: that of a job with the volume."""
+    source = volume.source
+    return source if volume.path else replace(source, named_by=source.named_by or NAMED_BY)

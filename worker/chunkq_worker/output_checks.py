@@ -36,12 +36,14 @@ class OutputChecks:
     """Checks of one network in this process; all its batchers share them.
 
     `repeats` is the number of repetitions of a batch. `is_stochastic` permits that outputs differ.
-    `warnings` collects what the checks found and a job may nevertheless do.
+    `warnings` collects what the checks found and a job may nevertheless do. `report` is called with
+    each of them.
     """
 
     def __init__(self, output: OutputSpec, *, is_stochastic: bool, repeats: int = 1) -> None:
         self.repeats = repeats
         self.warnings: list[str] = []
+        self.report: Callable[[str], None] = log.warning
         self.is_repeated = is_stochastic
         self._output, self._labels = output, LabelDetector(output)
         self._states: tuple[Any, ...] = ()
@@ -70,7 +72,7 @@ class OutputChecks:
         warning = self._labels.examine(outputs, inputs)
         if warning is not None:
             self.warnings.append(warning)
-            log.warning(warning)
+            self.report(warning)
         if not self.is_repeated and any(values.min() != values.max() for values in inputs):
             is_varied = inputs[0].min() != inputs[0].max()
             self.compare(outputs, repeat, repeat_first if is_varied else None)

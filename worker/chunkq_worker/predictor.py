@@ -6,10 +6,11 @@ import operator
 import os
 import uuid
 from collections import OrderedDict
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
 from threading import Event
 from types import TracebackType
@@ -19,49 +20,52 @@ import numpy as np
 import numpy.typing as npt
 
 from chunkq.blend.combine import reduce_and_cast
-from chunkq.blend.empty_patches import EmptyChunks
 from chunkq.blend.prediction import Prediction, Unread
 from chunkq.blend.streaming import regions
 from chunkq.blend.sums import Contribution
 from chunkq.create import CheckedJob, check_job, create_job
 from chunkq.errors import ArgumentError, ChunkqError, JobError, ModelError
 from chunkq.finalize import finalize_job
-from chunkq.geometry.axes import Axis
+from chunkq.geometry.axes import plain_axes
 from chunkq.job.events import Sink, StageProgress
+from chunkq.job.items import Image, images_of
 from chunkq.job.job_file import Job, job_values, load_job, parse_job
-from chunkq.job.known_empty import MISSING, mask_counts
+from chunkq.job.known_empty import MISSING
 from chunkq.job.output_name import check_new_output
 from chunkq.job.record import JobRecord
-from chunkq.job.resolve import empty_rule, resolve
-from chunkq.job.user_code import load_blend_weights
+from chunkq.job.resolve import resolve
 from chunkq.paths import absolute, without_secret
 from chunkq.plan.item_tasks import ItemTasks
-from chunkq.plan.patch_selection import SkipRules
-from chunkq.plan.plan import Chunk, Index, Plan, Volume
+from chunkq.plan.plan import Chunk, Index, Plan
 from chunkq.queue.registry import queue_url
-from chunkq.storage.array import Array
-from chunkq.storage.images import ImageSource
-from chunkq.storage.mask import Mask
-from chunkq.storage.padded_reading import read_padded
-from chunkq.storage.selection import Selection
+from chunkq.storage.formats.base import ArrayInfo
+from chunkq.storage.images import ImageSource, source_of
+from chunkq.storage.remedies import PYTHON
+from chunkq.storage.selection import Picks, Selection
 from chunkq.summaries import html_table, lengths, one_line
 from chunkq_worker.device import get_device
 from chunkq_worker.imported_classes import class_name
 from chunkq_worker.inference_engine import ENGINES_CACHED, InferenceEngine
 from chunkq_worker.inline import PROGRESS_STAGE, compute_inline, pipelined
-from chunkq_worker.input_objects import OpenedInput
-from chunkq_worker.inputs import Input, as_paths, open_inputs, read_region, volume_of
-from chunkq_worker.mask_input import MaskInput, open_mask
+from chunkq_worker.inputs import (
+    Input,
+    OpenedInput,
+    array_names,
+    open_inputs,
+    stored_sources,
+)
+from chunkq_worker.mask_input import open_mask
 from chunkq_worker.model_defaults import half_strides, job_for_model, job_for_object, model_keys
 from chunkq_worker.network_objects import FILE_KEYS, NetworkObject, network_object, stand_in
+from chunkq_worker.prediction_request import OpenItem, PredictionRequest
 from chunkq_worker.progress import Progress, check_progress, progress_of
 from chunkq_worker.steps import Step, Steps
 from chunkq_worker.user_errors import UserErrors
+from chunkq_worker.user_warnings import UserWarnings
+from chunkq_worker.value_watch import ChunkWatch
 
 Regions = Generator[tuple[tuple[slice, ...], npt.NDArray[Any]], None, None]
 """Yields regions of the output as slices, with their final values."""
-SPATIAL = "zyx"
-"""Letters of spatial axes."""
 PLACEHOLDER = "memory"
 """Value of `input` and `output` in a predictor's job."""
 IN_FLIGHT = 2
@@ -76,17 +80,23 @@ class Predictor:
     """A network that predicts volumes of any shape, with the keys of a job file.
 
     A volume is an array ([C,] *S) with 1 to 4 spatial axes: NumPy, torch, dask, xarray, zarr, h5py,
-    tensorstore, an image of nibabel or tifffile, the path of an array that a job can read or of a
-    TIFF file, or any array-like that returns NumPy arrays when sliced. What is not in memory is
-    read chunk by chunk. It has channels if the object or `axes` names them. If
-    `model_config.join_dim` is set, pass a list of volumes of the same shape. The network is loaded
-    onto `model_config.device` for the first volume and kept until `close`; the predictor is a
-    context manager.
+    tensorstore, an image of nibabel or tifffile, the path of an array that a job can read, or any
+    array-like that returns NumPy arrays when sliced. What is not in memory is read chunk by chunk.
+    It has channels and time points if the object or `axes` names them. Time points are predicted
+    one by one, and so are channels if the network takes one; the result has them as its first axes.
+    Pass a list of volumes of the same shape if `model_config.join_dim` is set, or for the channels
+    of a network that takes as many as there are volumes. The network is loaded onto
+    `model_config.device` for the first volume and kept until `close`; the predictor is a context
+    manager.
 
     The output is byte-identical to that of a job with the same keys and number of threads.
 
     `progress` of the methods is True for a bar, False for none, None for a bar on a terminal and in
     a notebook, or a function that is called with (chunks done, all chunks).
+
+    What is probably a mistake, such as logits that are compared with 0.5, is a PredictionWarning,
+    once for each cause. It is found in the chunk that the check of a job would run, or in another
+    one if all patches of that chunk are skipped.
 
     An error in the code of a network or a step is a ModelError whose cause is that error. After
     Ctrl-C the predictor can be used again; the current batch is finished in the background.
@@ -113,7 +123,8 @@ class Predictor:
         self._network, self._steps, self._token = network, steps, uuid.uuid4().hex
         self._file_hashes = JobRecord.create(job, ()).file_hashes
         self._hashes = self._file_hashes | self._object_hashes(with_weights=False)
-        self._engines: OrderedDict[Volume, InferenceEngine] = OrderedDict()
+        self._engines: OrderedDict[Plan, InferenceEngine] = OrderedDict()
+        self._warnings = UserWarnings()
         self._closed = False
 
     @classmethod
@@ -269,67 +280,80 @@ class Predictor:
         self,
         shape: Sequence[int],
         dtype: npt.DTypeLike | Sequence[npt.DTypeLike] = "float32",
+        *,
+        axes: str | None = None,
     ) -> Plan:
-        """Return the plan for a volume of this shape: chunks, patches, `output_shape`, `costs`.
+        """Return the plan for an array of this shape: chunks, patches, `output_shape`, `costs`.
 
-        `dtype` is the dtype of the volume, or a list with one dtype per input. The network is not
-        loaded. Raise JobError with one line per mismatch between the job and the volume.
+        `dtype` is the dtype of the array, or a list with one dtype per input. `axes` are as in
+        `predict`; the plan is that of one time point. The network is not loaded. Raise JobError
+        with one line per mismatch between the job and the array.
         """
         has_several = isinstance(dtype, (list, tuple))
         dtypes: Any = dtype if has_several else [dtype]
-        length = tuple(_shape("shape", shape))
-        volume = Volume.joined([Volume(length, str(np.dtype(name))) for name in dtypes])
-        names = [f"array {n}" for n in range(len(dtypes))] if has_several else ["the array"]
-        return resolve(self._job_for(names, volume), volume)
+        described = plain_axes(_shape("shape", shape))
+        names = array_names(len(dtypes)) if has_several else array_names(1)
+        selection = self._selection(axes)
+        sources = [
+            source_of(
+                ArrayInfo(name, described, str(np.dtype(one))), selection, name, remedies=PYTHON
+            )
+            for name, one in zip(names, dtypes, strict=True)
+        ]
+        return self._plan(names, sources)[2]
 
     def predict(
         self,
         volume: Input | Sequence[Input],
         *,
         axes: str | None = None,
+        channels: Picks | None = None,
+        time: Picks | None = None,
         mask: Any = None,
         progress: Progress = None,
     ) -> Prediction:
         """Run the network on an entire volume and return the result in memory.
 
-        `axes` has one letter of c, z, y, x per axis of the volume, such as "yxc" for colour. `mask`
-        is an array, a path or a mapping with the keys of `mask` in a job file; by default the mask
-        of the job. Without voxel sizes its shape divides that of the volume. Voxels outside are
-        `fill_value`, and the network runs only where a patch has a voxel inside. Raise
-        ArgumentError if the volume is not an array or a path, JobError if the volume does not
-        match the job, ModelError if the network cannot be loaded or does not match its
-        declaration, and PredictionError if it returns NaN or infinity.
+        `axes` has one letter of t, c, z, y, x per axis of the array, such as "yxc" for colour.
+        `channels` and `time` select positions along these axes, as in a job file: indices or a
+        range such as "0:3". By default, all are read. `mask` is an array, a path or a mapping with
+        the keys of `mask` in a job file; by default the mask of the job. Without voxel sizes its
+        shape divides that of the volume. With a time axis it has a mask for each time point of the
+        array. Voxels outside are `fill_value`, and the network runs only where a patch has a voxel
+        inside. Raise ArgumentError if the volume is not an array or a path, JobError if the volume
+        or the mask does not match the job, ModelError if the network cannot be loaded or does not
+        match its declaration, and PredictionError if it returns NaN or infinity.
         """
-        inputs = self._open(volume, axes)
-        plan = self._plan(inputs)
+        request = self._request_in_memory(volume, self._selection(axes, channels, time), mask)
+        plan, series, inputs = request.plan, request.series, request.inputs
         is_averaged = plan.output.is_average
         dtype = plan.output.label_dtype
-        stored = np.zeros(plan.output_shape, plan.output_dtype)
-        labels = np.zeros(plan.region.shape, dtype) if is_averaged else stored
+        stored = np.zeros((*series, *plan.output_shape), plan.output_dtype)
+        shape = (*series, *plan.region.shape)
+        labels = np.zeros(shape, dtype) if is_averaged else stored
         check_progress(progress)
-        with closing(self._stream(plan, inputs, self._mask(mask, inputs), progress)) as stream:
+        with closing(self._stream(request, progress)) as stream:
             for region, values in stream:
                 stored[region] = values
                 if is_averaged:
                     averages = values.reshape(plan.channels, *values.shape[-plan.rank :])
-                    labels[region[-plan.rank :]] = reduce_and_cast(averages, "soft", dtype)
-        probabilities = stored.reshape(plan.channels, *plan.region.shape) if is_averaged else None
+                    where = (*region[: len(series)], *region[-plan.rank :])
+                    labels[where] = reduce_and_cast(averages, "soft", dtype)
+        probabilities = None
+        if is_averaged:
+            probabilities = stored.reshape(*series, plan.channels, *plan.region.shape)
 
-        def read() -> Any:
-            arrays = tuple(read_region(one.array, plan.region) for one in inputs)
-            return arrays if len(arrays) > 1 else arrays[0]
-
-        is_read = all(one.in_memory for one in inputs)
-        geometry = inputs[0].geometry
-        if plan.grid.region is not None:
-            geometry = geometry.cropped(plan.region)
-        return Prediction(labels, read() if is_read else Unread(read), probabilities, geometry)
+        is_read = not series and all(one.in_memory for one in inputs)
+        volumes = request.read() if is_read else Unread(request.read)
+        return Prediction(labels, volumes, probabilities, request.geometry)
 
     def predict_streaming(
         self,
         volume: Input | Sequence[Input],
         *,
         axes: str | None = None,
+        channels: Picks | None = None,
+        time: Picks | None = None,
         mask: Any = None,
         progress: Progress = None,
     ) -> Regions:
@@ -337,16 +361,17 @@ class Predictor:
 
         Each item is `(region, values)`: slices of an array of shape `plan(...).output_shape`
         ((*S), or (C, *S) for averages of a network with channels) and the values in that region,
-        in `plan(...).output_dtype`. Every voxel is yielded exactly once, block by block, the last
-        axis fastest. Within a block, the voxels that only its own patches cover come first.
+        in `plan(...).output_dtype`. Time points, and channels that are predicted one by one, are
+        axes before those. Every voxel is yielded exactly once, block by block, the last axis
+        fastest. Within a block, the voxels that only its own patches cover come first.
 
         Two chunks are in memory, and the unfinished bands along one slice of blocks across the
         first axis. The arguments are checked in this call, which raises like `predict`; the network
         runs while the generator is consumed.
         """
         check_progress(progress)
-        inputs = self._open(volume, axes)
-        return self._stream(self._plan(inputs), inputs, self._mask(mask, inputs), progress)
+        request = self._request_in_memory(volume, self._selection(axes, channels, time), mask)
+        return self._stream(request, progress)
 
     def predict_to_store(
         self,
@@ -354,6 +379,8 @@ class Predictor:
         output: str | Path,
         *,
         axes: str | None = None,
+        channels: Picks | None = None,
+        time: Picks | None = None,
         mask: Any = None,
         overwrite: bool = False,
         progress: Progress = None,
@@ -374,35 +401,43 @@ class Predictor:
         check_progress(progress)
         output = os.fspath(output)
         check_new_output(output, Path.cwd())
-        inputs = self._open(volume, axes)
-        plan = self._plan(inputs)  # raises before an array is copied
-        selection = self._selection(axes)
-        opened = self._open_mask(mask)
-        stored = None if opened is None else opened.stored(inputs[0])
-        with as_paths([*inputs, *([] if stored is None else [stored[0]])], output) as paths:
-            mask_path = paths.pop() if stored is not None else ""
-            values = self._job_for(paths, plan.volume).as_dict()
-            if stored is not None:
-                values["mask"] = {"path": mask_path, **stored[1]}
+        selection = self._selection(axes, channels, time)
+        request = self._request(volume, selection, mask)  # raises before an array is copied
+        inputs, masked = request.inputs, request.mask
+        for line in (line for one in inputs for line in one.lost):
+            self._warnings.show("positions", f"input: {line}")
+        mask_input, mask_keys = (None, {}) if masked is None else masked.stored(inputs[0])
+        opened = inputs if mask_input is None else (*inputs, mask_input)
+        with stored_sources(opened, output) as (*sources,):
+            values, mask_source = request.job.as_dict(), None
+            if mask_input is not None:
+                mask_source = sources.pop()
+                if not mask_input.path:  # its axes are in the order of the volume
+                    mask_source = replace(mask_source, named_by="")
+                values["mask"] = {"path": mask_input.path or mask_source.path, **mask_keys}
             values["input"] = [
-                _input_of(path, one, selection) for path, one in zip(paths, inputs, strict=True)
+                _input_of(source.path, one, selection)
+                for source, one in zip(sources, inputs, strict=True)
             ]
-            checked = check_job(load_job(values, output=output))
+            checked = check_job(load_job(values, output=output), sources, mask_source)
             if checked.record.file_hashes != self._file_hashes:
                 raise ModelError(
                     "the model's files have changed since the predictor was created; create a new "
                     "predictor"
                 )
-            checked = self._with_objects(checked, inputs)
+            checked = self._with_objects(checked)
             # The queue for the chunks that remain if this call is interrupted.
             queue = queue_url(None, self._job.queue)
             job = create_job(checked, queue=queue, overwrite=overwrite)
-            device = get_device()
+            device, plan = get_device(), job.items[0].plan
+            watch = self._watch(request)
             with UserErrors(), progress_of(progress) as emit:
-                engine = device.run(lambda: self._fresh_engine(job.items[0].plan)).result()
-                with device.compute_with(job, engine):
+                engine = device.run(lambda: self._fresh_engine(plan)).result()
+                with device.compute_with(job, engine, watch):
                     worker = compute_inline(job, emit)
-            return finalize_job(job, worker=worker)
+            report = finalize_job(job, worker=worker)
+        self._warnings.show_values(watch.suspicions(is_done=True))
+        return report
 
     def close(self) -> None:
         """Release the network and the device's memory; do nothing if that is done already."""
@@ -420,33 +455,68 @@ class Predictor:
     ) -> None:
         self.close()
 
-    def _job_for(self, names: Sequence[str], volume: Volume) -> Job:
-        values = self._job.as_dict() | {"input": list(names)}
-        if self._half_strides:
-            values["strides"] = half_strides(self._job.model, volume)
-        return parse_job(values)
+    def _selection(
+        self, axes: str | None, channels: Picks | None = None, time: Picks | None = None
+    ) -> Selection:
+        """Return what is read of each volume: what the job says of its input, with these keys.
 
-    def _selection(self, axes: str | None) -> Selection:
-        """Return what is read of each volume: what the job says of its input, with these axes."""
+        Raise JobError if a key has an invalid value.
+        """
         selection = self._job.inputs[0].selection
-        return selection if axes is None else replace(selection, axes=axes)
+        keys = {"axes": axes, "channels": _picks(channels), "time": _picks(time)}
+        keys = {key: value for key, value in keys.items() if value is not None}
+        if not keys:
+            return selection
+        kept = {key: value for key, value in asdict(selection).items() if value is not None}
+        values = self._job.as_dict() | {"input": {"path": PLACEHOLDER, **kept, **keys}}
+        return parse_job(values).inputs[0].selection
 
-    def _open(self, volume: Input | Sequence[Input], axes: str | None) -> tuple[OpenedInput, ...]:
-        allow_empty = self._job.allow_empty
-        return open_inputs(volume, self._selection(axes), allow_empty=allow_empty)
-
-    def _open_mask(self, mask: Any) -> MaskInput | None:
-        return open_mask(mask, self._job.mask, allow_empty=self._job.allow_empty)
-
-    def _mask(self, mask: Any, inputs: Sequence[OpenedInput]) -> Mask | None:
-        """Return the mask of the volume, None without one."""
+    def _request_in_memory(
+        self, volume: Input | Sequence[Input], selection: Selection, mask: Any
+    ) -> PredictionRequest:
+        """Return the request for a volume; raise JobError if a prediction needs a stored job."""
         if self._job.skip_empty == MISSING:
             raise JobError(
                 "skip_empty: missing is unsupported for predictions in memory; use "
                 "predict_to_store, a job, or another skip_empty"
             )
-        opened = self._open_mask(mask)
-        return None if opened is None else opened.on(inputs[0])
+        return self._request(volume, selection, mask)
+
+    def _request(
+        self, volume: Input | Sequence[Input], selection: Selection, mask: Any
+    ) -> PredictionRequest:
+        inputs = open_inputs(volume, selection, allow_empty=self._job.allow_empty)
+        sources = [one.source for one in inputs]
+        job, image, plan = self._plan([one.array.path for one in inputs], sources)
+        masked = open_mask(mask, self._job.mask, allow_empty=self._job.allow_empty)
+        if masked is not None:
+            masked.check(inputs[0])
+        for line in (line for source in sources for line in source.doubts(PYTHON)):
+            self._warnings.show("axes", line)
+        return PredictionRequest(inputs, masked, job, image, plan)
+
+    def _watch(self, request: PredictionRequest) -> ChunkWatch:
+        batch = self._job.model.max_batch_size
+        return ChunkWatch(request.plan, batch, can_skip=request.can_skip)
+
+    def _plan(
+        self, names: Sequence[str], sources: Sequence[ImageSource]
+    ) -> tuple[Job, Image, Plan]:
+        """Return the job for volumes with these names, their image, and the plan of its items."""
+        job = parse_job(self._job.as_dict() | {"input": list(names)})
+        images = images_of(job, sources)
+        if len(images) > 1:
+            raise JobError(
+                f"input: found {len(names)} volumes without model_config.join_dim; set it to the "
+                "axis along which to stack them, or predict the volumes one by one"
+            )
+        image = images[0]
+        if self._half_strides:
+            strides = tuple(half_strides(job.model, image.volume))
+            job = job.model_copy(update={"strides": strides})
+        by_channel = image.is_channel_series
+        plan = resolve(job, image.volume, names, by_channel=by_channel, remedies=PYTHON)
+        return job, image, plan
 
     def _object_hashes(self, *, with_weights: bool) -> dict[str, str]:
         """Return what identifies the objects of the predictor, by their names in a job record."""
@@ -457,85 +527,67 @@ class Predictor:
             hashes["steps"] = self._token
         return hashes
 
-    def _with_objects(self, checked: CheckedJob, inputs: Sequence[OpenedInput]) -> CheckedJob:
-        """Return a job with the identity of the predictor's objects and the axes of its inputs."""
-        record = checked.record
-        hashes = record.file_hashes | self._object_hashes(with_weights=True)
-        images = []
-        for image in record.images:
-            pairs = zip(image.sources, inputs, strict=True)
-            sources = tuple(
-                source if one.path else _with_spatial_axes(source, one.geometry.axes)
-                for source, one in pairs
-            )
-            images.append(replace(image, sources=sources))
-        return replace(checked, record=replace(record, file_hashes=hashes, images=tuple(images)))
+    def _with_objects(self, checked: CheckedJob) -> CheckedJob:
+        """Return a job with the identity of the predictor's objects."""
+        hashes = checked.record.file_hashes | self._object_hashes(with_weights=True)
+        return replace(checked, record=replace(checked.record, file_hashes=hashes))
 
-    def _plan(self, inputs: Sequence[OpenedInput]) -> Plan:
-        names = [one.array.path for one in inputs]
-        if len(names) > 1 and self._job.model.join_dim is None:
-            raise JobError(
-                f"input: found {len(names)} volumes without model_config.join_dim; set it to the "
-                "axis along which to stack them, or predict the volumes one by one"
-            )
-        volume = volume_of(inputs)
-        return resolve(self._job_for(names, volume), volume)
+    def _stream(self, request: PredictionRequest, progress: Progress) -> Regions:
+        """Yield the regions of each item, while the next chunk is computed.
 
-    def _stream(
-        self, plan: Plan, inputs: Sequence[OpenedInput], mask: Mask | None, progress: Progress
-    ) -> Regions:
+        Chunks that nobody waits for any longer are given up.
+        """
         self._check_open()
-        arrays = [one.array for one in inputs]
-        rules = SkipRules(None if mask is None else mask.inside, empty_rule(self._job))
-        tasks = ItemTasks(plan, None if mask is None else mask_counts(plan, mask))
-        empty = None
-        if rules.empty is not None and plan.output.nothing.any():
-            empty = EmptyChunks(plan, load_blend_weights(self._job.weight_function, plan))
-        with (
-            progress_of(progress) as emit,
-            closing(self._computed(tasks, rules, arrays, emit)) as chunks,
-        ):
-            for box, values in regions(plan, chunks, empty, rules.inside):
-                region = plan.output_box(box)
-                yield region.slices((0,) * len(region.shape)), values
+        plan, items, stop = request.plan, request.items, Event()
+        watch, empty = self._watch(request), request.empty_chunks()
+        chunks = ((item, index) for item in items for index in plan.indices())
+        with progress_of(progress) as sink:
+            emit = _counted(sink, request.chunks)
+            try:
+                with UserErrors():
+                    get_device().run(lambda: self._fresh_engine(plan)).result()
+
+                def start(chunk: tuple[OpenItem, Index]) -> Future[Any]:
+                    return self._start(*chunk, stop, watch)
+
+                with closing(pipelined(start, chunks, IN_FLIGHT)) as started:
+                    for item in items:
+                        point = tuple(slice(n, n + 1) for n in item.item.point)
+                        computed = self._computed(item.tasks, started, watch, emit)
+                        for box, values in regions(plan, computed, empty, item.rules.inside):
+                            region = plan.output_box(box)
+                            slices = region.slices((0,) * len(region.shape))
+                            yield (*point, *slices), values[(np.newaxis,) * len(point)]
+            finally:
+                stop.set()
+        self._warnings.show_values(watch.suspicions(is_done=True))
+
+    def _start(self, item: OpenItem, index: Index, stop: Event, watch: ChunkWatch) -> Future[Any]:
+        """Read a chunk of an item and start it on the device, unless none of its patches runs."""
+        device, plan = get_device(), item.tasks.plan
+        if not item.tasks.is_task(index):
+            return device.run(lambda: _nothing)
+        chunk = plan.chunk(index)
+        halos, selection = item.read(chunk, self._job)
+        if not selection.run:
+            return device.run(lambda: _nothing)
+        value_watch = watch.of(item.item.number, chunk)
+        return device.start(lambda: self._engine(plan), chunk, halos, selection, stop, value_watch)
 
     def _computed(
-        self, tasks: ItemTasks, rules: SkipRules, arrays: Sequence[Array], emit: Sink
-    ) -> Generator[tuple[Chunk, Contribution | None], None, None]:
-        """Yield every chunk with its contribution, while the next chunk is computed.
+        self, tasks: ItemTasks, started: Iterator[Any], watch: ChunkWatch, emit: Callable[[], None]
+    ) -> Iterator[tuple[Chunk, Contribution | None]]:
+        """Yield every chunk of an item with its contribution.
 
-        The contribution is None for a chunk without patches, and for an empty one. Chunks that
-        nobody waits for any longer are given up.
+        It is None for a chunk without patches, and for an empty one.
         """
-        job, device, plan, done = self._job, get_device(), tasks.plan, 0
-        total, stop = tasks.costs.chunks, Event()
-
-        def start(index: Index) -> Future[Any]:
-            chunk = plan.chunk(index)
-            if not tasks.is_task(index):
-                return device.run(lambda: _nothing)
-            halos = [
-                read_padded(array, chunk.halo, job.pad_mode, job.pad_value) for array in arrays
-            ]
-            selection = rules.select(plan, chunk, halos)
-            if not selection.run:
-                return device.run(lambda: _nothing)
-            return device.start(lambda: self._engine(plan), chunk, halos, selection, stop)
-
-        emit(StageProgress(PROGRESS_STAGE, 0, total))
-        try:
+        for index in tasks.plan.indices():
             with UserErrors():
-                device.run(lambda: self._fresh_engine(plan)).result()
-            with closing(pipelined(start, plan.indices(), IN_FLIGHT)) as started:
-                for index in plan.indices():
-                    with UserErrors():
-                        contribution = next(started)()
-                    yield plan.chunk(index), contribution
-                    if tasks.is_task(index):
-                        done += 1
-                        emit(StageProgress(PROGRESS_STAGE, done, total))
-        finally:
-            stop.set()
+                contribution = next(started)()
+            self._warnings.show_values(watch.suspicions(is_done=False))
+            yield tasks.plan.chunk(index), contribution
+            if tasks.is_task(index):
+                emit()
 
     def _fresh_engine(self, plan: Plan) -> InferenceEngine:
         """Return the engine for a plan's volume, with the present weights of a network object."""
@@ -546,7 +598,7 @@ class Predictor:
     def _engine(self, plan: Plan) -> InferenceEngine:
         """Return the engine for a plan's volume. Call it on the device thread only."""
         self._check_open()
-        engine = self._engines.get(plan.volume)
+        engine = self._engines.get(plan)
         if engine is None:
             if self._engines:
                 engine = next(iter(self._engines.values())).for_plan(plan)
@@ -554,8 +606,9 @@ class Predictor:
                 network = None if self._network is None else self._network.network
                 record = JobRecord(self._job, (), self._hashes)
                 engine = InferenceEngine(record, plan, network, self._steps)
-            self._engines[plan.volume] = engine
-        self._engines.move_to_end(plan.volume)
+                engine.checks.report = self._warnings.keep
+            self._engines[plan] = engine
+        self._engines.move_to_end(plan)
         while len(self._engines) > ENGINES_CACHED:
             self._engines.popitem(last=False)
         return engine
@@ -587,21 +640,21 @@ def _shape(key: str, shape: Any) -> list[int]:
         ) from None
 
 
+def _picks(picks: Any) -> Any:
+    """Return indices of NumPy as Python integers, which a job has; other values are unchanged."""
+    if isinstance(picks, (list, tuple, range, np.ndarray)) and np.ndim(picks) == 1:
+        return [_picks(one) for one in picks]
+    return int(picks) if isinstance(picks, np.integer) else picks
+
+
 def _input_of(path: str, opened: OpenedInput, selection: Selection) -> dict[str, Any]:
-    """Return the input of a job for an opened input, whose view was written if it has no path."""
-    if opened.path:
-        keys = asdict(selection).items()
-        return {"path": path} | {key: value for key, value in keys if value is not None}
-    rank = len(opened.geometry.axes)
-    if rank > len(SPATIAL):  # such arrays have no letters, and no channels
-        return {"path": path}
-    return {"path": path, "axes": "c" * opened.array.has_channels + SPATIAL[-rank:]}
+    """Return the input of a job at a path, which is that of the opened input if it has one."""
+    keys = asdict(selection).items() if opened.path else ()
+    return {"path": opened.path or path} | {k: value for k, value in keys if value is not None}
 
 
-def _with_spatial_axes(source: ImageSource, axes: Sequence[Axis]) -> ImageSource:
-    """Return a source with other names, units and voxel sizes of its spatial axes."""
-    spatial = iter(axes)
-    return replace(
-        source,
-        axes=tuple(next(spatial) if axis.kind == "space" else axis for axis in source.axes),
-    )
+def _counted(emit: Sink, total: int) -> Callable[[], None]:
+    """Report the progress of no chunk; return a function that reports that of one more."""
+    done = count(1)
+    emit(StageProgress(PROGRESS_STAGE, 0, total))
+    return lambda: emit(StageProgress(PROGRESS_STAGE, next(done), total))

@@ -37,6 +37,8 @@ from chunkq.storage.formats.single_file import SingleFile, StoredVoxels, opening
 from chunkq.storage.oriented import Orientation
 from chunkq.system import buffers
 
+MAX_SHIFT = 1e-3
+"""Distance (voxels) by which an affine may move a voxel off its axis and count as unrotated."""
 IS_STREAMED = "is_streamed"
 """Option: whether a compressed file is too large to be kept decompressed in memory."""
 AFFINE = "affine"
@@ -398,19 +400,24 @@ def _presented(
             code=ErrorCode.STORE_UNSUPPORTED,
         )
     nibabel = _nibabel("orientations")
-    turn = nibabel.ornt_transform(
-        nibabel.io_orientation(header.affine), nibabel.axcodes2ornt(codes)
-    )
+    wanted = nibabel.axcodes2ornt(codes)
+    turn = nibabel.ornt_transform(nibabel.io_orientation(header.affine), wanted)
     sizes = [header.axes[number].size for number in numbers]
     affine = header.affine @ nibabel.inv_ornt_aff(turn, sizes)
     matrix = affine[:3, :3]
-    is_parallel = bool((np.count_nonzero(matrix, axis=0) == 1).all())
+    lengths = np.empty(3)
+    lengths[turn[:, 0].astype(int)] = sizes
+    along = (wanted[:, 0].astype(int), np.arange(3))  # of each presented axis, in the matrix
+    across = matrix.copy()
+    across[along] = 0
+    shift = np.abs(across) @ (lengths - 1)
+    is_parallel = bool((shift <= MAX_SHIFT * np.linalg.norm(matrix, axis=0).min()).all())
     axes, orientation = list(header.axes), [(n, 1) for n in range(len(header.axes))]
     for number, (target, direction) in zip(numbers, turn.astype(int).tolist(), strict=True):
         place, stored = numbers[target], header.axes[number]
         scale, first = stored.scale, 0.0
         if is_parallel:
-            row = int(np.flatnonzero(matrix[:, target])[0])
+            row = along[0][target]
             scale, first = float(matrix[row, target]), float(affine[row, 3])
         axes[place] = replace(stored, name=header.axes[place].name, scale=scale, translation=first)
         orientation[place] = (number, direction)

@@ -192,6 +192,7 @@ def _values(job: CheckedJob, depth: int, trial: Trial | None) -> dict[str, Any]:
         "store_bytes": costs.store_bytes,
         "precision": job.record.job.model.effective_precision,
         "stochastic": job.record.job.model.stochastic,
+        "warnings": list(job.warnings),
         "depth": depth,
         "staged": [
             {"path": without_secret(s.path), "reason": s.staged, "bytes": s.staged_bytes}
@@ -258,6 +259,7 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
     ]
     if model.stochastic:
         rows.append(("note", STOCHASTIC))
+    rows += [("warning", line) for line in job.warnings]
     if trial is not None:
         rows += _trial_rows(costs, trial)
     if share > MAX_SHARE_TO_FINALIZE:

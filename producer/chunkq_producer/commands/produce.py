@@ -50,6 +50,8 @@ def produce(
     loaded_job = load_job(select_job_file(job, config), input=input_, output=output)
     checked = check_job(loaded_job)
     check_output(checked, resume=resume, overwrite=overwrite)
+    for line in checked.warnings:
+        click.echo(f"chunkq: warning: {line}", err=True)
     url = queue_of(loaded_job, queue)
     with closing(open_shared(url)) as executor:
         executor.check_ready()

@@ -1,6 +1,6 @@
 """Faults in inference from Python: objects of the caller, their state, and their regions."""
 
-from tests.prove.fault import Fault
+from tests.prove.fault import Fault, named
 
 NETWORKS, INPUTS = (
     "tests/integration/test_notebook_networks.py",
@@ -43,17 +43,33 @@ FAULTS = (
     Fault(
         "an-input-is-read-with-its-result",
         "worker/chunkq_worker/predictor.py",
-        "read() if is_read else Unread(read)",
-        "read()",
+        "request.read() if is_read else Unread(request.read)",
+        "request.read()",
         "a dask array is computed twice, the second time in one piece",
         (INPUTS,),
     ),
     Fault(
         "axes-of-objects-are-forgotten",
-        "worker/chunkq_worker/inputs.py",
-        "described = opened.axes or plain_axes",
-        "described = plain_axes",
+        "worker/chunkq_worker/input_objects.py",
+        "named = plain_axes(array.shape) if axes is None else tuple(axes)",
+        "named = plain_axes(array.shape)",
         "the channels that an object names are predicted as a spatial axis",
         (INPUTS,),
+    ),
+    Fault(
+        "falling-positions-rise",
+        "worker/chunkq_worker/input_objects.py",
+        "return _Place(step, float(positions[0]), unit)",
+        "return _Place(abs(step), float(positions.min()), unit)",
+        "the stored image is mirrored",
+        named(INPUTS, "falling_coordinates"),
+    ),
+    Fault(
+        "a-predictor-does-not-warn",
+        "worker/chunkq_worker/predictor.py",
+        "value_watch = watch.of(item.item.number, chunk)",
+        "value_watch = None",
+        "logits are compared with a half, without a word",
+        ("tests/integration/test_prediction_warnings.py",),
     ),
 )

@@ -243,6 +243,14 @@ FAULTS = (
         named(ONCE, "overtaken_while_it_computes"),
     ),
     Fault(
+        "imported-modules-are-not-hashed",
+        "chunkq/job/file_hashes.py",
+        "        if key in PYTHON_KEYS:\n",
+        "        if not key:\n",
+        "a job continues with another version of a module that its network imports",
+        ("tests/integration/test_referenced_files.py",),
+    ),
+    Fault(
         "time-left-counts-chunks",
         "producer/chunkq_producer/job_status.py",
         "seconds_left=patches_left / rate",

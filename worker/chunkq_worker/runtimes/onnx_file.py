@@ -11,9 +11,9 @@ from typing import Any
 
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.job.allowed_paths import OPTION, AllowedPaths
+from chunkq.job.onnx_external import external_files, is_in_folder
 from chunkq.paths import is_url, read_bytes
 from chunkq_worker.runtimes.formats import format_of
-from chunkq_worker.runtimes.onnx_external import external_files, is_in_folder
 from chunkq_worker.runtimes.onnx_import import onnxruntime
 from chunkq_worker.runtimes.stand_ins import describe, first_stand_in
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from chunkq.errors import ModelError
 from chunkq.job.model_config import ModelConfig
+from chunkq.job.onnx_external import external_files
 from chunkq.paths import file_hash, is_url, read_bytes
 from chunkq_worker.runtimes.cache_folder import cache_folder
-from chunkq_worker.runtimes.onnx_external import external_files
 from chunkq_worker.runtimes.onnx_import import onnxruntime
 
 TENSORRT = "TensorrtExecutionProvider"
