@@ -14,6 +14,9 @@ def run() -> int:
     """
     code = main()
     gc.freeze()
+    # If Ctrl-C came while Python executed a string, as it does to define a dataclass, it would end
+    # `python -m` by a signal in place of the exit code. The next string makes it forget that.
+    exec("")
     return code
 
 

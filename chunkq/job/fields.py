@@ -190,6 +190,18 @@ Letters = Annotated[str, BeforeValidator(_as_letters)]
 Level = Annotated[int | str, BeforeValidator(_as_level)]
 
 
+def _as_orientation(value: object) -> object:
+    pairs = [pair for letter in str(value) for pair in ("RL", "AP", "SI") if letter in pair]
+    if isinstance(value, str) and len(value) == 3 and len(set(pairs)) == 3:
+        return value
+    raise PydanticCustomError(
+        "orientation", "expected R or L, A or P, and S or I, in the order of x, y and z"
+    )
+
+
+Orientation = Annotated[str, BeforeValidator(_as_orientation)]
+
+
 Picks = Annotated[int | str | tuple[int | str, ...], BeforeValidator(_as_picks)]
 
 
@@ -263,6 +275,18 @@ class InputConfig(Section):
             see="guides/inputs.md",
         ),
     ] = None
+    orientation: Annotated[
+        Orientation | None,
+        key_doc(
+            "Input and output",
+            "Directions in which x, y and z run in the network, the lists of the job and the "
+            "output: `R` or `L`, `A` or `P`, `S` or `I`. For NIfTI.",
+            example="RAS",
+            unit=None,
+            omitted="that of the file",
+            see="guides/nifti.md",
+        ),
+    ] = None
     anonymous: Annotated[
         bool,
         key_doc(
@@ -290,7 +314,9 @@ class InputConfig(Section):
     @property
     def selection(self) -> Selection:
         """What is read of the array at the path."""
-        return Selection(self.axes, self.level, self.channels, self.time, self.order)
+        return Selection(
+            self.axes, self.level, self.channels, self.time, self.order, self.orientation
+        )
 
 
 def _is_number(value: object) -> bool:
@@ -363,6 +389,17 @@ class MaskConfig(Section):
             omitted="what the metadata say, else all axes are spatial",
         ),
     ] = None
+    orientation: Annotated[
+        Orientation | None,
+        key_doc(
+            "Empty space",
+            "Directions in which x, y and z of a NIfTI mask run. As that of the input.",
+            example="RAS",
+            unit=None,
+            omitted="that of the file",
+            see="guides/nifti.md",
+        ),
+    ] = None
     level: Annotated[
         Level | None,
         key_doc(
@@ -421,7 +458,7 @@ class MaskConfig(Section):
     @property
     def selection(self) -> Selection:
         """What is read of the array at the path."""
-        return Selection(self.axes, self.level)
+        return Selection(self.axes, self.level, orientation=self.orientation)
 
 
 def _as_mask(value: object) -> object:

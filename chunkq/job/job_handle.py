@@ -192,7 +192,7 @@ class ImageHandle:
         source = self.image.sources[number]
         if not source.staged:
             return None
-        slabs = Slabs.of(source.axes, np.dtype(source.dtype).itemsize)
+        slabs = Slabs.of(source.stored_axes, np.dtype(source.dtype).itemsize)
         # Either an image is alone, or it has one source.
         name = str(self.image.number + number)
         return StagedCopy(self.job.ledger.staged, name, slabs, source.dtype)

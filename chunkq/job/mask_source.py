@@ -16,6 +16,7 @@ from chunkq.geometry.cells import CellAxis
 from chunkq.job.fields import MaskConfig
 from chunkq.paths import without_secret
 from chunkq.storage.array import Array
+from chunkq.storage.formats.nifti import orientation_of
 from chunkq.storage.images import ImageSource, find_source
 from chunkq.storage.mask import Mask
 
@@ -65,6 +66,7 @@ def mask_axes(
             f"{prefix} has {len(cells)} spatial axes, but the input has {len(voxels)}; use a mask "
             "with the same axes, or set axes in mask"
         )
+    _check_orientations(source, image, prefix)
     if scale is not None:
         if len(scale) != len(voxels):
             raise JobError(
@@ -192,6 +194,22 @@ def _order(source: ImageSource, image: ImageSource) -> tuple[int, ...]:
 def _has_positions(axes: Sequence[Axis]) -> bool:
     """Return whether metadata say the size or the position of voxels."""
     return any(axis.scale != 1 or axis.translation != 0 or axis.unit for axis in axes)
+
+
+def _check_orientations(source: ImageSource, image: ImageSource, prefix: str) -> None:
+    """Raise JobError if mask and image are NIfTI, and not set to one orientation."""
+    own, expected = orientation_of(source.options), orientation_of(image.options)
+    if own is None or expected is None or own == expected:
+        return
+    advice = f"set orientation: {expected} in mask" if expected else "remove orientation in mask"
+    raise JobError(
+        f"{prefix} has {_orientation_text(own)}, but the input has {_orientation_text(expected)}; "
+        f"{advice}"
+    )
+
+
+def _orientation_text(codes: str) -> str:
+    return f"orientation {codes}" if codes else "no orientation set"
 
 
 def _check_units(cells: Sequence[Axis], voxels: Sequence[Axis], prefix: str) -> None:

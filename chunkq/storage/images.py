@@ -17,8 +17,9 @@ from chunkq.plan.fetches import Fetches, axis_fetches, picked_fetches
 from chunkq.plan.plan import Volume
 from chunkq.storage.array import Array
 from chunkq.storage.axes_view import AxesView
-from chunkq.storage.formats.base import CACHED, ArrayInfo, Options
+from chunkq.storage.formats.base import CACHED, ORIENTATION, ArrayInfo, Options
 from chunkq.storage.formats.registry import format_named, format_of
+from chunkq.storage.oriented import Orientation, OrientedArray
 from chunkq.storage.remedies import JOB_FILE, Remedies
 from chunkq.storage.selection import EVERYTHING, Selection, select
 from chunkq.storage.staged import Slabs
@@ -30,12 +31,13 @@ class ImageSource:
     """Where one array is, and everything that determines the voxels that are read of it.
 
     `path` is that of the array itself, after groups and resolution levels are resolved. `axes` are
-    all axes in stored order. `dtype` is in native byte order. `options` belong to the format.
+    all axes in stored order, or if there is an `orientation`, in the order in which it presents
+    them. `dtype` is in native byte order. `options` belong to the format.
 
     `channels` and `time` are the indices that are read along the channel and the time axis, in
     their order; they are empty if there is no such axis. `order` has the numbers of the spatial
     axes in the order of the network; empty for the stored order. `named_by` says what names the
-    axes; empty if nothing does. `storage` is the shape of a storage chunk in stored order, empty if
+    axes; empty if nothing does. `storage` is the shape of a storage chunk as `axes`, empty if
     the format has none. `staged` says why workers read a copy in Zarr of the array instead; empty
     if they read the array. `storage` is then that of the copy.
     """
@@ -51,6 +53,12 @@ class ImageSource:
     named_by: str = ""
     storage: tuple[int, ...] = ()
     staged: str = ""
+    orientation: Orientation = ()
+
+    @property
+    def stored_axes(self) -> tuple[Axis, ...]:
+        """All axes in stored order."""
+        return _stored(self.axes, self.orientation)
 
     @property
     def spatial_axes(self) -> tuple[Axis, ...]:
@@ -105,7 +113,7 @@ class ImageSource:
         return tuple(f"input: {without_secret(self.path)}: {line}" for line in lines)
 
     def open(self, *, cached: bool = False) -> Array:
-        """Open all of the array for reading. Raises StoreError if it cannot be opened.
+        """Open all of the array, as it is stored. Raises StoreError if it cannot be opened.
 
         `cached` is whether its storage chunks may be kept in the cache of this process.
         """
@@ -137,6 +145,8 @@ class ImageSource:
         `time` is the number of a selected time point. `channel` is the number of a selected
         channel, or None for all of them; a single channel has no axis.
         """
+        if self.orientation:
+            array = OrientedArray(array, self.orientation)
         fixed = {}
         time_axis, channel_axis = self.number("time"), self.number("channel")
         if time_axis is not None:
@@ -202,7 +212,10 @@ def find_source(
     `allow_empty` if none of its storage chunks exists. Raises JobError if the selection does not
     fit the array or its axes have no clear meaning.
     """
-    options, level = access.options, selection.level
+    options: Options = access.options
+    level = selection.level
+    if selection.orientation is not None:
+        options = {**options, ORIENTATION: selection.orientation}
     named, inner = split_format(path)
     name = named or format_of(inner, options)
     known = format_named(name)
@@ -240,11 +253,22 @@ def source_of(
         selected.named_by,
         _storage(array, selected.axes),
         array.staged,
+        array.orientation,
     )
 
 
 def _storage(array: ArrayInfo, axes: tuple[Axis, ...]) -> tuple[int, ...]:
-    """Return the shape of a storage chunk of what workers read."""
+    """Return the shape of a storage chunk of what workers read, in the order of `axes`."""
     if not array.staged:
         return array.storage
-    return Slabs.of(axes, np.dtype(array.dtype).itemsize).chunks
+    slabs = Slabs.of(_stored(axes, array.orientation), np.dtype(array.dtype).itemsize)
+    order = [number for number, _ in array.orientation] or range(len(axes))
+    return tuple(slabs.chunks[number] for number in order)
+
+
+def _stored(axes: tuple[Axis, ...], orientation: Orientation) -> tuple[Axis, ...]:
+    """Return presented axes in stored order."""
+    if not orientation:
+        return axes
+    presented = [number for number, _ in orientation]
+    return tuple(axes[presented.index(number)] for number in range(len(axes)))

@@ -33,6 +33,7 @@ class Selection:
     channels   channels in the order of the network
     time       time points in the order of the output
     order      letters of the spatial axes in the order of the network
+    orientation  directions in which x, y and z are presented, such as RAS
     """
 
     axes: str | None = None
@@ -40,6 +41,7 @@ class Selection:
     channels: Picks | None = None
     time: Picks | None = None
     order: str | None = None
+    orientation: str | None = None
 
 
 EVERYTHING = Selection()
@@ -69,6 +71,11 @@ def select(
     Raises JobError, with the code AXES_AMBIGUOUS if the meaning of the axes is not clear.
     """
     prefix = f"input: {path}"
+    if selection.orientation is not None and not array.orientation:
+        raise JobError(
+            f"{prefix}: orientation is for NIfTI files only; remove it",
+            code=ErrorCode.STORE_UNSUPPORTED,
+        )
     axes, named_by = _named(array, selection.axes, prefix, remedies)
     numbers = {
         kind: [n for n, axis in enumerate(axes) if axis.kind == kind]

@@ -14,6 +14,8 @@ from nibabel.nifti2 import Nifti2Header, Nifti2PairHeader
 
 AFFINE = np.array([[0.5, 0, 0, -7], [0, 1.5, 0, 3], [0, 0, 2, 11], [0, 0, 0, 1]])
 """Voxel sizes 0.5, 1.5 and 2 mm along x, y and z."""
+TURNED = np.array([[0, 0, -2.0, 40], [0.5, 0, 0, -7], [0, -1.5, 0, 3], [0, 0, 0, 1]])
+"""The same voxel sizes; x, y and z of the file run to anterior, inferior and left."""
 
 
 def nifti_bytes(

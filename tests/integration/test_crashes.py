@@ -141,17 +141,19 @@ def test_the_output_does_not_depend_on_the_order_of_the_chunks(
 class Moment:
     """When a worker process is killed: at which stage and after how many commits.
 
-    With `full_depth`, DEPTH chunks are in flight at that moment.
+    With `full_depth`, DEPTH chunks are in flight at that moment. `counts` is whether their attempts
+    count: those of a process that has not loaded the network do not.
     """
 
     stage: str
     commits: int
     workers: int
     full_depth: bool = True
+    counts: bool = True
 
 
 MOMENTS = {
-    "while it loads the network": Moment("load", 0, 1),
+    "while it loads the network": Moment("load", 0, 1, counts=False),
     "in its first chunk": Moment("forward", 0, 1),
     "with several chunks in flight": Moment("forward", 8, 2),
     "while it writes pieces": Moment("piece", 4, 2),
@@ -182,8 +184,8 @@ def test_only_chunks_in_flight_of_a_killed_worker_are_computed_again(
     before.assert_unchanged(workspace)
 
     retried = {name for name in workspace.done() if workspace.record(name)["attempt"] > 1}
-    assert 1 <= len(retried) <= int(requeued[1])
-    assert {workspace.record(name)["attempt"] for name in retried} == {2}
+    assert int(moment.counts) <= len(retried) <= int(requeued[1]) * moment.counts
+    assert {workspace.record(name)["attempt"] for name in retried} <= {2}
     patches, computed = workspace.patches(), workspace.computed()
     computed_twice = {crc for crc, count in computed.items() if count > 1}
     assert computed.keys() == set().union(*patches.values())

@@ -156,7 +156,7 @@ BAD_STEPS: dict[str, Mistake] = {
         "postprocessing",
         "return batch[:, :2]",
         ModelError,
-        r"\[4, 2, 8, 8, 8\].*model_config\.model_output_shape.*\[4, 3, 8, 8, 8\]",
+        r"\[4, 2, 8, 8, 8\].*\[4, 3, 8, 8, 8\].*model_config\.model_output_shape",
     ),
     "raises": (
         "preprocessing_protected",

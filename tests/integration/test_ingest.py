@@ -31,7 +31,7 @@ from chunkq.storage.formats import gzip_file
 from chunkq.storage.staged import StagedCopy
 from tests.harness.files import files_below
 from tests.harness.networks import toy_model
-from tests.harness.nifti import AFFINE, write_nifti
+from tests.harness.nifti import AFFINE, TURNED, write_nifti
 from tests.harness.servers.web import Habits, web_server
 from tests.harness.volumes import random_volume, read_output, write_zarr
 from tests.harness.waiting import wait_until
@@ -127,6 +127,26 @@ def test_a_job_over_nifti_writes_the_bytes_of_one_over_zarr(
     scale, translation = image["datasets"][0]["coordinateTransformations"]
     assert scale["scale"] == [1.0, 2.0, 1.5, 0.5]
     assert translation["translation"] == [0.0, 11.0, 3.0, -7.0]
+
+
+@pytest.mark.parametrize("name", ["in.nii", "in.nii.gz"])
+def test_a_job_in_an_orientation_writes_the_bytes_of_one_over_the_canonical_image(
+    tmp_path: Path, volume: npt.NDArray[np.int16], staged: None, name: str
+) -> None:
+    write_nifti(tmp_path / name, volume, affine=TURNED)
+    canonical = nibabel.as_closest_canonical(nibabel.load(tmp_path / name))  # type: ignore[attr-defined]
+    canonical.to_filename(tmp_path / "canonical.nii")
+    expected = run(workspace_over(tmp_path / "a", "../canonical.nii"))
+    workspace = workspace_over(tmp_path / "b", {"path": f"../{name}", "orientation": "RAS"})
+    with mock.patch.object(StagedCopy, "record_slabs", autospec=True) as record:
+        assert run(workspace) == expected
+    assert record.call_count == (SLABS if name.endswith(".gz") else 0)
+    metadata = [
+        json.loads((tmp_path / folder / "out.zarr" / "zarr.json").read_text()) for folder in "ab"
+    ]
+    [written], [other] = (values["attributes"]["ome"]["multiscales"] for values in metadata)
+    assert written["axes"] == other["axes"]
+    assert written["datasets"] == other["datasets"]
 
 
 def test_a_job_over_a_large_compressed_file_writes_the_bytes_of_one_over_zarr(
@@ -388,6 +408,32 @@ def test_a_path_is_predicted_as_in_a_job_and_written_in_the_order_of_its_file(
     image = prediction.to_nibabel()
     np.testing.assert_array_equal(image.affine, AFFINE)
     np.testing.assert_array_equal(np.asanyarray(image.dataobj), np.asarray(expected.labels).T)
+
+
+def test_a_predictor_with_an_orientation_computes_the_canonical_image(
+    tmp_path: Path, volume: npt.NDArray[np.int16]
+) -> None:
+    write_nifti(tmp_path / "in.nii", volume, affine=TURNED)
+    write_nifti(tmp_path / "mask.nii", (volume > 0).astype("u1"), affine=TURNED)
+    canonical = tmp_path / "canonical.nii"
+    image = nibabel.as_closest_canonical(nibabel.load(tmp_path / "in.nii"))  # type: ignore[attr-defined]
+    image.to_filename(canonical)
+    values = workspace_over(tmp_path, {"orientation": "RAS"}, combine="soft").values
+    with Predictor.from_config({k: v for k, v in values.items() if k != "output"}) as predictor:
+        prediction = predictor.predict(tmp_path / "in.nii")
+        for stored in (tmp_path / "mask.nii", nibabel.load(tmp_path / "mask.nii")):  # type: ignore[attr-defined]
+            with pytest.raises(JobError, match="set orientation: RAS in mask"):
+                predictor.predict(tmp_path / "in.nii", mask=stored)
+        mask = {"path": str(tmp_path / "mask.nii"), "orientation": "RAS"}
+        predictor.predict(tmp_path / "in.nii", mask=mask)
+        with pytest.raises(JobError, match="orientation is for NIfTI") as error:
+            predictor.predict(volume)
+    assert error.value.code is ErrorCode.STORE_UNSUPPORTED
+    with predictor_for(tmp_path) as predictor:
+        expected = predictor.predict(canonical)
+    np.testing.assert_array_equal(prediction.labels, expected.labels)
+    assert prediction.geometry.axes == expected.geometry.axes
+    np.testing.assert_array_equal(prediction.to_nibabel().affine, image.affine)
 
 
 def test_an_image_of_nibabel_keeps_the_order_of_its_array(

@@ -210,6 +210,7 @@ def killed_while_loading(folder: Path) -> str:
 
 def outside_slurm(folder: Path) -> str:
     workspace = workspace_with(folder)
+    workspace.environment["CHUNKQ_QUEUE"] = "dask://"
     return workspace.call("run", workspace.write_job(cluster="slurm"), "-e", "dask").err
 
 

@@ -2,22 +2,30 @@
 
 import gzip
 import itertools
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import nibabel
 import numpy as np
+import numpy.typing as npt
 import pytest
+from nibabel import orientations
+from pydantic import ValidationError
 
-from chunkq.errors import ChunkReadError, ErrorCode, StoreError
+from chunkq.errors import ChunkReadError, ErrorCode, JobError, StoreError
 from chunkq.geometry.axes import Axis
 from chunkq.geometry.box import Box
+from chunkq.job.fields import InputConfig
+from chunkq.job.mask_source import mask_axes
 from chunkq.storage.formats import gzip_file
 from chunkq.storage.formats.nifti import affine_of
 from chunkq.storage.images import find_source
 from chunkq.storage.selection import Selection
-from tests.harness.nifti import AFFINE, nifti_bytes, write_nifti
+from chunkq.storage.staged import Slabs
+from tests.harness.nifti import AFFINE, TURNED, nifti_bytes, write_nifti
 from tests.harness.volumes import random_volume
 
 SHAPE = (7, 6, 5)
@@ -82,6 +90,148 @@ def test_the_order_xyz_is_that_of_the_file(tmp_path: Path) -> None:
     values = random_volume(SHAPE)
     write_nifti(tmp_path / "in.nii", values)
     np.testing.assert_array_equal(read(tmp_path / "in.nii", order="xyz"), values.T)
+
+
+# ------------------------------------------------------------------------- orientations
+
+ALL_CODES = sorted(
+    "".join(letters)
+    for names in itertools.permutations(("RL", "AP", "SI"))
+    for letters in itertools.product(*names)
+)
+OBLIQUE = TURNED + np.diag([0.125, 0.125, 0.125, 0])
+
+
+def in_orientation(path: Path, codes: str) -> Any:
+    """Return the image in an orientation, as nibabel turns it."""
+    image = nibabel.load(path)  # type: ignore[attr-defined]
+    target = orientations.axcodes2ornt(codes)
+    return image.as_reoriented(
+        orientations.ornt_transform(orientations.io_orientation(image.affine), target)
+    )
+
+
+@pytest.mark.parametrize("affine", [TURNED, OBLIQUE])
+@pytest.mark.parametrize("codes", ALL_CODES)
+def test_voxels_and_affines_of_every_orientation_are_those_of_nibabel(
+    tmp_path: Path, codes: str, affine: npt.NDArray[Any]
+) -> None:
+    write_nifti(tmp_path / "in.nii", random_volume(SHAPE), affine=affine)
+    expected = in_orientation(tmp_path / "in.nii", codes)
+    assert "".join(nibabel.aff2axcodes(expected.affine)) == codes  # type: ignore[attr-defined]
+    selection = Selection(orientation=codes)
+    source = find_source(str(tmp_path / "in.nii"), selection)
+    array = source.present(source.open())
+    voxels = np.asanyarray(expected.dataobj)
+    assert array.shape == source.shape == voxels.T.shape
+    np.testing.assert_array_equal(array.read(Box.of_shape(array.shape)), voxels.T)
+    part = Box((1, 2, 0), tuple(size - 1 for size in array.shape))
+    np.testing.assert_array_equal(array.read(part), voxels.T[part.slices((0, 0, 0))])
+    np.testing.assert_allclose(affine_of(source.options), expected.affine)
+    assert json.loads(str(source.options["affine"])) == affine.tolist()
+    assert source.options["orientation"] == codes
+    assert [axis.name for axis in source.axes] == ["z", "y", "x"]
+    assert [axis.size for axis in source.stored_axes] == list(SHAPE)
+    np.testing.assert_array_equal(read(tmp_path / "in.nii", orientation=codes, order="xyz"), voxels)
+
+
+@pytest.mark.parametrize("codes", ALL_CODES)
+def test_positions_of_every_orientation_are_those_of_the_voxels(tmp_path: Path, codes: str) -> None:
+    write_nifti(tmp_path / "in.nii", random_volume(SHAPE), affine=TURNED)
+    expected = in_orientation(tmp_path / "in.nii", codes).affine
+    write_nifti(tmp_path / "in.nii", random_volume(SHAPE), affine=TURNED + 1e-6 * np.eye(4))
+    axes = find_source(str(tmp_path / "in.nii"), Selection(orientation=codes)).axes
+    for number, axis in enumerate(reversed(axes)):  # x first
+        world = next(n for n, pair in enumerate(("RL", "AP", "SI")) if codes[number] in pair)
+        index = np.zeros((axis.size, 4))
+        index[:, number], index[:, 3] = np.arange(axis.size), 1
+        positions = (index @ expected.T)[:, world]
+        np.testing.assert_allclose(
+            axis.translation + axis.scale * index[:, number], positions, atol=1e-5
+        )
+        assert (axis.scale > 0) == (codes[number] in "RAS")
+        assert axis.unit == "millimeter"
+
+
+def test_the_orientation_ras_is_the_closest_canonical_one(tmp_path: Path) -> None:
+    values = random_volume((3, *SHAPE))
+    write_nifti(tmp_path / "in.nii", values, affine=OBLIQUE)
+    image = nibabel.load(tmp_path / "in.nii")  # type: ignore[attr-defined]
+    expected = nibabel.as_closest_canonical(image)  # type: ignore[attr-defined]
+    source = find_source(str(tmp_path / "in.nii"), Selection(orientation="RAS", time=1))
+    array = source.present(source.open())
+    np.testing.assert_array_equal(
+        array.read(Box.of_shape(array.shape)), np.asanyarray(expected.dataobj)[..., 1].T
+    )
+    assert {axis.translation for axis in source.spatial_axes} == {0}
+    lengths = np.linalg.norm(expected.affine[:3, :3], axis=0)[::-1]
+    np.testing.assert_allclose([axis.scale for axis in source.spatial_axes], lengths, rtol=1e-6)
+
+
+def test_a_copy_of_a_compressed_image_has_the_stored_order(tmp_path: Path) -> None:
+    write_nifti(tmp_path / "in.nii.gz", random_volume((70, 6, 5)), affine=TURNED)
+    with mock.patch.object(gzip_file, "WHOLE_BYTES", 0):
+        source = find_source(str(tmp_path / "in.nii.gz"), Selection(orientation="RAS"))
+    assert source.shape == (6, 5, 70)
+    assert source.storage == (6, 5, 64)
+    assert Slabs.of(source.stored_axes, 1).shape == (70, 6, 5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((6, 5), {}),
+        (SHAPE, {"sform_code": 0}),
+        (SHAPE, {"affine": np.diag([1.0, 0, 2, 1])}),
+    ],
+)
+def test_an_image_whose_orientation_is_unknown_is_refused(
+    tmp_path: Path, shape: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    write_nifti(tmp_path / "in.nii", random_volume(shape), **options)
+    with pytest.raises(StoreError, match="orientation") as error:
+        find_source(str(tmp_path / "in.nii"), Selection(orientation="RAS"))
+    assert error.value.code is ErrorCode.STORE_UNSUPPORTED
+
+
+def test_an_orientation_of_another_format_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "in.npy", random_volume(SHAPE))
+    with pytest.raises(JobError, match="orientation") as error:
+        find_source(str(tmp_path / "in.npy"), Selection(orientation="RAS"))
+    assert error.value.code is ErrorCode.STORE_UNSUPPORTED
+
+
+@pytest.mark.parametrize("codes", ["ras", "RA", "RAR", "RLS", "RASR", "XYZ", "", 3])
+def test_letters_that_are_no_orientation_are_refused(codes: object) -> None:
+    with pytest.raises(ValidationError, match="expected R or L"):
+        InputConfig.model_validate({"path": "in.nii", "orientation": codes})
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR"])
+def test_a_coarser_mask_lies_on_an_image_of_its_orientation(tmp_path: Path, codes: str) -> None:
+    write_nifti(tmp_path / "in.nii", random_volume((8, 6, 4)), affine=TURNED)
+    coarse = TURNED @ np.diag([2.0, 2, 2, 1])
+    coarse[:3, 3] += TURNED[:3, :3] @ [0.5, 0.5, 0.5]
+    write_nifti(tmp_path / "mask.nii", random_volume((4, 3, 2)), affine=coarse)
+    image = find_source(str(tmp_path / "in.nii"), Selection(orientation=codes))
+    mask = find_source(str(tmp_path / "mask.nii"), Selection(orientation=codes))
+    axes = mask_axes(mask, image, None)
+    assert [axis.count for axis in axes] == [size // 2 for size in image.shape]
+    assert {axis.scale for axis in axes} == {2.0}
+    np.testing.assert_allclose([axis.shift for axis in axes], 0, atol=1e-6)
+    for other in (None, "RSA"):
+        stored = find_source(str(tmp_path / "mask.nii"), Selection(orientation=other))
+        for scale in (None, (2.0, 2.0, 2.0)):
+            with pytest.raises(JobError, match=f"set orientation: {codes} in mask"):
+                mask_axes(stored, image, scale)
+
+
+def test_a_mask_that_runs_against_the_image_is_refused(tmp_path: Path) -> None:
+    write_nifti(tmp_path / "in.nii", random_volume(SHAPE), affine=TURNED)
+    image = find_source(str(tmp_path / "in.nii"), Selection(orientation="RAS"))
+    against = replace(image, options={}, axes=tuple(replace(a, scale=-a.scale) for a in image.axes))
+    with pytest.raises(JobError, match="flip one of them"):
+        mask_axes(against, image, None)
 
 
 @pytest.mark.parametrize("shape", [(1, *SHAPE), (1, 1, *SHAPE), (1, 1, 1, 1, *SHAPE), (6, 5), (5,)])

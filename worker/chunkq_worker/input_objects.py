@@ -18,6 +18,7 @@ from chunkq.geometry.box import Box
 from chunkq.storage.array import Array, box_error
 from chunkq.storage.formats import hdf5_axes, tiff_axes
 from chunkq.storage.formats.base import native_dtype
+from chunkq.storage.formats.nifti import MAX_SHIFT
 from chunkq.storage.images import find_source
 from chunkq_worker.imported_classes import class_name, is_instance
 
@@ -25,8 +26,6 @@ EXPECTED = (
     "expected an array (NumPy, torch, dask, xarray, zarr, h5py, tensorstore), an image (nibabel, "
     "tifffile), a path, or a list of these for model_config.join_dim"
 )
-MAX_SHIFT = 1e-3
-"""Distance (voxels) by which an affine may move a voxel off its axis and count as unrotated."""
 COMPRESSED = (".gz", ".bz2", ".zst")
 """Suffixes of files of which no region can be read alone."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from chunkq.job.mask_source import (
 from chunkq.paths import absolute_input
 from chunkq.storage.array import Array
 from chunkq.storage.formats.base import ArrayInfo
+from chunkq.storage.formats.nifti import AFFINE
 from chunkq.storage.images import ImageSource, source_of
 from chunkq.storage.mask import Mask
 from chunkq.storage.remedies import PYTHON
@@ -108,6 +110,8 @@ def _open_object(mask: Any) -> MaskInput:
     with mask_errors():
         source = source_of(info, EVERYTHING, NAME, remedies=PYTHON)
     source = replace(source, named_by=named_by)
+    if stored.affine is not None and stored.lost:
+        source = replace(source, options={AFFINE: json.dumps(stored.affine.tolist())})
     check_mask(source)
     return MaskInput(MaskConfig(path=""), source, stored.array)
 

@@ -143,11 +143,11 @@ class Predictor:
         """Create a predictor from a job: the path of a job file, or a mapping with its keys.
 
         `output` and the path of `input` are not used and may be missing. What a mapping in `input`
-        says of axes, level, channels and order applies to every volume. Relative paths are relative
-        to the job file, or for a mapping to the working directory. `model` is a network as in
-        `from_model` that replaces the one of the job; the job then needs none. Functions for the
-        steps replace the key `processing_steps`. Raise JobError with one line per mistake, and
-        ArgumentError, which is a TypeError, for an argument of a wrong type.
+        says of axes, level, channels, order and orientation applies to every volume. Relative paths
+        are relative to the job file, or for a mapping to the working directory. `model` is a
+        network as in `from_model` that replaces the one of the job; the job then needs none.
+        Functions for the steps replace the key `processing_steps`. Raise JobError with one line per
+        mistake, and ArgumentError, which is a TypeError, for an argument of a wrong type.
         """
         steps = _steps(
             preprocessing=preprocessing,

@@ -17,6 +17,7 @@ from chunkq.errors import ErrorCode, StoreError, suggestion
 from chunkq.geometry.axes import Axis
 from chunkq.paths import is_url, mask_secrets, without_secret
 from chunkq.storage.array import Array
+from chunkq.storage.oriented import Orientation
 from chunkq.storage.stored_chunks import StoredChunks
 
 Options = Mapping[str, str | int | bool]
@@ -27,12 +28,17 @@ NUMBERS = "biufc"
 """NumPy's kinds of dtypes of single numbers."""
 CACHED = "cached"
 """Option for `Format.open`: whether storage chunks may be kept in the cache of this process."""
+ORIENTATION = "orientation"
+"""Option for `Format.find`: the orientation in which a job presents an array, such as `RAS`."""
 NO_OPTIONS: Options = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class ArrayInfo:
     """One array of a format: its path, all its axes in stored order, and its native dtype.
+
+    `orientation` says how the stored axes are presented, if the format supports the option
+    ORIENTATION and got it. `axes` and `storage` are then in the presented order.
 
     The path is that of the array itself, after groups and resolution levels are resolved. `options`
     is passed to `Format.open` and must be JSON scalars. `is_empty` says that none of its storage
@@ -53,6 +59,7 @@ class ArrayInfo:
     is_empty: bool = False
     staged: str = ""
     storage: tuple[int, ...] = ()
+    orientation: Orientation = ()
 
 
 class Format(ABC):

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -26,6 +26,7 @@ from chunkq.storage.formats import gzip_file
 from chunkq.storage.formats.base import (
     NO_OPTIONS,
     NUMBERS,
+    ORIENTATION,
     ArrayInfo,
     Format,
     Options,
@@ -33,14 +34,19 @@ from chunkq.storage.formats.base import (
     unreadable_error,
 )
 from chunkq.storage.formats.single_file import SingleFile, StoredVoxels, opening_error
+from chunkq.storage.oriented import Orientation
 from chunkq.system import buffers
 
+MAX_SHIFT = 1e-3
+"""Distance (voxels) by which an affine may move a voxel off its axis and count as unrotated."""
 IS_STREAMED = "is_streamed"
 """Option: whether a compressed file is too large to be kept decompressed in memory."""
 AFFINE = "affine"
 """Option: the affine (4, 4) of voxel indices x, y, z, as JSON."""
 CODES = ("sform_code", "qform_code")
 """Options: what the affine stands for, as in the header."""
+PRESENTED_AFFINE = "presented_affine"
+"""Option of an image that is presented in an orientation: the affine of its presented indices."""
 COMPRESSED = "it is compressed with gzip"
 """Why a file cannot be read by region."""
 SUFFIXES = (".nii", ".nii.gz")
@@ -188,7 +194,8 @@ class NiftiFormat(Format):
 
     The axes are those of the file from the slowest to the fastest: ([c,] [t,] z, y, x). The
     identity has the size, the time of modification (at a URL, the unique key of fsspec) and the
-    hash of the first bytes, of both files of a pair.
+    hash of the first bytes, of both files of a pair. With the option ORIENTATION, `find` describes
+    the presented axes; arrays are opened as they are stored.
     """
 
     @override
@@ -223,19 +230,27 @@ class NiftiFormat(Format):
                 "with a dtype of numbers, such as uint8 or float32",
                 code=ErrorCode.STORE_UNSUPPORTED,
             )
+        axes = header.axes
+        orientation: Orientation = ()
+        oriented: Options = {}
+        if (codes := options.get(ORIENTATION)) is not None:
+            axes, orientation, affine = _presented(header, str(codes), path)
+            oriented = {ORIENTATION: codes, PRESENTED_AFFINE: json.dumps(affine.tolist())}
         return ArrayInfo(
             path,
-            header.axes,
+            axes,
             str(array.dtype),
             {
                 **access.options,
                 IS_STREAMED: array.is_large,
                 AFFINE: json.dumps(header.affine.tolist()),
                 **dict(zip(CODES, header.codes, strict=True)),
+                **oriented,
             },
             named_by="the NIfTI header",
             labels=header.labels,
             staged=COMPRESSED if array.is_large else "",
+            orientation=orientation,
         )
 
     @override
@@ -252,8 +267,16 @@ class NiftiFormat(Format):
 
 
 def affine_of(options: Options) -> npt.NDArray[np.float64]:
-    """Return the affine (4, 4) in the options of a NIfTI image, for voxel indices x, y, z."""
-    return np.array(json.loads(str(options[AFFINE])), np.float64)
+    """Return the affine (4, 4) in the options of a NIfTI image, for presented indices x, y, z."""
+    return np.array(json.loads(str(options.get(PRESENTED_AFFINE, options[AFFINE]))), np.float64)
+
+
+def orientation_of(options: Options) -> str | None:
+    """Return the orientation that a job sets for a NIfTI image.
+
+    It is empty if the job sets none, and None for options of another format.
+    """
+    return str(options.get(ORIENTATION, "")) if AFFINE in options else None
 
 
 def parts(path: str) -> tuple[str, str]:
@@ -353,6 +376,52 @@ def _described(header: Any, file: SingleFile) -> NiftiHeader:
         affine,
         (int(header["sform_code"]), int(header["qform_code"])),
     )
+
+
+def _presented(
+    header: NiftiHeader, codes: str, path: str
+) -> tuple[tuple[Axis, ...], Orientation, npt.NDArray[np.float64]]:
+    """Return the axes of an image in an orientation such as `RAS`, and its presented affine.
+
+    A presented axis that is parallel to one of the scanner has positions along it, with a negative
+    voxel size if it runs to the left, to the back or down. Raises StoreError.
+    """
+    numbers = [n for n, axis in enumerate(header.axes) if axis.kind == "space"][::-1]  # x first
+    problem = ""
+    if len(numbers) < 3:
+        problem = f"has {len(numbers)} spatial axes, and an orientation needs 3"
+    elif not any(header.codes):
+        problem = "has neither sform nor qform, so its orientation is unknown"
+    elif not np.isfinite(header.affine).all() or not np.linalg.det(header.affine):
+        problem = "has an affine without an inverse, so its orientation is unknown"
+    if problem:
+        raise StoreError(
+            f"input: {without_secret(path)} {problem}; fix its header, or remove orientation",
+            code=ErrorCode.STORE_UNSUPPORTED,
+        )
+    nibabel = _nibabel("orientations")
+    wanted = nibabel.axcodes2ornt(codes)
+    turn = nibabel.ornt_transform(nibabel.io_orientation(header.affine), wanted)
+    sizes = [header.axes[number].size for number in numbers]
+    affine = header.affine @ nibabel.inv_ornt_aff(turn, sizes)
+    matrix = affine[:3, :3]
+    lengths = np.empty(3)
+    lengths[turn[:, 0].astype(int)] = sizes
+    along = (wanted[:, 0].astype(int), np.arange(3))  # of each presented axis, in the matrix
+    across = matrix.copy()
+    across[along] = 0
+    shift = np.abs(across) @ (lengths - 1)
+    is_parallel = bool((shift <= MAX_SHIFT * np.linalg.norm(matrix, axis=0).min()).all())
+    axes, orientation = list(header.axes), [(n, 1) for n in range(len(header.axes))]
+    for number, (target, direction) in zip(numbers, turn.astype(int).tolist(), strict=True):
+        place, stored = numbers[target], header.axes[number]
+        scale, first = stored.scale, 0.0
+        if is_parallel:
+            row = along[0][target]
+            scale, first = float(matrix[row, target]), float(affine[row, 3])
+        axes[place] = replace(stored, name=header.axes[place].name, scale=scale, translation=first)
+        orientation[place] = (number, direction)
+    return tuple(axes), tuple(orientation), affine
 
 
 def _axes(header: Any, sizes: list[int], affine: npt.NDArray[np.float64]) -> tuple[Axis, ...]:
