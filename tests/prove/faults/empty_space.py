@@ -23,6 +23,22 @@ FAULTS = (
         named(SPACE, "any_cut and below"),
     ),
     Fault(
+        "masks-elsewhere-are-silent",
+        "chunkq/job/mask_source.py",
+        "    if not any(doubtful):",
+        "    if doubtful:",
+        "a mask that has no position skips another part of an image that has one",
+        named(SPACE, "without_a_position"),
+    ),
+    Fault(
+        "masks-with-nothing-inside-are-silent",
+        "producer/chunkq_producer/produce.py",
+        "    if not result.chunks:",
+        "    if result.chunks < 0:",
+        "a job that runs no patch completes without a warning",
+        named(SPACE, "nothing_inside"),
+    ),
+    Fault(
         "kept-voxels-decide-what-is-empty",
         SELECTION,
         "voxels[(patch.source & volume).slices(within.start)]",

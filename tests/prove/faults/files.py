@@ -36,6 +36,14 @@ FAULTS = (
         named(TIFF_TESTS, "natural_order"),
     ),
     Fault(
+        "gaps-of-stacks-are-silent",
+        STACK,
+        "    if step < 1 or set(steps) == {step}:",
+        "    if step:",
+        "a stack from which a slice is missing is computed without a warning",
+        named(TIFF_TESTS, "number_is_missing"),
+    ),
+    Fault(
         "samples-are-slices",
         TIFF_AXES,
         '{"S": "c", "I": None',
