@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from operator import attrgetter
 from typing import TypeVar
 
@@ -26,6 +26,7 @@ from chunkq.stages.registry import stages
 from chunkq_worker.run_task import check_gate, run_task
 
 PROGRESS_STAGE = "computing chunks"
+WAIT_SECONDS = 1.0
 STAGING = "staging inputs"
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
@@ -95,6 +96,16 @@ def compute_inline(job: JobHandle, emit: Sink) -> str:
     return worker
 
 
+def result_of(future: Future[Result]) -> Result:
+    """Wait for a result, so that Ctrl-C is noticed within a second.
+
+    CPython does not end a wait for a signal that came just before it began.
+    """
+    while not future.done():
+        wait([future], timeout=WAIT_SECONDS)
+    return future.result()
+
+
 def pipelined(
     start: Callable[[Argument], Future[Result]], arguments: Iterable[Argument], depth: int
 ) -> Generator[Result, None, None]:
@@ -107,9 +118,9 @@ def pipelined(
         for argument in arguments:
             in_flight.append(start(argument))
             if len(in_flight) == depth:
-                yield in_flight.popleft().result()
+                yield result_of(in_flight.popleft())
         while in_flight:
-            yield in_flight.popleft().result()
+            yield result_of(in_flight.popleft())
     finally:
         for future in in_flight:
             future.cancel()

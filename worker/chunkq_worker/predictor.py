@@ -48,7 +48,7 @@ from chunkq.summaries import html_table, lengths, one_line
 from chunkq_worker.device import get_device
 from chunkq_worker.imported_classes import class_name
 from chunkq_worker.inference_engine import ENGINES_CACHED, InferenceEngine
-from chunkq_worker.inline import PROGRESS_STAGE, compute_inline, pipelined
+from chunkq_worker.inline import PROGRESS_STAGE, compute_inline, pipelined, result_of
 from chunkq_worker.inputs import (
     Input,
     OpenedInput,
@@ -558,7 +558,7 @@ class Predictor:
             emit = _counted(sink, request.chunks)
             try:
                 with UserErrors():
-                    get_device().run(lambda: self._fresh_engine(plan)).result()
+                    result_of(get_device().run(lambda: self._fresh_engine(plan)))
 
                 def start(chunk: tuple[OpenItem, Index]) -> Future[Any]:
                     return self._start(*chunk, stop, watch)
