@@ -210,6 +210,9 @@ class Reference(NamedTuple):
     """Result of `reference`.
 
     average              float64 (C, *V): the weighted average, or the vote shares for `hard`
+    values               float64: what the job stores, before it is cast: the average after
+                         `activation_after` and the standard deviation for `std` (C, *V), the
+                         entropy (1, *V), the labels (*V)
     labels               (*V), uint8, or uint16 for more than 256 classes: the argmax of `average`
     margin_of_decision   float64 (*V): difference between the two largest channels of `average`, or
                          |average - 0.5| for a single channel. For `hard`, the minimum of this and
@@ -220,6 +223,7 @@ class Reference(NamedTuple):
     average: F64
     labels: NDArray[Any]
     margin_of_decision: F64
+    values: F64
 
 
 def activate(y: F64, activation: str) -> F64:
@@ -232,6 +236,21 @@ def activate(y: F64, activation: str) -> F64:
     if activation != "none":
         raise ValueError(f"invalid activation {activation!r}")
     return y
+
+
+def entropy(y: F64) -> F64:
+    """Return the entropy (1, ...) in nats of probabilities (C, ...), of one of two if C is 1."""
+    p = np.concatenate([y, 1 - y]) if len(y) == 1 else y
+    logs = np.log(np.where(p > 0, p, 1))
+    return np.asarray(-(p * logs).sum(axis=0, keepdims=True))
+
+
+def quantized(values: F64, low: float, high: float, dtype: str) -> NDArray[Any]:
+    """Return values as integers: `low` is the smallest of the dtype, `high` the largest."""
+    info = np.iinfo(dtype)
+    steps = int(info.max) - int(info.min)
+    exact = (values - low) / (high - low) * steps + int(info.min)
+    return np.clip(np.rint(exact), info.min, info.max).astype(dtype)
 
 
 def labels_of(y: F64) -> NDArray[np.intp]:
@@ -249,7 +268,10 @@ def decision_margin(y: F64) -> F64:
 
 
 def _check(setup: Setup, volume: NDArray[Any], combine: str) -> None:
-    if combine not in {"weighted_avg", "soft", "hard"} or volume.shape != setup.volume:
+    if (
+        combine not in {"weighted_avg", "soft", "hard", "std", "entropy"}
+        or volume.shape != setup.volume
+    ):
         raise ValueError(f"invalid combine {combine!r}, or {volume.shape} is not {setup.volume}")
     if not covered(setup).all():
         raise ValueError(f"no patch covers voxel {np.argwhere(~covered(setup))[0].tolist()}")
@@ -272,9 +294,10 @@ class Skip(NamedTuple):
 NO_SKIP = Skip()
 
 
-def nothing(channels: int, combine: str, fill_value: float) -> F64:
+def nothing(channels: int, combine: str, fill_value: float, activation: str) -> F64:
     """Return the prediction of an empty patch, after activation and voting: (C,)."""
-    if combine == "weighted_avg" or channels == 1:
+    is_value = combine == "weighted_avg" or (combine in {"std", "entropy"} and activation == "none")
+    if is_value or channels == 1:
         return np.full(channels, fill_value, dtype=np.float64)
     return np.asarray(np.arange(channels) == fill_value, dtype=np.float64)
 
@@ -291,6 +314,28 @@ def skipped(setup: Setup, volume: NDArray[Any], skip: Skip) -> list[tuple[bool, 
     return found
 
 
+Term = tuple[tuple[slice, ...], F64, F64]
+"""A prediction: its slices of the volume, its weights (*S) there, and its values (C, *S)."""
+
+
+def _stored(
+    combine: str, average: F64, labels: NDArray[Any], terms: list[Term], activation_after: str
+) -> F64:
+    """Return the field `values` of the reference."""
+    if combine == "weighted_avg":
+        return activate(average, activation_after).copy()
+    if combine == "entropy":
+        return entropy(average)
+    if combine != "std":
+        return labels.astype(np.float64)
+    squares, total = np.zeros_like(average), np.zeros(average.shape[1:])
+    for in_volume, w, y in terms:
+        inside = (slice(None), *in_volume)
+        squares[inside] += w * (y - average[inside]) ** 2
+        total[in_volume] += w
+    return np.asarray(np.sqrt(squares / np.where(total > 0, total, 1)))
+
+
 def reference(
     setup: Setup,
     volume: NDArray[Any],
@@ -299,6 +344,7 @@ def reference(
     weight: str | WeightFunction = "weight_uniform",
     *,
     activation: str = "none",
+    activation_after: str = "none",
     skip: Skip = NO_SKIP,
     channels: int = 0,
 ) -> Reference:
@@ -325,6 +371,7 @@ def reference(
     padded = pad_read(volume, low, shape, setup.pad_mode, setup.pad_value).astype(np.float64)
 
     sums, total = np.zeros((channels, *setup.volume)), np.zeros(setup.volume)
+    terms: list[Term] = []
     margin = np.full(setup.volume, np.inf)
     outcomes = skipped(setup, volume, skip)
     for (_, start, box), (by_mask, is_empty) in zip(all_patches, outcomes, strict=True):
@@ -333,9 +380,11 @@ def reference(
         if is_empty:
             in_volume, in_patch = _inside(setup, box)
             w = np.exp(log_w[in_patch] - largest[in_volume])
-            for c, value in enumerate(nothing(channels, combine, skip.fill_value)):
+            predicted = nothing(channels, combine, skip.fill_value, activation)
+            for c, value in enumerate(predicted):
                 sums[c][in_volume] += w * value
             total[in_volume] += w
+            terms.append((in_volume, w, predicted.reshape(-1, *[1] * w.ndim)))
             continue
         window = zip(start, low, setup.input_patch, strict=True)
         x = padded[tuple(slice(s - a, s - a + p) for s, a, p in window)].copy()
@@ -356,14 +405,18 @@ def reference(
         for c in range(len(y)):
             sums[c][in_volume] += w * y[c][in_patch]
         total[in_volume] += w
+        terms.append((in_volume, w, y[(slice(None), *in_patch)]))
     average = sums / np.where(total > 0, total, 1)
     labels = labels_of(average).astype(np.uint8 if len(average) <= 256 else np.uint16)
     margin = np.minimum(decision_margin(average), margin)
+    values = _stored(combine, average, labels, terms, activation_after)
     if skip.inside is not None:
         average[:, ~skip.inside] = skip.fill_value
         labels[~skip.inside] = skip.fill_value
         margin[~skip.inside] = np.inf
-    return Reference(average, labels, margin)
+        is_spread = combine in {"std", "entropy"}
+        values[..., ~skip.inside] = 0 if is_spread else skip.fill_value
+    return Reference(average, labels, margin, values)
 
 
 def center_crop(y: F64, out_shape: Shape) -> F64:

@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from array_api_compat import array_namespace
 
-from chunkq.errors import PredictionError
-from chunkq.plan.outputs import Activation, Combine
+from chunkq.plan.outputs import Activation
 from chunkq.system import buffers
 
 Array = Any
@@ -33,7 +32,7 @@ def activate(raw: Array, activation: Activation) -> Array:
     if activation == "none":
         return raw
     xp = namespace(raw)
-    if not _is_host_array(raw):  # one kernel
+    if not is_host_array(raw):  # one kernel
         raw = xp.astype(raw, xp.float32, copy=False)
         return xp.sigmoid(raw) if activation == "sigmoid" else xp.softmax(raw, dim=1)
     if activation == "sigmoid":
@@ -52,7 +51,7 @@ def to_votes(predictions: Array) -> Array:
     xp = namespace(predictions)
     if predictions.shape[1] == 1:
         return xp.astype(predictions >= 0.5, predictions.dtype)
-    if not _is_host_array(predictions):  # few kernels; `argmax` is slow on the host only
+    if not is_host_array(predictions):  # few kernels; `argmax` is slow on the host only
         winner = xp.argmax(predictions, axis=1, keepdims=True)
         return xp.zeros_like(predictions).scatter_(1, winner, 1)
     winners = _largest(predictions, axis=1)
@@ -86,7 +85,7 @@ def copy_into(total: Array, values: Array) -> None:
     Host arrays are copied by NumPy, because torch's thread pool slows down if other threads
     compute.
     """
-    if _is_host_array(total) and _is_host_array(values):
+    if is_host_array(total) and is_host_array(values):
         np.copyto(to_numpy(total), to_numpy(values))
     else:
         total[...] = values
@@ -106,7 +105,7 @@ def as_float(values: Array) -> Array:
 
 def is_finite(values: Array) -> bool:
     """Return whether all values are finite; can be False for finite values whose sum overflows."""
-    if _is_host_array(values):
+    if is_host_array(values):
         values = to_numpy(values)
     xp = namespace(values)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -114,39 +113,21 @@ def is_finite(values: Array) -> bool:
         return bool(xp.isfinite(xp.sum(values)))
 
 
-def reduce_and_cast(average: Array, combine: Combine, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """Return the output values of an average or vote share (C, *S), as a NumPy array.
+def labels_of(average: Array) -> Array:
+    """Return the labels (*S) of an average or vote share (C, *S), on the same device.
 
-    `weighted_avg` returns the average (C, *S) in `dtype`. `soft` and `hard` return labels (*S): the
-    largest channel, the lowest one in a tie, or for a single channel whether it is at least 0.5.
-    Raises PredictionError if an average is out of the range of float16.
+    The label is the largest channel, the lowest one in a tie, or for a single channel whether it is
+    at least 0.5.
     """
-    return cast_output(to_numpy(reduce(average, combine)), combine, dtype)
-
-
-def reduce(average: Array, combine: Combine) -> Array:
-    """Return the average (C, *S), or its labels (*S) for `soft` and `hard`, on the same device."""
-    if combine == "weighted_avg":
-        return average
-    if _is_host_array(average):
+    if is_host_array(average):
         average = to_numpy(average)
     return average[0] >= 0.5 if average.shape[0] == 1 else _largest(average, axis=0)
 
 
-def cast_output(
-    result: npt.NDArray[Any], combine: Combine, dtype: npt.DTypeLike
-) -> npt.NDArray[Any]:
-    """Return the result of `reduce` in the output's dtype.
-
-    Raises PredictionError if an average is out of the range of float16.
-    """
-    with np.errstate(over="ignore"):
-        output = result if result.dtype == dtype else buffers.cast(result, dtype)
-    if combine == "weighted_avg" and output.dtype == np.float16 and not np.isfinite(output).all():
-        raise PredictionError(
-            "output_dtype: float16 cannot hold an average of this chunk; use float32"
-        )
-    return output
+def to_labels(average: Array, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Return `labels_of` an average (C, *S) as a NumPy array of a dtype."""
+    labels = to_numpy(labels_of(average))
+    return labels if labels.dtype == dtype else buffers.cast(labels, dtype)
 
 
 def to_numpy(array: Array) -> npt.NDArray[Any]:
@@ -156,7 +137,8 @@ def to_numpy(array: Array) -> npt.NDArray[Any]:
     return cast("npt.NDArray[Any]", array.detach().cpu().numpy())
 
 
-def _is_host_array(array: Array) -> bool:
+def is_host_array(array: Array) -> bool:
+    """Return whether an array is in host memory."""
     return isinstance(array, np.ndarray) or array.device.type == "cpu"
 
 

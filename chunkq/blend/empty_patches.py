@@ -16,12 +16,13 @@ import numpy.typing as npt
 
 from chunkq.blend.combine import Array, to_numpy
 from chunkq.blend.patch_weights import PatchWeights
+from chunkq.blend.rules import rule_of
 from chunkq.blend.weights import Weights, multiply_out, neighbors
 from chunkq.geometry.box import Box
 from chunkq.plan.plan import Chunk, Index, Patch, Plan
 from chunkq.system import buffers
 
-Float32 = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.floating]
 
 
 def add_share(total: Array, weights: PatchWeights, patches: Sequence[Patch], box: Box) -> None:
@@ -41,13 +42,6 @@ def add_share(total: Array, weights: PatchWeights, patches: Sequence[Patch], box
             view += to_numpy(part) if isinstance(total, np.ndarray) else part
 
 
-def add_nothing(sums: Array, share: Array, nothing: Float32) -> None:
-    """Add the prediction `nothing` (C,) times a share (*S) to sums (C, *S), in place."""
-    for channel, value in enumerate(nothing.tolist()):
-        if value:
-            sums[channel] += share * value
-
-
 class EmptyChunks:
     """The sums that the empty chunks of a plan contribute to blocks. Thread-safe."""
 
@@ -55,18 +49,18 @@ class EmptyChunks:
         self._plan, self._lock = plan, Lock()
         self._weights = PatchWeights(plan, weights, _unchanged)
 
-    def sums(self, index: Index, box: Box) -> Float32:
-        """Return the sums (C, *box.shape) of all patches of a chunk, which are empty."""
-        nothing = self._plan.output.nothing
-        sums: Float32 = buffers.zeros((len(nothing), *box.shape), np.float32)
-        if nothing.any():
+    def sums(self, index: Index, box: Box) -> Floats:
+        """Return the sums (K, *box.shape) of all patches of a chunk, which are empty."""
+        output = self._plan.output
+        sums: Floats = buffers.zeros((output.sums_channels, *box.shape), output.sums_dtype)
+        if output.nothing_counts:
             with self._lock:
                 share = self._share(self._plan.chunk(index), box)
-            add_nothing(sums, share, nothing)
+            rule_of(output).add_nothing(sums, share)
         return sums
 
-    def _share(self, chunk: Chunk, box: Box) -> Float32:
-        share: Float32 = buffers.zeros(box.shape, np.float32)
+    def _share(self, chunk: Chunk, box: Box) -> Floats:
+        share: Floats = buffers.zeros(box.shape, self._plan.output.sums_dtype)
         if self._weights.is_product:
             ranges = zip(chunk.owned[0], box.start, box.stop, strict=True)
             multiply_out([self._profile(a, *along) for a, along in enumerate(ranges)], share)
@@ -74,9 +68,9 @@ class EmptyChunks:
             add_share(share, self._weights, list(_touching(self._plan, chunk, box)), box)
         return share
 
-    def _profile(self, axis: int, numbers: range, low: int, high: int) -> Float32:
+    def _profile(self, axis: int, numbers: range, low: int, high: int) -> Floats:
         """Return the sum of the profiles of patches along one axis over `[low, high)`."""
-        total = np.zeros(high - low, np.float32)
+        total = np.zeros(high - low, self._plan.output.sums_dtype)
         along = self._plan.axes[axis]
         grid = along.grids[0]
         for number in numbers:

@@ -8,7 +8,7 @@ size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
 from typing import Any
 
@@ -30,9 +30,9 @@ NeighborsPerAxis = tuple[Neighbors, ...]
 class PatchWeights:
     """The weights of a plan's patches, divided by their sum over all patches of a voxel.
 
-    `to_device` copies an array to the memory of the predictions. It can return an array that shares
-    memory with its argument. Maps in the cache have at most `map_bytes` in all. Not thread-safe:
-    use it in one thread.
+    They have the dtype of the sums of the plan's output. `to_device` copies an array to the memory
+    of the predictions. It can return an array that shares memory with its argument. Maps in the
+    cache have at most `map_bytes` in all. Not thread-safe: use it in one thread.
     """
 
     def __init__(
@@ -46,10 +46,11 @@ class PatchWeights:
         self._map_bytes = MAP_CACHE_BYTES if map_bytes is None else map_bytes
         self._maps: dict[NeighborsPerAxis, Array] = {}
         self._stored_bytes = 0
+        self._dtype = plan.output.sums_dtype
         self._product: tuple[NeighborsPerAxis, Array] | None = None
-        self._scratch: npt.NDArray[np.float32] | None = None
+        self._scratch: npt.NDArray[np.floating] | None = None
         if isinstance(weights, ProductWeights) and len(plan.axes[0].grids) == 1:
-            self._share = lru_cache(SHARES_CACHED)(weights.share)
+            self._share = lru_cache(SHARES_CACHED)(partial(weights.share, dtype=self._dtype))
             self.is_product = True
         else:
             self.is_product = False
@@ -65,17 +66,17 @@ class PatchWeights:
         """Return whether no other patch covers the patch's target; its weights are then all 1."""
         return _has_no_overlap(self.neighbors(patch))
 
-    def profile(self, axis: int, near: Neighbors) -> npt.NDArray[np.float32]:
+    def profile(self, axis: int, near: Neighbors) -> npt.NDArray[np.floating]:
         """Return w / Σw of the kept voxels along one axis, 0 outside the volume.
 
         The weights of a patch are the product of its profiles along all axes if `is_product`.
         """
-        profile = np.zeros(self._plan.axes[axis].grids[0].kept, np.float32)
+        profile = np.zeros(self._plan.axes[axis].grids[0].kept, self._dtype)
         profile[near.low : near.high] = self._share(axis, near)
         return profile
 
     def weights(self, patch: Patch) -> Array:
-        """Return w / Σw over the patch's target: shape `patch.target.shape`, float32.
+        """Return w / Σw over the patch's target: shape `patch.target.shape`.
 
         If `is_product`, the array is valid until the next call.
         """
@@ -95,7 +96,7 @@ class PatchWeights:
             if near in prepared or _has_no_overlap(near):
                 continue
             prepared.add(near)
-            free_bytes -= patch.target.size * 4
+            free_bytes -= patch.target.size * self._dtype.itemsize
             if free_bytes < 0:
                 return
             self._map(near)
@@ -106,7 +107,7 @@ class PatchWeights:
             shape = [len(share) for share in shares]
             if self._scratch is None:
                 kept = prod(axis.grids[0].kept for axis in self._plan.axes)
-                self._scratch = buffers.zeros((kept,), np.float32)
+                self._scratch = buffers.zeros((kept,), self._dtype)
             product = self._scratch[: prod(shape)].reshape(shape)
             multiply_out(shares, product)
             self._product = near, self._to_device(product)
@@ -115,8 +116,8 @@ class PatchWeights:
     def _map(self, near: NeighborsPerAxis) -> Array:
         if near in self._maps:
             return self._maps[near]
-        weights = self._to_device(self._weights.normalized(near))
-        size = prod(weights.shape) * 4
+        weights = self._to_device(self._weights.normalized(near, self._dtype))
+        size = prod(weights.shape) * self._dtype.itemsize
         # Chunks use the maps in turns. Without the oldest, each would be evicted before its use.
         while self._maps and self._stored_bytes + size > self._map_bytes:
             _, newest = self._maps.popitem()

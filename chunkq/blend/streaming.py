@@ -33,7 +33,7 @@ def regions(
     Pieces stay in memory until their block is final. At most the pieces of one slice of blocks
     across the first axis are held at a time.
     """
-    pending: dict[Index, dict[Piece, npt.NDArray[np.float32]]] = {}
+    pending: dict[Index, dict[Piece, npt.NDArray[np.floating]]] = {}
     for chunk, contribution in computed:
         own_block, core = None, None
         if contribution is not None:

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chunkq.blend.combine import Array, add_weighted, cast_output, copy_into, reduce, to_numpy
-from chunkq.blend.empty_patches import EmptyChunks, add_nothing, add_share
+from chunkq.blend.combine import Array, to_numpy
+from chunkq.blend.empty_patches import EmptyChunks, add_share
 from chunkq.blend.patch_weights import PatchWeights
+from chunkq.blend.rules import rule_of
 from chunkq.geometry.box import Box
 from chunkq.plan.empty_rule import Bools
 from chunkq.plan.footprint import SLAB_BYTES
@@ -27,11 +28,11 @@ from chunkq.system import buffers
 class OwnBlock:
     """What a chunk stores for finalizing its own block.
 
-    `band` holds float32 sums (C, *box.shape) for `Chunk.band_boxes`. `rest` holds output values
+    `band` holds sums (K, *box.shape) for `Chunk.band_boxes`. `rest` holds output values
     ([C,] *box.shape) in the output's dtype for `Chunk.rest_boxes`.
     """
 
-    band: tuple[npt.NDArray[np.float32], ...]
+    band: tuple[npt.NDArray[np.floating], ...]
     rest: tuple[npt.NDArray[Any], ...]
 
 
@@ -41,20 +42,23 @@ class Contribution:
 
     core        final output values ([C,] *chunk.core.shape) in the output's dtype
     own_block   sums and values for finalizing the chunk's own block; None if the block has no band
-    pieces      float32 sums (C, *piece.box.shape) for the upper neighbors
+    pieces      sums (K, *piece.box.shape) for the upper neighbors
+
+    K and the dtype of sums are `OutputSpec.sums_channels` and `sums_dtype`.
     """
 
     core: npt.NDArray[Any]
     own_block: OwnBlock | None
-    pieces: tuple[tuple[Piece, npt.NDArray[np.float32]], ...]
+    pieces: tuple[tuple[Piece, npt.NDArray[np.floating]], ...]
 
 
 class Accumulator:
-    """Weighted sums over one chunk's region, float32 (C, *region). Patches are added one by one."""
+    """Weighted sums over one chunk's region (K, *region). Patches are added one by one."""
 
     def __init__(self, plan: Plan, chunk: Chunk, weights: PatchWeights, zeros: Array) -> None:
-        """Use `zeros`, zeros of shape (C, *chunk.region.shape), as storage for the sums."""
+        """Use `zeros` of shape (K, *chunk.region.shape), in their dtype, as storage of the sums."""
         self._plan, self._chunk, self._weights, self._sums = plan, chunk, weights, zeros
+        self._rule = rule_of(plan.output)
 
     def add(self, batch: Sequence[Patch], predictions: Array) -> None:
         """Add predictions (n, C, *output patch), float32, after activation and voting."""
@@ -62,18 +66,17 @@ class Accumulator:
             used = prediction[(slice(None), *target_slices(self._plan, patch))]
             sums = self._view(patch.target)
             if self._weights.has_no_overlap(patch):
-                copy_into(sums, used)
+                self._rule.put(sums, used)
             else:
-                add_weighted(sums, self._weights.weights(patch), used)
+                self._rule.add(sums, self._weights.weights(patch), used)
 
     def add_empty(self, patches: Sequence[Patch]) -> None:
         """Add the predictions of patches that are skipped because they are empty."""
-        nothing = self._plan.output.nothing
-        if patches and nothing.any():
-            region = self._chunk.region
-            share = buffers.zeros(region.shape, np.float32)
+        output, region = self._plan.output, self._chunk.region
+        if patches and output.nothing_counts:
+            share = buffers.zeros(region.shape, output.sums_dtype)
             add_share(share, self._weights, patches, region)
-            add_nothing(to_numpy(self._sums), share, nothing)
+            self._rule.add_nothing(to_numpy(self._sums), share)
 
     def results(self) -> list[Array]:
         """Return the arrays from which `contribution` is made; they can be views of the sums."""
@@ -98,9 +101,9 @@ def chunk_results(plan: Plan, chunk: Chunk, sums_of: Callable[[Box], Array]) -> 
     """Return the arrays from which `contribution` is made, in the memory of the sums.
 
     The first one is the reduced interior, the others are sums of bands, then of pieces. `sums_of`
-    returns the sums (C, *box.shape) of a box of voxels.
+    returns the sums (K, *box.shape) of a box of voxels.
     """
-    interior = reduce(sums_of(chunk.interior), plan.output.combine)
+    interior = rule_of(plan.output).reduce(sums_of(chunk.interior))
     return [interior, *map(sums_of, _shared_boxes(plan, chunk))]
 
 
@@ -115,7 +118,7 @@ def contribution(
     `inside` says which voxels of the chunk's region are inside the mask, bool; None if all are.
     """
     within = None if inside is None else inside[chunk.interior.slices(chunk.region.start)]
-    interior = _to_output(plan, parts[0], within)
+    interior = rule_of(plan.output).store(parts[0], within)
     sums = [buffers.contiguous(part) for part in parts[1:]]
     own_block, bands = None, len(chunk.band_boxes) if chunk.has_band else 0
     if chunk.has_band:
@@ -138,7 +141,7 @@ def finalize_sums(
     plan: Plan,
     chunk: Chunk,
     own_block: OwnBlock | None,
-    pieces: Mapping[Piece, npt.NDArray[np.float32] | None],
+    pieces: Mapping[Piece, npt.NDArray[np.floating] | None],
     empty: EmptyChunks | None = None,
     inside: Bools | None = None,
 ) -> Iterator[tuple[Box, npt.NDArray[Any]]]:
@@ -149,11 +152,11 @@ def finalize_sums(
     empty chunks. `empty` returns the sums of these; None if they contribute nothing. `inside` says
     which voxels of the block are inside the mask, bool (*chunk.block.shape); None if all are.
     """
-    combine = plan.output.combine
+    output, rule = plan.output, rule_of(plan.output)
     channels = (plan.channels,) if plan.channel_axis else ()
     block = buffers.zeros((*channels, *chunk.block.shape), plan.output_dtype)
     for number, box in enumerate(chunk.rest_boxes):
-        values = plan.output.fill if own_block is None else own_block.rest[number]
+        values = output.fill if own_block is None else own_block.rest[number]
         _cut(plan, block, chunk.block, box)[...] = values
     stored: list[_Stored] = [
         _Stored(piece.source, piece.box, pieces[piece]) for piece in plan.incoming_pieces(chunk)
@@ -161,10 +164,10 @@ def finalize_sums(
     for number, band in enumerate(chunk.band_boxes):
         own = _Stored(chunk.index, band, None if own_block is None else own_block.band[number])
         terms = [own, *stored] if chunk.is_active else stored
-        for box in band.slabs(SLAB_BYTES // (plan.channels * 4)):
+        for box in band.slabs(SLAB_BYTES // output.sums_bytes):
             total = _total(plan, box, terms, empty)
             within = None if inside is None else inside[box.slices(chunk.block.start)]
-            values = _to_output(plan, reduce(total, combine), within)
+            values = rule.store(to_numpy(rule.reduce(total)), within)
             _cut(plan, block, chunk.block, box)[...] = values
     for box in chunk.touched_boxes:
         yield box, _cut(plan, block, chunk.block, box)
@@ -172,47 +175,34 @@ def finalize_sums(
 
 @dataclass(frozen=True)
 class _Stored:
-    """Sums (C, *box.shape) of a chunk for a box of a block; None if the chunk is empty."""
+    """Sums (K, *box.shape) of a chunk for a box of a block; None if the chunk is empty."""
 
     source: Index
     box: Box
-    sums: npt.NDArray[np.float32] | None
+    sums: npt.NDArray[np.floating] | None
 
 
 def _total(
     plan: Plan, box: Box, stored: Sequence[_Stored], empty: EmptyChunks | None
-) -> npt.NDArray[np.float32]:
-    """Return the sums of a box of voxels (C, *box.shape), added in the order of `stored`.
+) -> npt.NDArray[np.floating]:
+    """Return the sums of a box of voxels (K, *box.shape), merged in the order of `stored`.
 
     Voxels outside of all boxes of `stored` are 0.
     """
-    total: npt.NDArray[np.float32] = np.zeros((plan.channels, *box.shape), np.float32)
+    output, rule = plan.output, rule_of(plan.output)
+    total: npt.NDArray[np.floating] = np.zeros(
+        (output.sums_channels, *box.shape), output.sums_dtype
+    )
     for term in stored:
         shared = box & term.box
         if not shared.size or (term.sums is None and empty is None):
             continue
         in_box = total[(slice(None), *shared.slices(box.start))]
         if term.sums is not None:
-            in_box += term.sums[(slice(None), *shared.slices(term.box.start))]
+            rule.merge(in_box, term.sums[(slice(None), *shared.slices(term.box.start))])
         elif empty is not None:
-            in_box += empty.sums(term.source, shared)
+            rule.merge(in_box, empty.sums(term.source, shared))
     return total
-
-
-def _to_output(
-    plan: Plan, reduced: npt.NDArray[Any], inside: Bools | None = None
-) -> npt.NDArray[Any]:
-    """Return the output values ([C,] *S) of a result of `reduce`, the fill value outside."""
-    is_average, outside = plan.output.is_average, None if inside is None else ~inside
-    if outside is not None and is_average:
-        if not reduced.flags.writeable:
-            reduced = reduced.copy()
-        reduced[:, outside] = plan.output.fill  # before averages beyond the range are refused
-    values = cast_output(reduced, plan.output.combine, plan.output_dtype)
-    if outside is not None and not is_average:
-        values[outside] = plan.output.fill
-    drop_channel = is_average and not plan.channel_axis
-    return values[0] if drop_channel else values
 
 
 def _cut(plan: Plan, values: npt.NDArray[Any], outer: Box, box: Box) -> npt.NDArray[Any]:

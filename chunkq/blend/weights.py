@@ -23,7 +23,7 @@ from chunkq.system import buffers
 NEIGHBORS_CACHED = 1 << 14
 """Entries in the cache of neighbors; adjacent patches share them along all but one axis."""
 Float64 = npt.NDArray[np.float64]
-Float32 = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.floating]
 
 
 def _uniform(n: int) -> Float64:
@@ -100,21 +100,23 @@ class ProductWeights:
 
     profiles: tuple[Float64, ...]
 
-    def share(self, axis: int, near: Neighbors) -> Float32:
-        """Return w / Σw along one axis of a patch of the only grid.
+    def share(self, axis: int, near: Neighbors, dtype: npt.DTypeLike = np.float32) -> Floats:
+        """Return w / Σw along one axis of a patch of the only grid, computed in float64.
 
         The array has the length of the patch's part inside the volume. The normalized weights of
         the patch are the product of its shares along all axes.
         """
         profile = self.profiles[axis]
         [log_sum] = _log_sums(profile, near)
-        share: Float32 = np.exp(profile[near.low : near.high] - log_sum).astype(np.float32)
-        return share
+        return np.exp(profile[near.low : near.high] - log_sum).astype(dtype)
 
-    def normalized(self, neighbors: Sequence[Neighbors]) -> Float32:
+    def normalized(
+        self, neighbors: Sequence[Neighbors], dtype: npt.DTypeLike = np.float32
+    ) -> Floats:
         """Return w / Σw of a patch; `neighbors` has one entry per axis.
 
-        The array has the shape of the patch's part inside the volume, float32, C order.
+        The array has the shape of the patch's part inside the volume, in C order. It is computed in
+        float64.
         """
         pairs = list(zip(self.profiles, neighbors, strict=True))
         logs = [profile[near.low : near.high] for profile, near in pairs]
@@ -122,7 +124,7 @@ class ProductWeights:
         totals = np.stack([_outer_sum(terms) for terms in zip(*sums, strict=True)])
         ratio = _outer_sum(logs)
         ratio -= np.logaddexp.reduce(totals, axis=0)
-        return buffers.cast(np.exp(ratio, out=ratio), np.float32)
+        return _rounded(np.exp(ratio, out=ratio), dtype)
 
 
 @dataclass(frozen=True)
@@ -137,10 +139,13 @@ class ArrayWeights:
         scaled: Float64 = self.array / self.array.max()
         return scaled
 
-    def normalized(self, neighbors: Sequence[Neighbors]) -> Float32:
+    def normalized(
+        self, neighbors: Sequence[Neighbors], dtype: npt.DTypeLike = np.float32
+    ) -> Floats:
         """Return w / Σw of a patch; `neighbors` has one entry per axis.
 
-        The array has the shape of the patch's part inside the volume, float32, C order.
+        The array has the shape of the patch's part inside the volume, in C order. It is computed in
+        float64.
         """
         total = np.zeros([near.high - near.low for near in neighbors])
         for g in range(len(neighbors[0].starts)):
@@ -152,20 +157,25 @@ class ArrayWeights:
                     in_neighbor.append(slice(low - offset, high - offset))
                 total[tuple(in_patch)] += self.scaled[tuple(in_neighbor)]
         weights = self.scaled[tuple(slice(near.low, near.high) for near in neighbors)]
-        return buffers.cast(np.divide(weights, total, out=total), np.float32)
+        return _rounded(np.divide(weights, total, out=total), dtype)
 
 
 Weights = ProductWeights | ArrayWeights
 
 
-def multiply_out(factors: Sequence[Float32], out: Float32) -> None:
+def _rounded(weights: Float64, dtype: npt.DTypeLike) -> Floats:
+    """Return weights in a dtype."""
+    return weights if dtype == np.float64 else buffers.cast(weights, dtype)
+
+
+def multiply_out(factors: Sequence[Floats], out: Floats) -> None:
     """Write the outer product of one factor per axis to `out`, which has one axis per factor.
 
     The factors are multiplied from the first to the last, so that other implementations of this
     product can give the same bytes.
     """
     *leading, last = factors
-    product = np.ones((), np.float32)
+    product = np.ones((), out.dtype)
     for factor in leading:
         product = product[..., np.newaxis] * factor
     np.multiply(product[..., np.newaxis], last, out=out)

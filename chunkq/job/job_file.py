@@ -44,7 +44,7 @@ from chunkq.job.job_path import canonical
 from chunkq.job.model_config import ModelConfig, model_problems
 from chunkq.job.output_name import check_new_output
 from chunkq.paths import absolute, absolute_input, split_format, without_secret
-from chunkq.plan.outputs import Activation, Combine
+from chunkq.plan.outputs import Activation
 
 MAX_FILE_BYTES = 1 << 20
 """Maximum size of a job file. A larger file is something else."""
@@ -208,7 +208,7 @@ class Job(Section):
         ),
     ] = "gpu"
     combine: Annotated[
-        Combine,
+        Literal["weighted_avg", "soft", "hard"],
         key_doc(
             "Combination",
             "How overlapping predictions become one value. `weighted_avg`: the averaged scores. "

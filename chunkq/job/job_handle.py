@@ -309,7 +309,7 @@ class ItemHandle:
         accept it or it has changed.
         """
         job = self.job.record.job
-        if job.skip_empty is None or not self.plan.output.nothing.any():
+        if job.skip_empty is None or not self.plan.output.nothing_counts:
             return None
         from chunkq.blend.empty_patches import EmptyChunks  # array libraries
 

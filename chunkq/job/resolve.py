@@ -27,7 +27,7 @@ from chunkq.job.fields import MAX_INTEGER, Below, bounds_of, printed_bounds
 from chunkq.job.job_file import Job
 from chunkq.plan.chunk_choice import choose_chunks, storage_edge
 from chunkq.plan.empty_rule import EmptyRule
-from chunkq.plan.outputs import OutputSpec
+from chunkq.plan.outputs import KINDS, OutputSpec
 from chunkq.plan.plan import Plan, Volume
 from chunkq.storage.remedies import JOB_FILE, Remedies
 
@@ -266,7 +266,7 @@ class _Shapes:
         self.from_labels = job.classes is not None and self.network_channels == 1
         self.channels = job.classes if job.classes and self.from_labels else self.network_channels
         has_channels = len(model_output) > rank or self.from_labels
-        self.channel_axis = has_channels and job.combine == "weighted_avg"
+        self.channel_axis = has_channels and KINDS[job.combine].is_per_channel
         self.margin = job.margin or (0,) * rank
         self.kept = tuple(q - 2 * m for q, m in zip(self.output, self.margin, strict=True))
         self.lead = tuple(

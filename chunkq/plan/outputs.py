@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import log
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-Combine = Literal["weighted_avg", "soft", "hard"]
+from chunkq.plan.value_range import ValueRange
+
+Combine = Literal["weighted_avg", "soft", "hard", "std", "entropy"]
 Activation = Literal["none", "softmax", "sigmoid"]
+
+
+@dataclass(frozen=True, slots=True)
+class CombineKind:
+    """What the sums and the stored values of a value of `combine` are.
+
+    has_labels      whether labels are stored
+    is_per_channel  whether a value is stored for each channel, and not one for all of them
+    is_spread       whether the values measure disagreement, which is 0 without predictions
+    has_moments     whether the sums are moments in float64, and not sums in float32
+    """
+
+    has_labels: bool = False
+    is_per_channel: bool = False
+    is_spread: bool = False
+    has_moments: bool = False
+
+
+KINDS: Mapping[Combine, CombineKind] = MappingProxyType(
+    {
+        "weighted_avg": CombineKind(is_per_channel=True),
+        "soft": CombineKind(has_labels=True),
+        "hard": CombineKind(has_labels=True),
+        "std": CombineKind(is_per_channel=True, is_spread=True, has_moments=True),
+        "entropy": CombineKind(is_spread=True),
+    }
+)
 
 
 def label_dtype(classes: int) -> np.dtype[Any]:
@@ -31,6 +63,8 @@ class OutputSpec:
     from_labels    whether the network returns labels in one channel; predictions are votes, one
                    channel per class
     fill_value     value of voxels without a prediction: an average, or a class
+    activation_after  applied to averages
+    range          values of the smallest and the largest integer, if `average_dtype` is an integer
     """
 
     name: str
@@ -42,6 +76,8 @@ class OutputSpec:
     nan: Literal["fail", "zero"] = "fail"
     from_labels: bool = False
     fill_value: float = 0.0
+    activation_after: Activation = "none"
+    range: tuple[float, float] | None = None
 
     @property
     def network_channels(self) -> int:
@@ -49,31 +85,65 @@ class OutputSpec:
         return 1 if self.from_labels else self.channels
 
     @property
+    def kind(self) -> CombineKind:
+        """What the sums and the stored values are."""
+        return KINDS[self.combine]
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether labels are stored."""
+        return self.kind.has_labels
+
+    @property
     def is_average(self) -> bool:
-        """Whether averages are stored, and not labels."""
+        """Whether averages are stored."""
         return self.combine == "weighted_avg"
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """Dtype of the stored array."""
-        return np.dtype(self.average_dtype) if self.is_average else self.label_dtype
+        return self.label_dtype if self.has_labels else np.dtype(self.average_dtype)
+
+    @property
+    def value_range(self) -> ValueRange | None:
+        """How values are stored as integers; None for labels and floating-point numbers."""
+        if self.range is None or self.has_labels:
+            return None
+        return ValueRange(*self.range, self.average_dtype)
+
+    @property
+    def outside(self) -> float:
+        """Value of voxels outside the mask, and where all patches are empty: 0 for a spread."""
+        return 0.0 if self.kind.is_spread else self.fill_value
 
     @property
     def fill(self) -> Any:
-        """The fill value as a NumPy scalar in the dtype of the stored array."""
-        return self.dtype.type(self.fill_value)
+        """The value of voxels without a prediction as a NumPy scalar in the stored dtype."""
+        if self.value_range is not None:
+            return self.value_range.stored(np.array([self.outside]))[0]
+        return self.dtype.type(self.outside)
+
+    @property
+    def nothing_is_class(self) -> bool:
+        """Whether an empty patch predicts the class `fill_value`, and else that value."""
+        return self.has_labels or (self.kind.is_spread and self.activation != "none")
 
     @property
     def nothing(self) -> npt.NDArray[np.float32]:
         """The prediction of a patch that is skipped because it is empty, float32 (channels,).
 
-        It is the fill value in every channel of an average, and else a vote for its class.
+        It is the fill value in every channel, or a vote for its class.
         """
-        if self.is_average or self.channels == 1:
+        if not self.nothing_is_class or self.channels == 1:
             return np.full(self.channels, self.fill_value, np.float32)
         votes = np.zeros(self.channels, np.float32)
         votes[int(self.fill_value)] = 1
         return votes
+
+    @property
+    def nothing_counts(self) -> bool:
+        """Whether empty patches change the sums."""
+        return self.kind.has_moments or bool(self.nothing.any())
 
     @property
     def label_dtype(self) -> np.dtype[Any]:
@@ -81,11 +151,36 @@ class OutputSpec:
         return label_dtype(max(2, self.channels))
 
     @property
+    def sums_dtype(self) -> np.dtype[Any]:
+        """Dtype of the sums and of the blend weights."""
+        return np.dtype(np.float64 if self.kind.has_moments else np.float32)
+
+    @property
+    def sums_channels(self) -> int:
+        """Number of sums per voxel: one per channel, or the entries of moments."""
+        return 1 + 2 * self.channels if self.kind.has_moments else self.channels
+
+    @property
+    def sums_bytes(self) -> int:
+        """Bytes of the sums per voxel."""
+        return self.sums_channels * self.sums_dtype.itemsize
+
+    @property
     def stored_channels(self) -> int:
         """Number of values stored per voxel."""
-        return self.channels if self.is_average else 1
+        return self.channels if self.kind.is_per_channel else 1
 
     @property
     def voxel_bytes(self) -> int:
         """Bytes stored per voxel."""
         return self.stored_channels * self.dtype.itemsize
+
+
+def default_range(
+    combine: Combine, activation: Activation, activation_after: Activation, channels: int
+) -> tuple[float, float] | None:
+    """Return the range of what softmax and sigmoid make, None if a job must set it."""
+    if combine == "entropy":
+        return 0.0, log(max(2, channels))
+    is_share = (activation, activation_after) != ("none", "none")
+    return (0.0, 1.0) if is_share else None

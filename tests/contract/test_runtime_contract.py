@@ -22,7 +22,7 @@ from chunkq_worker.batching import Batcher
 from chunkq_worker.runtimes.base import Runtime, load_runtime
 from chunkq_worker.steps import Steps
 
-from chunkq.blend.combine import activate, add_weighted, reduce_and_cast, to_numpy, to_votes
+from chunkq.blend.combine import activate, add_weighted, to_labels, to_numpy, to_votes
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.job.job_file import parse_job
 from chunkq.job.model_config import ModelConfig
@@ -253,10 +253,7 @@ def test_arrays_of_a_runtime_are_combined_like_numpy_arrays(
         add_weighted(total, runtime.to_device(weights), prediction)
     expected_total = (expected * weights).sum(axis=0)
     np.testing.assert_allclose(to_numpy(total), expected_total, rtol=0, atol=1e-5)
-    average = reduce_and_cast(total, "weighted_avg", np.float32)
-    assert average.dtype == np.float32
-    np.testing.assert_allclose(average, expected_total, rtol=0, atol=1e-5)
-    labels = reduce_and_cast(total, "soft", np.uint8)
+    labels = to_labels(total, np.uint8)
     np.testing.assert_array_equal(labels, to_numpy(total).argmax(axis=0))
 
 
@@ -300,8 +297,8 @@ class LimitedMemoryRuntime(Runtime):
             self._exhaust_memory()
         return self._inner(batch)
 
-    def zeros(self, shape: tuple[int, ...]) -> Any:
-        return self._inner.zeros(shape)
+    def zeros(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Any:
+        return self._inner.zeros(shape, dtype)
 
     def to_device(self, array: npt.NDArray[Any]) -> Any:
         return self._inner.to_device(array)

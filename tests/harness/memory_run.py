@@ -57,7 +57,9 @@ def infer(
 ) -> Contribution:
     """Compute one chunk like a worker."""
     chunk = plan.chunk(index)
-    zeros = to_device(np.zeros((plan.channels, *chunk.region.shape), np.float32))
+    output = plan.output
+    shape = (output.sums_channels, *chunk.region.shape)
+    zeros = to_device(np.zeros(shape, output.sums_dtype))
     sums = Accumulator(plan, chunk, cache, zeros)
     patches, size = list(plan.patches(chunk)), plan.grid.batch
     for first in range(0, len(patches), size):
@@ -66,8 +68,8 @@ def infer(
         starts = [patch.source.start for patch in batch]
         predictions = np.stack(list(map(predict, windows, starts)))
         y = to_device(of_batch(predictions).astype(np.float32))
-        y = activate(y, plan.job.activation)
-        if plan.job.combine == "hard":
+        y = activate(y, output.activation)
+        if output.combine == "hard":
             y = to_votes(y)
         sums.add(batch, y)
     return sums.contribution()

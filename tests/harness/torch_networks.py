@@ -110,8 +110,8 @@ class FakeRuntime(Runtime):
         self.batches.append(batch.copy())
         return torch.from_numpy(batch.astype(np.float32)).repeat(1, 3, 1, 1) / 7
 
-    def zeros(self, shape: tuple[int, ...]) -> Any:
-        return torch.zeros(shape)
+    def zeros(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Any:
+        return torch.from_numpy(np.zeros(shape, dtype))
 
     def to_device(self, array: npt.NDArray[Any]) -> Any:
         return torch.from_numpy(array)

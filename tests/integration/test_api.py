@@ -29,7 +29,7 @@ from chunkq_worker import inputs as input_volumes
 from chunkq_worker.model_defaults import job_for_model
 
 import chunkq
-from chunkq.blend.combine import reduce_and_cast
+from chunkq.blend.combine import to_labels
 from chunkq.blend.streaming import regions
 from chunkq.blend.sums import Contribution, OwnBlock
 from chunkq.errors import (
@@ -174,7 +174,7 @@ def assert_same_as_job(
     if is_averaged:
         assert result.shape == (job.items[0].plan.channels, *volumes[0].shape)
         np.testing.assert_array_equal(
-            prediction.labels, reduce_and_cast(result, "soft", "uint8"), "labels of the average"
+            prediction.labels, to_labels(result, "uint8"), "labels of the average"
         )
     else:
         assert prediction.probabilities is None

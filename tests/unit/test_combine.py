@@ -13,11 +13,10 @@ from chunkq.blend.combine import (
     add_weighted,
     copy_into,
     is_finite,
-    reduce_and_cast,
+    to_labels,
     to_numpy,
     to_votes,
 )
-from chunkq.errors import ErrorCode, PredictionError
 from chunkq.plan.outputs import label_dtype
 
 Library = Callable[[Any], Any]
@@ -87,41 +86,21 @@ def test_votes_are_one_hot_with_the_shape_and_dtype_of_the_predictions(
 
 
 @BOTH
-@pytest.mark.parametrize("combine", ["soft", "hard"])
 @given(average=predictions())
 def test_the_label_is_the_largest_channel_and_the_lowest_in_a_tie(
-    library: Library, combine: Any, average: Any
+    library: Library, average: Any
 ) -> None:
-    labels = reduce_and_cast(library(average[0]), combine, np.uint8)
+    labels = to_labels(library(average[0]), np.uint8)
     single = average.shape[1] == 1
     assert np.array_equal(labels, average[0, 0] >= 0.5 if single else np.argmax(average[0], axis=0))
     assert labels.dtype == np.uint8
 
 
 @BOTH
-@pytest.mark.parametrize("combine", ["soft", "hard"])
-def test_a_single_channel_has_label_1_from_exactly_one_half(library: Library, combine: Any) -> None:
+def test_a_single_channel_has_label_1_from_exactly_one_half(library: Library) -> None:
     below = float(np.nextafter(np.float32(0.5), np.float32(0)))
-    labels = reduce_and_cast(library([[0.0, below, 0.5, 1.0]]), combine, np.uint8)
+    labels = to_labels(library([[0.0, below, 0.5, 1.0]]), np.uint8)
     assert labels.tolist() == [0, 0, 1, 1]
-
-
-@BOTH
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_weighted_average_keeps_its_channels_and_is_cast(library: Library, dtype: str) -> None:
-    values = [[0.125, 60000.0], [-1.5, 3.0]]
-    output = reduce_and_cast(library(values), "weighted_avg", dtype)
-    assert (output.tolist(), output.dtype) == (values, np.dtype(dtype))
-
-
-@BOTH
-@pytest.mark.parametrize("value", [65520.0, -1e30, float("inf")])
-def test_an_average_that_float16_cannot_hold_is_an_error(library: Library, value: float) -> None:
-    average = library([[0.0, value]])
-    with pytest.raises(PredictionError, match=r"^output_dtype: float16 .*float32") as error:
-        reduce_and_cast(average, "weighted_avg", "float16")
-    assert error.value.code is ErrorCode.PREDICTION_INVALID
-    assert reduce_and_cast(average, "weighted_avg", "float32")[0, 1] == np.float32(value)
 
 
 @pytest.mark.parametrize(("classes", "dtype"), [(2, "u1"), (256, "u1"), (257, "u2"), (9000, "u2")])
@@ -135,7 +114,7 @@ def test_the_label_dtype_can_hold_the_highest_class(library: Library, classes: i
     scores = np.zeros((1, classes, 2), np.float32)
     scores[0, [classes - 1, 3], [0, 1]] = 1
     votes = to_votes(library(scores))
-    labels = reduce_and_cast(votes[0], "hard", label_dtype(classes))
+    labels = to_labels(votes[0], label_dtype(classes))
     assert labels.tolist() == [classes - 1, 3]
 
 
@@ -147,7 +126,7 @@ def test_more_than_255_votes_are_counted(library: Library) -> None:
         scores = [[[1.0], [0.0]]] if number < 300 else [[[0.0], [1.0]]]
         add_weighted(total, weight, to_votes(library(scores))[0])
     assert to_numpy(total).tolist() == [[300.0], [290.0]]
-    assert reduce_and_cast(total, "hard", np.uint8).tolist() == [0]
+    assert to_labels(total, np.uint8).tolist() == [0]
 
 
 @BOTH
@@ -222,11 +201,10 @@ def test_sigmoid_does_not_overflow_and_is_one_half_at_zero(library: Library) -> 
 
 
 @given(predictions(FINE))
-def test_votes_and_outputs_of_numpy_and_torch_are_equal(raw: Any) -> None:
+def test_votes_and_labels_of_numpy_and_torch_are_equal(raw: Any) -> None:
     assert np.array_equal(to_votes(raw), to_votes(in_torch(raw)).numpy())
-    for combine, dtype in (("soft", "u1"), ("hard", "u2"), ("weighted_avg", "f4")):
-        by_numpy = reduce_and_cast(raw[0], combine, dtype)  # type: ignore[arg-type]
-        by_torch = reduce_and_cast(in_torch(raw[0]), combine, dtype)  # type: ignore[arg-type]
+    for dtype in ("u1", "u2"):
+        by_numpy, by_torch = to_labels(raw[0], dtype), to_labels(in_torch(raw[0]), dtype)
         assert np.array_equal(by_numpy, by_torch)
         assert by_numpy.dtype == by_torch.dtype
 

@@ -41,9 +41,11 @@ class RecordingWeights:
         self.calls: list[tuple[Neighbors, ...]] = []
         self._weights = weights
 
-    def normalized(self, neighbors: tuple[Neighbors, ...]) -> npt.NDArray[np.float32]:
+    def normalized(
+        self, neighbors: tuple[Neighbors, ...], dtype: npt.DTypeLike
+    ) -> npt.NDArray[np.floating]:
         self.calls.append(neighbors)
-        return self._weights.normalized(neighbors)
+        return self._weights.normalized(neighbors, dtype)
 
 
 def all_patches(plan: JobPlan) -> list[Patch]:

@@ -80,7 +80,9 @@ class HostPipeline(ChunkPipeline):
 
     @override
     def open(self, chunk: Chunk, halos: Halos, *, checked: bool = False) -> ChunkRun:
-        zeros = self._runtime.zeros((self._plan.channels, *chunk.region.shape))
+        output = self._plan.output
+        shape = (output.sums_channels, *chunk.region.shape)
+        zeros = self._runtime.zeros(shape, output.sums_dtype)
         sums = Accumulator(self._plan, chunk, self._weights, zeros)
         return HostRun(self._batcher, self._weights, sums, chunk, halos)
 

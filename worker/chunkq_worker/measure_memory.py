@@ -91,8 +91,8 @@ class ReplayRuntime(Runtime):
         self.kept_bytes += values.nbytes
 
     @override
-    def zeros(self, shape: tuple[int, ...]) -> Array:
-        return self._network.zeros(shape)
+    def zeros(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Array:
+        return self._network.zeros(shape, dtype)
 
     @override
     def to_device(self, array: npt.NDArray[Any]) -> Array:

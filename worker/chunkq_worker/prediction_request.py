@@ -95,7 +95,7 @@ class PredictionRequest:
 
     def empty_chunks(self) -> EmptyChunks | None:
         """Return the sums of empty chunks, None if they contribute nothing."""
-        if empty_rule(self.job) is None or not self.plan.output.nothing.any():
+        if empty_rule(self.job) is None or not self.plan.output.nothing_counts:
             return None
         return EmptyChunks(self.plan, load_blend_weights(self.job.weight_function, self.plan))
 

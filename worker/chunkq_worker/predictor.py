@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chunkq.blend.combine import reduce_and_cast
+from chunkq.blend.combine import to_labels
 from chunkq.blend.prediction import Prediction, Unread
 from chunkq.blend.streaming import regions
 from chunkq.blend.sums import Contribution
@@ -340,7 +340,7 @@ class Predictor:
                 if is_averaged:
                     averages = values.reshape(plan.channels, *values.shape[-plan.rank :])
                     where = (*region[: len(series)], *region[-plan.rank :])
-                    labels[where] = reduce_and_cast(averages, "soft", dtype)
+                    labels[where] = to_labels(averages, dtype)
         probabilities = None
         if is_averaged:
             probabilities = stored.reshape(*series, plan.channels, *plan.region.shape)

@@ -2,10 +2,11 @@
 
 from tests.prove.fault import Fault, named
 
-WEIGHTS, BLEND, COMBINE = (
+WEIGHTS, BLEND, COMBINE, RULES = (
     "tests/unit/test_weights.py",
     "tests/unit/test_blend.py",
     "tests/unit/test_combine.py",
+    "tests/unit/test_rules.py",
 )
 
 FAULTS = (
@@ -107,9 +108,9 @@ FAULTS = (
     ),
     Fault(
         "piece-overwrites",
-        "chunkq/blend/sums.py",
-        "in_box += term.sums[",
-        "in_box[...] = term.sums[",
+        "chunkq/blend/rules.py",
+        "        sums += others",
+        "        sums[...] = others",
         "at chunk borders only one neighbor's sums count",
         (BLEND,),
     ),
@@ -132,8 +133,8 @@ FAULTS = (
     Fault(
         "border-sums-in-half-precision",
         "chunkq/blend/sums.py",
-        "*box.shape), np.float32)",
-        "*box.shape), np.float16)",
+        "*box.shape), output.sums_dtype",
+        "*box.shape), np.float16",
         "averages at chunk borders lose digits or overflow",
         (BLEND,),
     ),
@@ -195,10 +196,34 @@ FAULTS = (
     ),
     Fault(
         "float16-overflow-is-stored",
-        "chunkq/blend/combine.py",
+        "chunkq/blend/rules.py",
         "not np.isfinite(",
         "np.isnan(",
         "averages above the range of float16 are stored as infinity without an error",
-        (COMBINE,),
+        (RULES,),
+    ),
+    Fault(
+        "moments-forget-earlier-weights",
+        "chunkq/blend/moments.py",
+        "    delta *= total * ratio\n    squares += delta\n    total[...] = step",
+        "    delta *= weights\n    squares += delta\n    total[...] = step",
+        "the standard deviation of overlapping predictions is too large",
+        ("tests/unit/test_moments.py",),
+    ),
+    Fault(
+        "integers-are-truncated",
+        "chunkq/plan/value_range.py",
+        "np.rint(steps, out=steps)",
+        "np.floor(steps, out=steps)",
+        "values stored as integers are up to one step too small",
+        ("tests/unit/test_value_range.py",),
+    ),
+    Fault(
+        "values-beyond-the-range-wrap",
+        "chunkq/plan/value_range.py",
+        "np.clip(steps, 0, self._steps, out=steps)",
+        "pass",
+        "a value above the range is stored as a small one",
+        ("tests/unit/test_value_range.py",),
     ),
 )

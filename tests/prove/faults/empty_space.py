@@ -9,7 +9,7 @@ FAULTS = (
     Fault(
         "empty-patches-have-no-weight",
         "chunkq/blend/sums.py",
-        "add_nothing(to_numpy(self._sums), share, nothing)",
+        "self._rule.add_nothing(to_numpy(self._sums), share)",
         "pass",
         "the border between empty and full space depends on what was skipped",
         named(SPACE, "any_cut and below"),
@@ -17,7 +17,7 @@ FAULTS = (
     Fault(
         "empty-chunks-have-no-weight",
         "chunkq/blend/sums.py",
-        "in_box += empty.sums(term.source, shared)",
+        "rule.merge(in_box, empty.sums(term.source, shared))",
         "pass",
         "results depend on the cut where a whole chunk is empty",
         named(SPACE, "any_cut and below"),
@@ -48,8 +48,8 @@ FAULTS = (
     ),
     Fault(
         "mask-does-not-fill",
-        "chunkq/blend/sums.py",
-        "reduced[:, outside] = plan.output.fill",
+        "chunkq/blend/rules.py",
+        "result[:, ~inside] = self.output.outside",
         "pass",
         "predictions stand outside of the mask",
         named(SPACE, "any_cut and mask"),

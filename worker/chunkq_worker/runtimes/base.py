@@ -85,8 +85,8 @@ class Runtime(ABC):
         """
 
     @abstractmethod
-    def zeros(self, shape: tuple[int, ...]) -> Array:
-        """Return float32 zeros in host memory, in the kind of array that the runtime returns."""
+    def zeros(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Array:
+        """Return zeros in host memory, in the kind of array that the runtime returns."""
 
     @abstractmethod
     def to_device(self, array: npt.NDArray[Any]) -> Array:

@@ -17,8 +17,9 @@ import numpy.typing as npt
 import torch
 
 from chunkq.blend.combine import Array
-from chunkq.blend.empty_patches import add_nothing, add_share
+from chunkq.blend.empty_patches import add_share
 from chunkq.blend.patch_weights import PatchWeights
+from chunkq.blend.rules import rule_of
 from chunkq.blend.sums import chunk_results, target_slices
 from chunkq.blend.weights import Neighbors
 from chunkq.geometry.box import Box
@@ -219,7 +220,7 @@ class RunWeights:
 
 
 class DeviceSums:
-    """Weighted sums of one chunk on the device, float32.
+    """Weighted sums of one chunk on the device (K, *box), in the dtype of the output's sums.
 
     They also cover the voxels outside the volume that patches reach, so that no patch is clipped.
     """
@@ -239,7 +240,9 @@ class DeviceSums:
         self._lead = [grid.lead for grid in grids]
         self._kept = [grid.kept for grid in grids]
         self._box = sums_box(plan, chunk)
-        self._sums = accelerator.zeros((plan.channels, *self._box.shape))
+        output, self._rule = plan.output, rule_of(plan.output)
+        self._dtype: torch.dtype = getattr(torch, output.sums_dtype.name)
+        self._sums = accelerator.zeros((output.sums_channels, *self._box.shape), self._dtype)
 
     @torch.inference_mode()
     def add(self, batch: Sequence[Patch], predictions: torch.Tensor) -> None:
@@ -249,7 +252,7 @@ class DeviceSums:
             patches = batch[run.first : run.first + run.count]
             values = kept[run.first : run.first + run.count]
             if all(map(self._weights.has_no_overlap, patches)):
-                self._windows(run, patches[0]).copy_(values)
+                self._rule.put(self._windows(run, patches[0]), values.movedim(1, 0))
             elif self._weights.is_product:
                 self._add_run(run, patches, values)
             else:
@@ -258,20 +261,20 @@ class DeviceSums:
     @torch.inference_mode()
     def add_empty(self, patches: Sequence[Patch]) -> None:
         """Add the predictions of patches that are skipped because they are empty."""
-        nothing = self._plan.output.nothing
-        if patches and nothing.any():
+        if patches and self._plan.output.nothing_counts:
             region = self._chunk.region
-            share = self._accelerator.zeros(region.shape)
+            share = self._accelerator.zeros(region.shape, self._dtype)
             add_share(share, self._weights, patches, region)
-            add_nothing(self._view(region), share, nothing)
+            self._rule.add_nothing(self._view(region), share)
 
     @torch.inference_mode()
     def results(self) -> list[Array]:
         """Return the arrays from which `contribution` is made, as small as they are stored."""
         interior, *sums = chunk_results(self._plan, self._chunk, self._view)
-        if self._plan.output_dtype == np.float16:
+        output = self._plan.output
+        if output.dtype == np.float16:
             interior = interior.to(torch.float16)
-        elif self._plan.output_dtype == np.uint16:
+        elif output.has_labels and output.dtype == np.uint16:
             interior = interior.to(torch.int16)  # keeps the lowest 16 bits
         return [interior, *sums]
 
@@ -284,20 +287,22 @@ class DeviceSums:
             part = slice(phase, run.count, phases)
             every = PatchRun(0, len(range(phase, run.count, phases)), run.axis, run.step * phases)
             used = weights if len(weights) == 1 else weights[part]
-            self._windows(every, patches[phase]).addcmul_(used, values[part])
+            sums = self._windows(every, patches[phase])
+            self._rule.add(sums, used.movedim(1, 0), values[part].movedim(1, 0))
 
     def _add_patches(self, patches: Sequence[Patch], predictions: torch.Tensor) -> None:
         for patch, prediction in zip(patches, predictions, strict=True):
             used = prediction[(slice(None), *target_slices(self._plan, patch))]
-            self._view(patch.target).addcmul_(self._weights.weights(patch), used)
+            self._rule.add(self._view(patch.target), self._weights.weights(patch), used)
 
     def _windows(self, run: PatchRun, patch: Patch) -> torch.Tensor:
-        """Return the sums of the kept voxels of a run that starts with a patch, (n, C, *kept)."""
+        """Return the sums of the kept voxels of a run that starts with a patch, (K, n, *kept)."""
         origin = self._box.start
         start = [
             s + lead - o for s, lead, o in zip(patch.source.start, self._lead, origin, strict=True)
         ]
-        return _windows(self._sums, start, self._kept, run.axis, run.step, run.count)
+        windows = _windows(self._sums, start, self._kept, run.axis, run.step, run.count)
+        return windows.movedim(1, 0)
 
     def _kept_slices(self) -> tuple[slice, ...]:
         return tuple(slice(m, m + n) for m, n in zip(self._plan.margin, self._kept, strict=True))

@@ -63,8 +63,8 @@ class HostRuntime(Runtime):
         )
 
     @override
-    def zeros(self, shape: tuple[int, ...]) -> Array:
-        return buffers.zeros(shape, np.float32)
+    def zeros(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Array:
+        return buffers.zeros(shape, dtype)
 
     @override
     def to_device(self, array: npt.NDArray[Any]) -> Array:

@@ -85,9 +85,9 @@ class Accelerator(ABC):
     def free_bytes(self) -> int:
         """Return the bytes of device memory that were free when torch used the most of it."""
 
-    def zeros(self, shape: Sequence[int]) -> torch.Tensor:
-        """Return float32 zeros on the device, for the current stream."""
-        return self.empty(shape, torch.float32).zero_()
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return zeros on the device, for the current stream."""
+        return self.empty(shape, dtype).zero_()
 
     def to_device(self, host: torch.Tensor) -> torch.Tensor:
         """Return a copy on the device, for the current stream. `host` can be reused at once."""

@@ -201,8 +201,8 @@ class TorchRuntime(Runtime):
         return None
 
     @override
-    def zeros(self, shape: tuple[int, ...]) -> Array:
-        return torch.from_numpy(buffers.zeros(shape, np.float32))
+    def zeros(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Array:
+        return torch.from_numpy(buffers.zeros(shape, dtype))
 
     @override
     def feed(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> BatchFeed:
