@@ -23,7 +23,8 @@ def decode_checksums(text: str, count: int) -> list[int]:
     """Return the checksums of `count` objects. Raises ValueError if the text has another number."""
     if not text:
         return [NOT_STORED] * count
-    checksums = np.frombuffer(base64.b64decode(text, validate=True), DTYPE).tolist()
-    if len(checksums) != count:
-        raise ValueError(f"checksums of {len(checksums)} objects, expected {count}")
+    content = base64.b64decode(text, validate=True)
+    if len(content) != count * DTYPE.itemsize:
+        raise ValueError(f"checksums of {len(content)} bytes, expected those of {count} objects")
+    checksums: list[int] = np.frombuffer(content, DTYPE).tolist()
     return checksums

@@ -93,7 +93,8 @@ class WritableArray(Array):
         # Without can_reference_source_data_indefinitely, which loses chunks of arrays that have
         # an axis of length 1 (tensorstore 0.1.86).
         store[box.slices((0,) * len(self.shape))].write(values).result()
-        reads = [(name, store.kvstore.read(name)) for name in self._grid.names(box)]
+        memory: Any = store.kvstore
+        reads = [(name, memory.read(name)) for name in self._grid.names(box)]
         results = ((name, read.result()) for name, read in reads)
         return [(name, r.value if r.state == "value" else None) for name, r in results]
 
