@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+
+from chunkq.plan.label_colors import label_color
 
 Voxels = npt.NDArray[Any]
 LABEL_ALPHA = 0.5
@@ -130,8 +130,8 @@ def set_labels(axes: Axes, x: str, y: str, title: str) -> None:
 
 def _color(label: int) -> tuple[float, float, float, float]:
     """Return the color of a label; colors repeat after the end of the palette."""
-    palette: Any = colormaps["tab10"]
-    return to_rgba(palette((int(label) - 1) % palette.N), LABEL_ALPHA)
+    red, green, blue = (part / 255 for part in label_color(int(label)))
+    return red, green, blue, LABEL_ALPHA
 
 
 def _colored(labels: Voxels) -> Voxels:

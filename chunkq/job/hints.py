@@ -43,6 +43,7 @@ VALUE_WORDS: Mapping[str, Mapping[str, str]] = MappingProxyType(
                 "weighted_avg": "avg average mean weighted gaussian blend sum probabilities",
                 "soft": "argmax label labels softmax softvoting",
                 "hard": "vote votes voting majority mode hardvoting",
+                "std": "sd stdev stddev deviation variance var uncertainty disagreement",
             },
             "device": {"cuda": "gpu gpus nvidia 0 1"},
             "dtype": _DTYPES,
@@ -65,6 +66,10 @@ VALUE_WORDS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "output_dtype": {
                 "float16": "fp16 half f16 f2 bfloat16",
                 "float32": "fp32 float single f32 f4 float64 double",
+                "uint8": "u8 u1 byte",
+                "uint16": "u16 u2 ushort",
+                "int8": "i8 i1",
+                "int16": "i16 i2 short int32",
             },
             "pad_mode": {
                 "constant": "zero zeros fill 0",

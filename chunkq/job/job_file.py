@@ -44,19 +44,19 @@ from chunkq.job.job_path import canonical
 from chunkq.job.model_config import ModelConfig, model_problems
 from chunkq.job.output_config import (
     Classes,
-    Codec,
     CodecConfig,
+    CodecKey,
     OutputConfig,
     OutputDtype,
     Outputs,
     PyramidConfig,
     ValueRange,
     unsupported_problems,
-    value_problems,
 )
 from chunkq.job.output_name import check_new_output
+from chunkq.job.output_values import value_problems
 from chunkq.paths import absolute, absolute_input, split_format, without_secret
-from chunkq.plan.outputs import Activation
+from chunkq.plan.outputs import Activation, Combine
 
 MAX_FILE_BYTES = 1 << 20
 """Maximum size of a job file. A larger file is something else."""
@@ -220,13 +220,13 @@ class Job(Section):
         ),
     ] = "gpu"
     combine: Annotated[
-        Literal["weighted_avg", "soft", "hard"],
+        Combine,
         key_doc(
             "Combination",
             "How overlapping predictions become one value. `weighted_avg`: the averaged scores. "
             "`soft`: labels of the averaged scores. `hard`: labels by majority vote. `std`: the "
             "standard deviation between overlapping predictions. `entropy`: that of the averaged "
-            "probabilities. Averages and votes are weighted by `weight_function`.",
+            "probabilities. Averages, votes and deviations are weighted by `weight_function`.",
             example="soft",
             unit=None,
             see="concepts.md#combination",
@@ -354,9 +354,11 @@ class Job(Section):
         Activation | None,
         key_doc(
             "Combination",
-            "Function that is applied to the averages. Only for `combine` `weighted_avg`.",
+            "Function that is applied to the averages, for tools that average the scores "
+            "themselves, such as nnU-Net. Only for `combine` `weighted_avg`, without `activation`.",
             example="softmax",
             unit=None,
+            see="guides/values.md",
             omitted="none",
         ),
     ] = None
@@ -378,7 +380,8 @@ class Job(Section):
             "network returns labels, class numbers from 0 in one channel, each prediction is a "
             "vote. `soft` and `hard` store the label with the largest weighted share of votes, "
             "`weighted_avg` the shares, one channel per class. If the network returns one channel "
-            "per class, it must be their number.",
+            "per class, it must be their number. Names are stored with the labels. Two names "
+            "beside `activation` `sigmoid` are those of the labels 0 and 1 of one channel.",
             example=5,
             unit="classes",
             omitted="the network returns scores",
@@ -404,9 +407,11 @@ class Job(Section):
         OutputDtype | None,
         key_doc(
             "Input and output",
-            "Dtype of the output. Only for `combine` `weighted_avg`.",
-            example="float16",
+            "Dtype of the output. Integers store the values of `range`. Not for `combine` `soft` "
+            "and `hard`.",
+            example="uint8",
             unit=None,
+            see="guides/values.md",
             omitted="`float32`; for labels `uint8`, for more than 256 classes `uint16`",
         ),
     ] = None
@@ -423,10 +428,14 @@ class Job(Section):
         ValueRange | None,
         key_doc(
             "Input and output",
-            "Values that become the smallest and the largest of an integer `output_dtype`.",
+            "Values that become the smallest and the largest integer of an integer "
+            "`output_dtype`. Values between them are rounded, others are clipped. Readers find "
+            "`scale` and `offset` in the attributes.",
             example=[0, 20],
             unit="value of the prediction",
-            omitted="[0, 1] after softmax and sigmoid; else required for an integer dtype",
+            see="guides/values.md",
+            omitted="[0, 1] after softmax and sigmoid, for `entropy` [0, ln C]; else required for "
+            "an integer dtype",
         ),
     ] = None
     pyramid: Annotated[
@@ -450,13 +459,14 @@ class Job(Section):
         ),
     ] = None
     codec: Annotated[
-        Codec | None,
+        CodecKey | None,
         key_doc(
             "Outputs",
             "How the storage chunks of the output are compressed: `lz4`, `zstd`, `none`, or a "
             "mapping with name and level.",
             example="zstd",
             unit=None,
+            see="guides/values.md",
             omitted="lz4",
         ),
     ] = None
@@ -1181,15 +1191,21 @@ def _output_problems(job: Job) -> list[str]:
     keys: dict[str, Any] = {"pyramid": job.pyramid}
     if job.outputs is None:
         keys |= dict(job.output_configs()[""])
-        return unsupported_problems("", keys) or value_problems("", job.output_configs()[""])
+        return unsupported_problems("", keys) or _value_problems(job, "", job.output_configs()[""])
     problems = [*unsupported_problems("", keys), "outputs: unsupported in this version; remove it"]
     for key in ("combine", "activation", "activation_after", "output_dtype", "range", "classes"):
         if getattr(job, key) != Job.model_fields[key].default:
             problems.append(f"{key}: unsupported beside outputs; move it into an output")
     for name, one in job.output_configs().items():
         prefix = f"outputs.{name}."
-        problems += unsupported_problems(prefix, dict(one)) or value_problems(prefix, one)
+        problems += unsupported_problems(prefix, dict(one)) or _value_problems(job, prefix, one)
     return problems
+
+
+def _value_problems(job: Job, prefix: str, output: OutputConfig) -> list[str]:
+    return value_problems(
+        prefix, output, has_mask=job.mask is not None, skips_empty=job.skip_empty is not None
+    )
 
 
 def _paths(job: Job) -> dict[str, str]:

@@ -23,6 +23,7 @@ from chunkq import __version__
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.geometry.axes import Axis, channel_axis, cropped, with_unique_names
 from chunkq.job.items import Image
+from chunkq.job.output_config import codec_of
 from chunkq.job.parent_groups import unlisted_in_groups
 from chunkq.job.record import JobRecord
 from chunkq.job.tasks import EPOCH_DIGITS
@@ -33,6 +34,7 @@ from chunkq.storage.formats.zarr_writing import WritableArray
 from chunkq.storage.object_grid import ObjectGrid
 from chunkq.storage.objects import LOCK, ObjectFolder
 from chunkq.storage.ome import image_metadata, is_image
+from chunkq.storage.value_metadata import array_attributes, label_values, range_attributes
 
 SEALED_NAME = "0"
 ATTRIBUTE = "chunkq"
@@ -68,6 +70,8 @@ def new_record(record: JobRecord, *, replaces: bool) -> JobRecord:
             fill_value=plan.output.fill.item(),
             zarr_format=record.job.zarr_format,
             axes=[axis.name for axis in axes] if is_image(axes) else None,
+            codec=codec_of(record.job.output_configs()[plan.output.name].codec),
+            attributes=array_attributes(plan.output),
         )
         metadata |= {_below(image, path): text for path, text in documents.items()}
     return replace(record, epoch=epoch, array=name, metadata=metadata)
@@ -340,9 +344,10 @@ class ImageOutput:
     def _attributes(self, state: str, name: str) -> dict[str, Any]:
         """Return the group attributes that chunkq writes: `chunkq` and OME-Zarr metadata."""
         record = self._record
-        status = _status(record, state) | {"array": name}
-        axes = output_axes(self._image, record.image_plan(self._image))
-        image = image_metadata(axes, self._format, name)
+        plan = record.image_plan(self._image)
+        status = _status(record, state) | {"array": name} | range_attributes(plan.output)
+        labels = label_values(plan.output)
+        image = image_metadata(output_axes(self._image, plan), self._format, name, labels)
         return {**image, ATTRIBUTE: status}
 
     def _put(self, documents: dict[str, str]) -> None:

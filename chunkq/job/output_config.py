@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from chunkq.job.fields import (
@@ -20,6 +20,7 @@ from chunkq.job.fields import (
     key_doc,
 )
 from chunkq.plan.outputs import Activation, Combine
+from chunkq.storage.codecs import DEFAULT_CODEC, MAX_LEVEL, Codec
 
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 """Name of an output: also the name of its image in a group."""
@@ -29,7 +30,7 @@ NAME_PLACEHOLDER = "NAME"
 """Part of a key's path that stands for the name of an output."""
 MAX_CLASSES, MAX_LEVELS = 1 << 16, 32
 
-OutputDtype = Literal["float32", "float16", "uint8", "uint16", "int8"]
+OutputDtype = Literal["float32", "float16", "uint8", "uint16", "int8", "int16"]
 
 
 def _as_names(value: object) -> object:
@@ -112,13 +113,14 @@ class CodecConfig(Section):
         key_doc("Outputs", "Codec of the storage chunks.", example="zstd", unit=None),
     ]
     level: Annotated[
-        Positive | None,
+        Annotated[int, Field(ge=1, le=MAX_LEVEL)] | None,
         key_doc(
             "Outputs",
-            "Level of the codec; a higher one takes more time and less space.",
+            "Level of Blosc, from 1 to 9; a higher one takes more time and less space. Not for "
+            "`none`.",
             example=5,
             unit=None,
-            omitted="the default of the codec",
+            omitted="5 for `lz4`, 1 for `zstd`",
         ),
     ] = None
 
@@ -161,7 +163,9 @@ Classes = Annotated[
 ]
 ValueRange = Annotated[tuple[float, float], BeforeValidator(_as_range)]
 Scale = Annotated[tuple[int | str, ...], BeforeValidator(_as_scale)]
-Codec = Annotated[CodecConfig, BeforeValidator(_as_codec, json_schema_input_type=str | CodecConfig)]
+CodecKey = Annotated[
+    CodecConfig, BeforeValidator(_as_codec, json_schema_input_type=str | CodecConfig)
+]
 
 
 class OutputConfig(Section):
@@ -223,8 +227,8 @@ class OutputConfig(Section):
         OutputDtype | None,
         key_doc(
             "Outputs",
-            "Dtype of the output. Not for labels.",
-            example="float16",
+            "Dtype of the output. Integers store the values of `range`. Not for labels.",
+            example="uint8",
             unit=None,
             omitted="`float32`; for labels `uint8`, for more than 256 classes `uint16`",
         ),
@@ -233,7 +237,8 @@ class OutputConfig(Section):
         ValueRange | None,
         key_doc(
             "Outputs",
-            "Values that become the smallest and the largest of an integer `output_dtype`.",
+            "Values that become the smallest and the largest integer of an integer "
+            "`output_dtype`.",
             example=[0, 20],
             unit="value of the prediction",
             omitted="[0, 1] after softmax and sigmoid; else required for an integer dtype",
@@ -293,7 +298,7 @@ class OutputConfig(Section):
         ),
     ] = None
     codec: Annotated[
-        Codec | None,
+        CodecKey | None,
         key_doc(
             "Outputs",
             "How the storage chunks are compressed: `lz4`, `zstd`, `none`, or a mapping with name "
@@ -310,6 +315,11 @@ class OutputConfig(Section):
         return None if self.scale is None else tuple(map(Fraction, self.scale))
 
 
+def codec_of(config: CodecConfig | None) -> Codec:
+    """Return the codec of an output; by default LZ4."""
+    return DEFAULT_CODEC if config is None else Codec(config.name, config.level)
+
+
 Outputs = Annotated[dict[str, OutputConfig], BeforeValidator(_as_names)]
 
 
@@ -323,52 +333,13 @@ def class_names(classes: int | tuple[str, ...] | None) -> tuple[str, ...]:
     return classes if isinstance(classes, tuple) else ()
 
 
-def value_problems(prefix: str, output: OutputConfig) -> list[str]:
-    """Return a line for each value of an output that no network makes possible.
-
-    `prefix` is that of the paths of its keys.
-    """
-    problems = []
-    if output.combine != "weighted_avg" and output.output_dtype is not None:
-        problems.append(
-            f"{prefix}output_dtype: unsupported for combine {output.combine}, whose output has "
-            "labels; remove it, or use combine weighted_avg"
-        )
-    return problems + _fill_value_problems(prefix, output)
-
-
-def _fill_value_problems(prefix: str, output: OutputConfig) -> list[str]:
-    """Return a line for a fill value that the output cannot hold, whatever its classes."""
-    value = float(output.fill_value or 0)
-    if output.combine != "weighted_avg":
-        is_legal = value.is_integer() and 0 <= value < MAX_CLASSES
-        legal = "a class, an integer from 0"
-    else:
-        dtype = output.output_dtype or "float32"
-        largest = 65504.0 if dtype == "float16" else float.fromhex("0x1.fffffep127")
-        is_legal = abs(value) <= largest
-        legal = f"a value from {-largest:g} to {largest:g}, which {dtype} can hold"
-    return [] if is_legal else [f"{prefix}fill_value: expected {legal}, found {value:g}"]
-
-
 def unsupported_problems(prefix: str, keys: Mapping[str, Any]) -> list[str]:
     """Return a line for each key, of a job or an output, that this version does not have.
 
     `keys` are values by name; those that are None are not set. `prefix` is that of their paths.
     """
-    lines = [
+    return [
         f"{prefix}{name}: unsupported in this version; remove it"
-        for name in ("scale", "range", "activation_after", "pyramid", "storage_shards", "codec")
+        for name in ("scale", "pyramid", "storage_shards")
         if keys.get(name) is not None
     ]
-    if keys.get("combine") in ("std", "entropy"):
-        lines.append(
-            f"{prefix}combine: {keys['combine']} is unsupported in this version; use weighted_avg, "
-            "soft or hard"
-        )
-    if keys.get("output_dtype") in ("uint8", "uint16", "int8"):
-        lines.append(
-            f"{prefix}output_dtype: {keys['output_dtype']} is unsupported in this version; remove "
-            "it, labels get an integer dtype"
-        )
-    return lines

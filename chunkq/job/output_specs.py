@@ -9,6 +9,7 @@ from math import prod
 
 from chunkq.job.job_file import Job
 from chunkq.job.output_config import OutputConfig, class_count, class_names
+from chunkq.job.output_values import range_of
 from chunkq.plan.outputs import KINDS, HeadName, OutputSpec
 from chunkq.storage.selection import RANGE
 
@@ -82,7 +83,14 @@ class ResolvedOutput:
     @property
     def from_labels(self) -> bool:
         """Whether the network returns labels in one channel."""
-        return self.classes is not None and self.network_channels == 1
+        return self.classes is not None and self.network_channels == 1 and not self._is_binary
+
+    @property
+    def _is_binary(self) -> bool:
+        """Whether two class names are those of a single score, which sigmoid makes."""
+        has_sigmoid = "sigmoid" in (self.config.activation, self.config.activation_after)
+        has_two = len(class_names(self.config.classes)) == 2
+        return self.network_channels == 1 and has_two and has_sigmoid
 
     @property
     def channels(self) -> int:
@@ -118,7 +126,7 @@ class ResolvedOutput:
         if classes is None:
             return
         if not self.from_labels:
-            if classes == self.network_channels:
+            if classes == self.network_channels or self._is_binary:
                 return
             advice = f"use {self.network_channels}, or remove classes"
             if self.job.model.model_output_shape is None:
@@ -131,11 +139,10 @@ class ResolvedOutput:
                 f"{advice}"
             )
             return
-        if self.config.activation != "none":
+        for key, activation in self._activations:
             yield (
-                f"{prefix}activation: {self.config.activation} is unsupported for labels in one "
-                "channel, which classes declares; remove activation, or remove classes if the "
-                "network returns logits"
+                f"{prefix}{key}: {activation} is unsupported for labels in one channel, which "
+                f"classes declares; remove {key}, or remove classes if the network returns logits"
             )
         if classes * prod(self.head.patch) > MAX_PATCH_VALUES:
             yield (
@@ -143,20 +150,35 @@ class ResolvedOutput:
                 f"patch are unsupported; use at most {MAX_PATCH_VALUES} values per patch"
             )
 
+    @property
+    def _activations(self) -> list[tuple[str, str]]:
+        """The keys of activations that do something, and their values."""
+        keys = ("activation", "activation_after")
+        values = [(key, getattr(self.config, key)) for key in keys]
+        return [(key, value) for key, value in values if value not in (None, "none")]
+
     def _activation_problems(self) -> Iterator[str]:
-        """Yield a line if the activation makes every prediction the same."""
-        if self.config.activation != "softmax" or self.channels > 1:
-            return
+        """Yield a line for an activation that does not fit the number of channels."""
         several = f"[CHANNELS, {', '.join(map(str, self.head.patch))}]"
-        yield (
-            f"{self.prefix}activation: softmax of one channel is 1 everywhere; use sigmoid, or if "
-            f"the network returns several channels, set model_config.model_output_shape: {several}"
-        )
+        for key, activation in self._activations:
+            if activation == "softmax" and self.channels == 1:
+                yield (
+                    f"{self.prefix}{key}: softmax of one channel is 1 everywhere; use sigmoid, or "
+                    "if the network returns several channels, set "
+                    f"model_config.model_output_shape: {several}"
+                )
+        has_shares = self.config.activation == "softmax" or self.channels == 1
+        if self.config.combine == "entropy" and not has_shares:
+            yield (
+                f"{self.prefix}combine: entropy of {self.channels} channels after "
+                f"{self.config.activation} is undefined, because they do not add up to 1; use "
+                "softmax, or one channel"
+            )
 
     def _fill_value_problems(self) -> Iterator[str]:
-        """Yield a line if the output has labels and the fill value is none of them."""
+        """Yield a line if the fill value must be a class and is none."""
         value, classes = self.fill_value, max(2, self.channels)
-        if self.config.combine == "weighted_avg" or value < classes:
+        if not self.spec().nothing_is_class or value < classes:
             return
         yield (
             f"{self.prefix}fill_value: {value:g} is not a class; use an integer from 0 to "
@@ -186,6 +208,6 @@ class ResolvedOutput:
             head_channels=0 if uses_all else head.channels,
             picks=self.picks,
             activation_after=config.activation_after or "none",
-            range=config.range,
+            range=range_of(config, self.channels),
             class_names=class_names(config.classes),
         )

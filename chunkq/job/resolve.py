@@ -442,7 +442,7 @@ class _Shapes:
         chosen = common
         if chunks is None:
             # Not the input's dtype: the same voxels in another format have the same chunks.
-            output_bytes = sum(8 * (output.channels + 1) for output in self.outputs)
+            output_bytes = sum(2 * output.spec().sums_bytes + 8 for output in self.outputs)
             voxel_bytes = 4 * self.volume.channels * self.volume.inputs + output_bytes
             chunks, chosen = choose_chunks(spec, common, voxel_bytes)
         if chosen is None or chosen == common:

@@ -98,15 +98,16 @@ def _output_footprint(plan: Plan, chunk: Chunk) -> tuple[int, int, int, int]:
     output = plan.output
     output_voxel, sums_voxel = output.voxel_bytes, output.sums_bytes
     sums = sums_voxel * chunk.region.size
-    labels = not output.is_average
     # A float32 average is stored as it is, so the output is a view of the sums.
-    is_view = not labels and output.dtype == output.sums_dtype
+    is_view = output.stores_sums
     interior = 0 if is_view else chunk.interior.size * output_voxel
+    result = chunk.interior.size * output.result_bytes
     # A chunk without patches stores no sums; its whole block is band.
     bands = sum(box.size for box in chunk.band_boxes) * sums_voxel if chunk.is_active else 0
     outgoing = sum(piece.box.size for piece in plan.outgoing_pieces(chunk)) * sums_voxel
     # The argmax holds the largest value before and after a channel, and two arrays of winners.
-    argmax = chunk.interior.size * (4 + 4 + 1 + 1) if labels and output.channels > 1 else 0
+    has_argmax = output.has_labels and output.channels > 1
+    argmax = chunk.interior.size * (4 + 4 + 1 + 1) if has_argmax else 0
     results = interior + bands + outgoing
     rest = sum(box.size for box in chunk.rest_boxes) * output_voxel
     writing = (sums if is_view else 0) + results + max(chunk.core.size * output_voxel, rest)
@@ -114,7 +115,7 @@ def _output_footprint(plan: Plan, chunk: Chunk) -> tuple[int, int, int, int]:
     largest_band = max((box.size for box in chunk.band_boxes), default=0)
     adding = min(largest_band * (sums_voxel + output_voxel), 2 * SLAB_BYTES)
     return (
-        sums + max(argmax, results),
+        sums + max(argmax, result + results),
         writing,
         bands + rest + incoming,
         adding + chunk.block.size * output_voxel,

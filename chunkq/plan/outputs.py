@@ -204,6 +204,21 @@ class OutputSpec:
         return self.sums_channels * self.sums_dtype.itemsize
 
     @property
+    def stores_sums(self) -> bool:
+        """Whether the stored values are the sums, without a further step."""
+        is_plain = self.combine == "weighted_avg" and self.activation_after == "none"
+        return is_plain and self.dtype == self.sums_dtype
+
+    @property
+    def result_bytes(self) -> int:
+        """Bytes per voxel of the result of complete sums before it is cast.
+
+        It is 0 if the result are the sums; labels have their dtype from the start.
+        """
+        is_plain = self.combine == "weighted_avg" and self.activation_after == "none"
+        return 0 if is_plain or self.has_labels else 4 * self.stored_channels
+
+    @property
     def stored_channels(self) -> int:
         """Number of values stored per voxel."""
         return self.channels if self.kind.is_per_channel else 1
@@ -212,6 +227,11 @@ class OutputSpec:
     def voxel_bytes(self) -> int:
         """Bytes stored per voxel."""
         return self.stored_channels * self.dtype.itemsize
+
+
+def is_integer(dtype: str | None) -> bool:
+    """Return whether a dtype of an output is one of integers; None is the default."""
+    return dtype is not None and np.dtype(dtype).kind in "iu"
 
 
 def default_range(

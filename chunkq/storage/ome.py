@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, Field, FiniteFloat
@@ -138,10 +138,13 @@ def is_image(axes: Sequence[Axis]) -> bool:
     return sum(axis.kind == "space" for axis in axes) in (2, 3)
 
 
-def image_metadata(axes: Sequence[Axis], zarr_format: int, path: str) -> dict[str, Any]:
+def image_metadata(
+    axes: Sequence[Axis], zarr_format: int, path: str, labels: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Return the group attributes of an image whose only level is the array `path`.
 
-    They are of OME-Zarr 0.5 for Zarr v3, of 0.4 for v2, and empty if OME-Zarr has no such image.
+    `labels` is the value of `image-label` of an image of labels. The attributes are of OME-Zarr 0.5
+    for Zarr v3, of 0.4 for v2, and empty if OME-Zarr has no such image.
     """
     if not is_image(axes):
         return {}
@@ -157,5 +160,7 @@ def image_metadata(axes: Sequence[Axis], zarr_format: int, path: str) -> dict[st
         "datasets": [{"path": path, "coordinateTransformations": transforms}],
     }
     if zarr_format == 3:
-        return {"ome": {"version": "0.5", "multiscales": [image]}}
-    return {"multiscales": [{"version": "0.4", **image}]}
+        label = {"image-label": {"version": "0.5", **labels}} if labels else {}
+        return {"ome": {"version": "0.5", "multiscales": [image], **label}}
+    label = {"image-label": {"version": "0.4", **labels}} if labels else {}
+    return {"multiscales": [{"version": "0.4", **image}], **label}

@@ -99,7 +99,7 @@ class LabelDetector:
         if values.size == 0 or ((values == 0) | (values == 1)).all():
             return None
         self._batches = 0
-        if not self._output.is_average:
+        if self._output.has_labels:
             raise ModelError(
                 f"the network returns whole numbers up to {values.max():.6g} in one channel, which "
                 f"are labels, and combine: {self._output.combine} compares one channel with 0.5; "

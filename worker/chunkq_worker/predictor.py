@@ -37,6 +37,7 @@ from chunkq.job.record import JobRecord
 from chunkq.job.resolve import resolve
 from chunkq.paths import absolute, without_secret
 from chunkq.plan.item_tasks import ItemTasks
+from chunkq.plan.outputs import OutputSpec
 from chunkq.plan.plan import Chunk, Index, Plan
 from chunkq.queue.registry import queue_url
 from chunkq.stages.completion import chunks_of
@@ -328,6 +329,7 @@ class Predictor:
         """
         request = self._request_in_memory(volume, self._selection(axes, channels, time), mask)
         plan, series, inputs = request.plan, request.series, request.inputs
+        _check_in_memory(plan.output)
         is_averaged = plan.output.is_average
         dtype = plan.output.label_dtype
         stored = np.zeros((*series, *plan.output_shape), plan.output_dtype)
@@ -635,6 +637,17 @@ class Predictor:
     def _check_open(self) -> None:
         if self._closed:
             raise ChunkqError("the predictor is closed; create a new one")
+
+
+
+def _check_in_memory(output: OutputSpec) -> None:
+    """Raise JobError if a `Prediction` has no field for what an output stores."""
+    if output.kind.is_spread or output.value_range is not None:
+        what = f"combine: {output.combine}" if output.kind.is_spread else "output_dtype"
+        raise JobError(
+            f"{what}: unsupported by Predictor.predict in this version; use predict_to_store, "
+            "or combine weighted_avg with output_dtype float32"
+        )
 
 
 def _steps(**functions: Any) -> Steps | None:

@@ -139,7 +139,7 @@ def _output_suspicions(values: npt.NDArray[np.floating], output: OutputSpec) -> 
     low, high = span
     is_share = low >= -TOLERANCE and high <= 1 + TOLERANCE
     is_one_channel = output.channels == 1
-    if is_one_channel and not output.is_average and output.activation == "none" and not is_share:
+    if is_one_channel and output.has_labels and output.activation == "none" and not is_share:
         yield Suspicion(
             "logits",
             f"the network returns {low:.4g} to {high:.4g} in one channel, and combine: "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +20,7 @@ from chunkq.access import DEFAULT_ACCESS, Access
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.paths import is_web, join, without_secret
 from chunkq.storage.array import Array
+from chunkq.storage.codecs import DEFAULT_CODEC, Codec
 from chunkq.storage.formats.base import (
     CACHED,
     NO_OPTIONS,
@@ -302,20 +303,16 @@ def array_metadata(
     fill_value: float,
     zarr_format: Literal[2, 3],
     axes: Sequence[str] | None,
+    codec: Codec = DEFAULT_CODEC,
+    attributes: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
     """Return the metadata documents of a new Zarr array, by their paths in its group."""
     import zarr
-    from zarr.codecs import BloscCodec
     from zarr.storage import MemoryStore
 
-    compressor: Any
     if zarr_format == 3:
-        compressor = BloscCodec(cname="lz4", clevel=5)
         extra: dict[str, Any] = {"dimension_names": axes}
     else:
-        import numcodecs
-
-        compressor = numcodecs.Blosc(cname="lz4", clevel=5)
         extra = {"chunk_key_encoding": {"name": "v2", "separator": "/"}}
     documents: dict[str, Any] = {}
     zarr.create_array(
@@ -325,8 +322,9 @@ def array_metadata(
         shape=tuple(shape),
         chunks=tuple(chunks),
         dtype=np.dtype(dtype).name,
-        compressors=compressor,
+        compressors=codec.compressor(zarr_format),
         fill_value=fill_value,
+        attributes=dict(attributes or {}),
         **extra,
     )
     return {
