@@ -5,11 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from chunkq.blend.downsampling import Method
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.geometry.axes import Axis
 from chunkq.paths import without_secret
@@ -18,6 +17,8 @@ from chunkq.storage.oriented import Orientation
 from chunkq.writers.blocks import Blocks
 from chunkq.writers.file_space import FileSpace
 
+Method = Literal["mean", "mode", "nearest"]
+"""How a voxel of a level is computed."""
 Report = Callable[[int], None]
 """Receives the number of finished steps."""
 

@@ -8,14 +8,13 @@ from typing import Any, cast, get_args
 
 import click
 
-from chunkq.blend.downsampling import Method
 from chunkq.convert import convert as run_conversion
 from chunkq.convert import plan_conversion
 from chunkq.errors import JobError
 from chunkq.progress_bar import ProgressDisplay
 from chunkq.system.standard_output import print_line, print_text
 from chunkq.units import seconds
-from chunkq.writers.base import WriterOptions
+from chunkq.writers.base import Method, WriterOptions
 from chunkq_producer.commands.options import json_option
 
 METHODS = get_args(Method)
