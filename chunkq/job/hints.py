@@ -69,7 +69,7 @@ VALUE_WORDS: Mapping[str, Mapping[str, str]] = MappingProxyType(
                 "uint8": "u8 u1 byte",
                 "uint16": "u16 u2 ushort",
                 "int8": "i8 i1",
-                "int16": "i16 i2 short int32",
+                "int16": "i16 i2 short",
             },
             "pad_mode": {
                 "constant": "zero zeros fill 0",
@@ -137,7 +137,7 @@ KEY_WORDS: Mapping[str, str] = MappingProxyType(
     )
 )
 """Folded words of other libraries -> path of the key with this meaning."""
-_INTEGERS = re.compile(r"u?int\d*|bool|byte|labels?")
+_INTEGERS = re.compile(r"u?int(32|64)?|bool|labels?")
 _TRUE, _FALSE = (
     frozenset({"yes", "on", "true", "1", "y"}),
     frozenset({"no", "off", "false", "0", "n"}),
@@ -155,7 +155,7 @@ def value_hint(key: str, value: object, legal: Sequence[object]) -> str:
     word = "none" if value is None else str(value)
     match = VALUE_WORDS.get(key, {}).get(folded(word)) or nearest(word, list(texts))
     if key == "output_dtype" and _INTEGERS.fullmatch(word):
-        return "; remove it, labels get an integer dtype"
+        return "; use a narrower integer with range, or remove it, labels get an integer dtype"
     if match in texts:
         return f"; did you mean {texts[match]!r}?"
     return "; set one, or remove the key" if value is None else ""

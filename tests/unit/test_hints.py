@@ -83,8 +83,9 @@ SPELLINGS: dict[str, dict[str, dict[Any, str]]] = {
             "half": "'float16'",
             "Float16": "'float16'",
             "double": "'float32'",
-            "uint8": "remove it",
-            "int16": "remove it",
+            "uint32": "remove it",
+            "labels": "remove it",
+            "u8": "'uint8'",
         },
         "pad_mode": {
             "zeros": "'constant'",

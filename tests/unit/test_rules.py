@@ -95,13 +95,13 @@ def assert_as_reference(case: RuleCase, out: Array) -> None:
         assert np.abs(found - expected).max() <= 1e-5
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(rule_cases())
 def test_any_job_equals_the_reference(case: RuleCase) -> None:
     assert_as_reference(case, case.run())
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(rule_cases())
 def test_any_job_in_torch_equals_the_reference(case: RuleCase) -> None:
     assert_as_reference(case, case.run(in_torch))
