@@ -170,7 +170,7 @@ def _check_records(completion: JobCompletion, valid: ValidCommits) -> None:
     """Delete damaged commit records and raise IncompleteError if there are any.
 
     `completion` lists the tasks that have no record. Another task without a valid record must run
-    again, which needs the results of all tasks that it waits for. The commit records of these are
+    again, and with it those that `Stage.needs_again` names. The commit records of these are
     deleted, too.
     """
     job, lost = completion.job, Lost()
@@ -182,7 +182,7 @@ def _check_records(completion: JobCompletion, valid: ValidCommits) -> None:
             for chunk in stage.chunks(item):
                 if chunk in valid[item.number, stage.kind] or (item.number, chunk) in absent:
                     continue
-                for key in (TaskKey(stage.kind, chunk), *stage.waits_for(item, chunk)):
+                for key in (TaskKey(stage.kind, chunk), *stage.needs_again(item, chunk)):
                     item.ledger.delete_commits(key.kind, [key.chunk])
                     if stage_of(key.kind).is_queued:
                         lost[item.number, key.chunk] = "a commit record is damaged"
