@@ -18,6 +18,7 @@ from chunkq.job.tasks import chunk_count
 from chunkq.plan.footprint import largest_footprint
 from chunkq.plan.plan import Index
 from chunkq.queue.contract.executor import Attempt
+from chunkq.seams import Seam, measure_seams
 from chunkq.stages.base import Stage, TaskKey
 from chunkq.stages.completion import JobCompletion, Pending, check_completion, names_of, shortened
 from chunkq.stages.registry import stage_of, stages
@@ -153,7 +154,9 @@ def max_concurrent_blocks(job: JobHandle) -> int:
 def _seal(completion: JobCompletion, missing: Pending, warnings: Sequence[str]) -> dict[str, Any]:
     """Verify the commit records, seal the output unless chunks are missing, write the report."""
     job, valid = completion.job, ValidCommits(set)
-    report = _report(job, valid, missing, warnings)
+    seams = [] if missing else measure_seams(job)
+    warnings = [*warnings, *(seam.warning for seam in seams if seam.is_visible)]
+    report = _report(job, valid, missing, warnings, seams)
     _check_records(completion, valid)
     if missing:
         job.output.mark_incomplete(check_unchanged=job.check_unchanged)
@@ -195,7 +198,11 @@ def job_report(job: JobHandle, missing: Pending = ()) -> dict[str, Any]:
 
 
 def _report(
-    job: JobHandle, valid: ValidCommits, missing: Pending, warnings: Sequence[str] = ()
+    job: JobHandle,
+    valid: ValidCommits,
+    missing: Pending,
+    warnings: Sequence[str] = (),
+    seams: Sequence[Seam] = (),
 ) -> dict[str, Any]:
     """Return the report. Add the tasks that have a valid commit record to `valid`."""
     commits = {stage.kind: _read_commits(job, stage.kind, valid) for stage in stages()}
@@ -218,6 +225,7 @@ def _report(
         "stochastic": job.record.job.model.stochastic,
         "missing": names_of(missing),
         "warnings": list(warnings),
+        "seams": [seam.as_dict() for seam in seams],
         "conclusion": conclusion(timing),
         "advice": advice(timing),
         **json_values.to_values(timing),

@@ -29,6 +29,7 @@ from chunkq.job.record import JobRecord
 from chunkq.job.tasks import EPOCH_DIGITS
 from chunkq.paths import is_url, join, without_secret
 from chunkq.plan.plan import Plan
+from chunkq.storage.array import Array
 from chunkq.storage.formats.zarr import ZARR_FORMAT, ZarrFormat, array_metadata
 from chunkq.storage.formats.zarr_writing import WritableArray
 from chunkq.storage.object_grid import ObjectGrid
@@ -284,6 +285,10 @@ class ImageOutput:
         self.check(self._record.array)
         path = join(self.path, self._record.array)
         return ZarrFormat().open_for_writing(path, {ZARR_FORMAT: self._format})
+
+    def open_present(self) -> Array:
+        """Open the array for reading, sealed or not. Raises StoreError."""
+        return ZarrFormat().open(join(self.path, self._current_name), {})
 
     def check(self, name: str) -> None:
         """Raise StoreError unless the array's metadata are those that were created.
