@@ -193,8 +193,12 @@ def _check_records(completion: JobCompletion, valid: ValidCommits) -> None:
 
 
 def job_report(job: JobHandle, missing: Pending = ()) -> dict[str, Any]:
-    """Aggregate all commit records into the report: timings, bytes moved, conclusion, advice."""
-    return _report(job, ValidCommits(set), missing)
+    """Aggregate all commit records into the report: timings, bytes moved, conclusion, advice.
+
+    Of a sealed output, borders between blocks are measured again.
+    """
+    seams = measure_seams(job) if job.ledger.is_sealed() else []
+    return _report(job, ValidCommits(set), missing, seams=seams)
 
 
 def _report(
