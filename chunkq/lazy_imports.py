@@ -35,6 +35,10 @@ COMMANDS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
             "Compare an output with its checksums; repair it.",
         ),
         "run": ("chunkq_producer.commands.run:run", "Run a whole job on this machine."),
+        "convert": (
+            "chunkq_producer.commands.convert:convert",
+            "Write an image in another format.",
+        ),
         "retry": ("chunkq_producer.commands.retry:retry", "Queue failed chunks again."),
         "cancel": ("chunkq_producer.commands.cancel:cancel", "Remove a job from the queue."),
         "jobs": ("chunkq_producer.commands.jobs:jobs", "List the jobs on a queue."),
