@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from chunkq.blend.empty_patches import EmptyChunks
     from chunkq.job.job_handle import ItemHandle
     from chunkq.job.output import ImageOutput
+    from chunkq.storage.array import Array
     from chunkq.storage.formats.zarr_writing import WritableArray
 
 
@@ -70,6 +71,13 @@ class OutputHandle:
             return []
         outer = self._stored_box(box)
         return self.target.store(outer, values.reshape(outer.shape))
+
+    def read(self, array: Array, box: Box) -> npt.NDArray[Any]:
+        """Read final voxels ([C,] *box.shape) from the open array of the output.
+
+        `box` is not empty. Raises ChunkReadError.
+        """
+        return array.read(self._stored_box(box)).reshape(self.plan.output_box(box).shape)
 
     def object_names(self, box: Box) -> Iterator[str]:
         """Yield the names in the output of the objects that hold a box of voxels, in a fixed order.
