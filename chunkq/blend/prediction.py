@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -13,13 +14,23 @@ from chunkq.blend.combine import Array, to_numpy
 from chunkq.blend.image_objects import ImageGeometry, to_nibabel, to_xarray
 from chunkq.errors import ArgumentError, ChunkqError
 from chunkq.install_hint import install_command
+from chunkq.plan.value_range import ValueRange
 from chunkq.summaries import array_text, html_table, one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-What = Literal["labels", "probabilities"]
-"""Which arrays of a prediction are converted."""
+What = Literal["labels", "probabilities", "values"]
+"""Which array of a prediction is converted."""
+
+COMBINES: Mapping[str, str] = MappingProxyType(
+    {
+        "labels": "soft, hard or weighted_avg",
+        "probabilities": "weighted_avg",
+        "values": "std or entropy",
+    }
+)
+"""Array of a prediction -> values of `combine` with which it is stored."""
 
 
 class Unread:
@@ -38,19 +49,27 @@ class Prediction:
     Attributes:
         labels: `(*S)` uint8, or uint16 for more than 256 classes: the class with the largest
             probability, the lowest one in a tie; for a single channel, whether it is at least 0.5.
+            None with `combine` std or entropy.
         input: The input volume `([C,] *S)` in its own dtype; a tuple of them for several inputs. An
             input that was not in memory, such as a path or a dask array, is read at first use.
-        probabilities: `(C, *S)` float32, or float16 with `output_dtype: float16`: the outputs of
-            the network after activation and averaging; None with `combine` soft or hard.
+        probabilities: `(C, *S)` float32, or `output_dtype`: the outputs of the network after
+            activation and averaging; None with another `combine` than weighted_avg.
         geometry: What is known of the axes of the input: names, voxel sizes, affine.
+        values: The standard deviations `([C,] *S)` of `combine` std or the entropy `(*S)`, float32,
+            or `output_dtype`; else None.
+        range: How `probabilities` or `values` are stored as integers: they are
+            `stored * range.scale + range.offset`, which `range.values` returns. None for
+            floating-point numbers.
 
     Arrays are NumPy arrays, or torch tensors after `to`.
     """
 
-    labels: Array
+    labels: Array | None
     input: Array | tuple[Array, ...]
     probabilities: Array | None = None
     geometry: ImageGeometry = field(default_factory=ImageGeometry)
+    values: Array | None = None
+    range: ValueRange | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.input, Unread):
@@ -72,9 +91,13 @@ class Prediction:
         return html_table("Prediction", self._summary())
 
     def _summary(self) -> dict[str, str]:
-        rows = {"labels": array_text(self.labels)}
-        if self.probabilities is not None:
-            rows["probabilities"] = array_text(self.probabilities)
+        rows = {
+            what: array_text(getattr(self, what))
+            for what in get_args(What)
+            if getattr(self, what) is not None
+        }
+        if self.range is not None:
+            rows["range"] = self.range.text
         axes = self.geometry.axes
         if any(axis.scale != 1 or axis.unit for axis in axes):
             units = {axis.unit for axis in axes} - {None}
@@ -96,24 +119,31 @@ class Prediction:
         return tuple(abs(axis.scale) for axis in self.geometry.axes)
 
     def to_nibabel(self, what: What = "labels", *, affine: Any = None) -> Any:
-        """Return the labels or the probabilities as a NIfTI image with the affine of the input.
+        """Return one of the arrays as a NIfTI image with the affine of the input.
 
         Labels of a NIfTI file are turned into the order of the file, x, y, z. Set `affine` (4, 4)
         if the input was neither a nibabel image nor a NIfTI file; its columns are in the order of
         the axes of the labels. Time points become the fourth axis, channels the fifth, float16
-        becomes float32. Raises
-        ChunkqError if nibabel is not installed, without an affine, and for 4-D volumes.
+        becomes float32. Integers of a
+        range stay integers, with a slope and an intercept in the header. Raises ChunkqError if
+        nibabel is not installed, without an affine, and for 4-D volumes.
         """
-        return to_nibabel(self._array(what), self.geometry, affine)
+        image = to_nibabel(self._array(what), self.geometry, affine)
+        if (span := self._range_of(what)) is not None:
+            image.header.set_slope_inter(span.scale, span.offset)
+        return image
 
     def to_xarray(self, what: What = "labels") -> Any:
-        """Return the labels or the probabilities as a DataArray.
+        """Return one of the arrays as a DataArray.
 
         It has the dimensions and coordinates of the input, or the positions of the voxels.
-        Channels are the dimension `c` before the spatial ones. Raises ChunkqError if xarray is not
-        installed.
+        Channels are the dimension `c` before the spatial ones. Integers of a range have the
+        attributes `scale_factor` and `add_offset`. Raises ChunkqError if xarray is not installed.
         """
-        return to_xarray(self._array(what), self.geometry, what)
+        array = to_xarray(self._array(what), self.geometry, what)
+        if (span := self._range_of(what)) is not None:
+            array.attrs |= {"scale_factor": span.scale, "add_offset": span.offset}
+        return array
 
     def numpy(self) -> Prediction:
         """Return the prediction with NumPy arrays; arrays in host memory are shared, not copied."""
@@ -163,7 +193,7 @@ class Prediction:
                 f"run `{install_command('plot')}`"
             ) from None
         first = self.input[0] if isinstance(self.input, tuple) else self.input
-        image, labels = to_numpy(first), to_numpy(self.labels)
+        image, labels = to_numpy(first), self._array("labels")
         leading = len(self.geometry.series)
         point = (0,) * leading if at is None else tuple(at)[:leading]
         if any(not 0 <= n < size for n, size in zip(point, labels.shape, strict=False)):
@@ -179,16 +209,19 @@ class Prediction:
         return figure
 
     def _array(self, what: What) -> Any:
-        """Return the labels or the probabilities as a NumPy array."""
-        if what not in ("labels", "probabilities"):
-            raise ArgumentError(f"what: expected 'labels' or 'probabilities', found {what!r}")
-        array = self.labels if what == "labels" else self.probabilities
-        if array is None:
-            raise ChunkqError(
-                "Prediction: no probabilities are stored with combine soft or hard; use "
-                "weighted_avg"
+        """Return one of the arrays as a NumPy array."""
+        if what not in get_args(What):
+            raise ArgumentError(
+                f"what: expected 'labels', 'probabilities' or 'values', found {what!r}"
             )
+        array = getattr(self, what)
+        if array is None:
+            raise ChunkqError(f"Prediction: no {what} are stored; use combine {COMBINES[what]}")
         return to_numpy(array)
+
+    def _range_of(self, what: What) -> ValueRange | None:
+        """Return how an array is stored as integers."""
+        return None if what == "labels" else self.range
 
     def _map(self, convert: Callable[[Array], Array]) -> Prediction:
         """Return the prediction with every array converted."""
@@ -197,13 +230,16 @@ class Prediction:
             return tuple(map(convert, value)) if isinstance(value, tuple) else convert(value)
 
         unread = None if "input" in vars(self) else vars(self)["_unread"]
+        arrays: dict[str, Any] = {
+            what: None if getattr(self, what) is None else convert(getattr(self, what))
+            for what in get_args(What)
+        }
         return replace(
             self,
-            labels=convert(self.labels),
             input=convert_input(self.input)
             if unread is None
             else Unread(lambda: convert_input(unread.read())),
-            probabilities=None if self.probabilities is None else convert(self.probabilities),
+            **arrays,
         )
 
 

@@ -34,7 +34,7 @@ OutputDtype = Literal["float32", "float16", "uint8", "uint16", "int8", "int16"]
 
 
 def _as_names(value: object) -> object:
-    """Return outputs by name. Raise PydanticCustomError if a name is invalid."""
+    """Return outputs ordered by name. Raise PydanticCustomError if a name is invalid."""
     if not isinstance(value, Mapping):
         raise PydanticCustomError("outputs", "expected a mapping of names to outputs")
     if not value:
@@ -47,7 +47,7 @@ def _as_names(value: object) -> object:
                 "nor OME",
                 {"name": repr(name)},
             )
-    return {name: {} if one is None else one for name, one in value.items()}
+    return {name: {} if value[name] is None else value[name] for name in sorted(value)}
 
 
 def _as_range(value: object) -> object:
@@ -237,8 +237,7 @@ class OutputConfig(Section):
         ValueRange | None,
         key_doc(
             "Outputs",
-            "Values that become the smallest and the largest integer of an integer "
-            "`output_dtype`.",
+            "Values that become the smallest and the largest integer of an integer `output_dtype`.",
             example=[0, 20],
             unit="value of the prediction",
             omitted="[0, 1] after softmax and sigmoid; else required for an integer dtype",
@@ -340,6 +339,6 @@ def unsupported_problems(prefix: str, keys: Mapping[str, Any]) -> list[str]:
     """
     return [
         f"{prefix}{name}: unsupported in this version; remove it"
-        for name in ("scale", "pyramid", "storage_shards")
+        for name in ("head", "scale", "pyramid", "storage_shards")
         if keys.get(name) is not None
     ]

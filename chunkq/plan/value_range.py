@@ -39,6 +39,11 @@ class ValueRange:
         """Value of the integer 0, which can lie outside of the range."""
         return self.low - self._smallest * self.scale
 
+    @property
+    def text(self) -> str:
+        """The range as text: `0 to 20 as uint8`."""
+        return f"{self.low:.6g} to {self.high:.6g} as {self.dtype}"
+
     def stored(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return finite values as integers: a new array of the same shape, in C order."""
         result = buffers.zeros(values.shape, self.dtype)

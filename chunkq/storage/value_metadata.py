@@ -47,6 +47,6 @@ def label_values(output: OutputSpec) -> dict[str, Any]:
     label: dict[str, Any] = {"colors": colors}
     if output.class_names:
         label["properties"] = [
-            {"label-value": n, "name": name} for n, name in enumerate(output.class_names)
+            {"label-value": n, "class": name} for n, name in enumerate(output.class_names)
         ]
     return label

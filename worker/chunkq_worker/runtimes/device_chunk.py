@@ -220,7 +220,7 @@ class RunWeights:
 
 
 class DeviceSums:
-    """Weighted sums of one chunk on the device (K, *box), in the dtype of the output's sums.
+    """Weighted sums of one chunk on the device (K, *box), of one output, which has this plan.
 
     They also cover the voxels outside the volume that patches reach, so that no patch is clipped.
     """
@@ -234,7 +234,7 @@ class DeviceSums:
         run_weights: RunWeights,
         accelerator: Accelerator,
     ) -> None:
-        self._plan, self._chunk, self._accelerator = plan, chunk, accelerator
+        self.plan, self.chunk, self._accelerator = plan, chunk, accelerator
         self._weights, self._run_weights = weights, run_weights
         grids = [axis.grids[0] for axis in plan.axes]
         self._lead = [grid.lead for grid in grids]
@@ -261,8 +261,8 @@ class DeviceSums:
     @torch.inference_mode()
     def add_empty(self, patches: Sequence[Patch]) -> None:
         """Add the predictions of patches that are skipped because they are empty."""
-        if patches and self._plan.output.nothing_counts:
-            region = self._chunk.region
+        if patches and self.plan.output.nothing_counts:
+            region = self.chunk.region
             share = self._accelerator.zeros(region.shape, self._dtype)
             add_share(share, self._weights, patches, region)
             self._rule.add_nothing(self._view(region), share)
@@ -270,8 +270,8 @@ class DeviceSums:
     @torch.inference_mode()
     def results(self) -> list[Array]:
         """Return the arrays from which `contribution` is made, as small as they are stored."""
-        interior, *sums = chunk_results(self._plan, self._chunk, self._view)
-        output = self._plan.output
+        interior, *sums = chunk_results(self.plan, self.chunk, self._view)
+        output = self.plan.output
         if output.dtype == np.float16:
             interior = interior.to(torch.float16)
         elif output.has_labels and output.dtype == np.uint16:
@@ -292,7 +292,7 @@ class DeviceSums:
 
     def _add_patches(self, patches: Sequence[Patch], predictions: torch.Tensor) -> None:
         for patch, prediction in zip(patches, predictions, strict=True):
-            used = prediction[(slice(None), *target_slices(self._plan, patch))]
+            used = prediction[(slice(None), *target_slices(self.plan, patch))]
             self._rule.add(self._view(patch.target), self._weights.weights(patch), used)
 
     def _windows(self, run: PatchRun, patch: Patch) -> torch.Tensor:
@@ -305,7 +305,7 @@ class DeviceSums:
         return windows.movedim(1, 0)
 
     def _kept_slices(self) -> tuple[slice, ...]:
-        return tuple(slice(m, m + n) for m, n in zip(self._plan.margin, self._kept, strict=True))
+        return tuple(slice(m, m + n) for m, n in zip(self.plan.margin, self._kept, strict=True))
 
     def _view(self, box: Box) -> torch.Tensor:
         return self._sums[(slice(None), *box.slices(self._box.start))]
