@@ -16,6 +16,7 @@ from chunkq.job.model_config import STOCHASTIC
 from chunkq.job.task_records import Commit
 from chunkq.job.tasks import chunk_count
 from chunkq.plan.footprint import largest_footprint
+from chunkq.plan.output_text import output_values
 from chunkq.plan.plan import Index
 from chunkq.queue.contract.executor import Attempt
 from chunkq.seams import Seam, measure_seams
@@ -227,6 +228,7 @@ def _report(
         "digest": job.record.digest,
         "precision": job.record.job.model.effective_precision,
         "stochastic": job.record.job.model.stochastic,
+        "outputs": [output_values(output) for output in job.items[0].plan.outputs],
         "missing": names_of(missing),
         "warnings": list(warnings),
         "seams": [seam.as_dict() for seam in seams],

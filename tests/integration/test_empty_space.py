@@ -156,6 +156,21 @@ CASES: dict[str, tuple[dict[str, Any], ref.Setup, ref.Skip]] = {
         CROPPED_SETUP,
         ref.Skip(None, equal(0), 4),
     ),
+    "empty, std of shares": (
+        SLIDING | {"skip_empty": 0, "combine": "std", "activation": "softmax", "fill_value": 2},
+        SLIDING_SETUP,
+        ref.Skip(None, equal(0), 2),
+    ),
+    "mask and empty, std, three grids": (
+        GRIDS | {"mask": MASK, "skip_empty": {"below": 12}, "fill_value": 1.5, "combine": "std"},
+        GRIDS_SETUP,
+        ref.Skip(fine(coarse_mask(), 4), below(12), 1.5),
+    ),
+    "empty, entropy": (
+        SLIDING | {"skip_empty": 0, "combine": "entropy", "activation": "softmax"},
+        SLIDING_SETUP,
+        ref.Skip(None, equal(0), 0),
+    ),
     "mask, average": (
         SLIDING | {"mask": MASK, "fill_value": 7},
         SLIDING_SETUP,
@@ -190,10 +205,11 @@ def test_any_cut_skips_the_same_patches_and_equals_the_reference(tmp_path: Path,
         job, report, output = run(values)
         assert report["patches"] == patches_run, count
         assert report["patches"] + report["skipped_patches"] == job.costs.patches
-        if keys.get("combine") is None:
-            np.testing.assert_allclose(
-                output, expected.average, rtol=0, atol=1e-5, err_msg=str(count)
-            )
+        if keys.get("combine") in (None, "std", "entropy"):
+            stored, power, tolerance = expected.values.reshape(output.shape), 1, 1e-5
+            if keys.get("combine") == "std":  # the variance is judged
+                power, tolerance = 2, 1e-6 * max(1, np.abs(expected.average).max()) ** 2
+            assert np.abs(output**power - stored**power).max() <= tolerance, count
             continue
         is_clear = expected.margin_of_decision > 1e-5
         assert is_clear.mean() > 0.98

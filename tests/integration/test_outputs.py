@@ -53,6 +53,10 @@ def scores(batch):
     return several(batch)[:, 0:3]
 
 
+doubt = entropy = scores
+near = distance
+
+
 def parts(batch):
     return several(batch)[:, 4:5]
 '''
@@ -62,8 +66,20 @@ OUTPUTS: dict[str, dict[str, Any]] = {
     "distance": {"channels": 3, "output_dtype": "float16", "fill_value": -1},
     "scores": {"channels": "0:3", "storage_chunks": [6, 4]},
     "parts": {"channels": [4], "classes": ["air", "skin", "bone", "rest"], "combine": "soft"},
+    "doubt": {"channels": "0:3", "activation": "softmax", "combine": "std"},
+    "near": {"channels": 3, "output_dtype": "uint8", "range": [-1, 20], "fill_value": 2},
+    "entropy": {"channels": "0:3", "activation": "softmax", "combine": "entropy"},
 }
-CHANNELS = {"tissue": [3], "vote": [3], "distance": [], "scores": [3], "parts": [1]}
+CHANNELS = {
+    "tissue": [3],
+    "vote": [3],
+    "distance": [],
+    "scores": [3],
+    "parts": [1],
+    "doubt": [3],
+    "near": [],
+    "entropy": [3],
+}
 """Leading axes of what a network returns for one output alone."""
 PATCH = [8, 8]
 
@@ -315,8 +331,11 @@ def test_a_predictor_returns_the_outputs_by_name(
     for name, prediction in predictions.items():
         stored = np.asarray(zarr.open_array(workspace.output / name / "0", mode="r"))
         np.testing.assert_array_equal(streamed[name], stored)
-        values = prediction.labels if prediction.probabilities is None else prediction.probabilities
+        arrays = (prediction.probabilities, prediction.values, prediction.labels)
+        values = next(array for array in arrays if array is not None)
         np.testing.assert_array_equal(values.reshape(stored.shape), stored)
+        assert (prediction.range is not None) == (name == "near")
+        assert (prediction.labels is None) == (name in ("doubt", "entropy"))
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

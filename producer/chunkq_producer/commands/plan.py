@@ -25,6 +25,7 @@ from chunkq.model_check import MemoryCheck, ModelCheck, PatchCheck
 from chunkq.paths import without_secret
 from chunkq.plan.fetches import Fetches
 from chunkq.plan.footprint import largest_footprint
+from chunkq.plan.output_text import names_text, output_values, range_text
 from chunkq.plan.plan import Costs, Plan, total_costs
 from chunkq.queue.contract.executor import DEFAULT_DEPTH_CPU, DEFAULT_DEPTH_GPU, default_depth
 from chunkq.storage import chunk_cache
@@ -206,9 +207,8 @@ def _values(job: CheckedJob, depth: int, trial: Trial | None) -> dict[str, Any]:
         "array_bytes": largest_footprint(job.plans).peak_bytes(depth),
         "outputs": [
             {
-                "name": view.output.name,
+                **output_values(view.output),
                 "shape": list(_output_shape(job, view)),
-                "dtype": str(view.output_dtype),
                 "storage_chunks": list(view.storage_chunks),
                 "bytes": sum(_output_bytes(job, number)),
             }
@@ -415,12 +415,14 @@ def _output_rows(job: CheckedJob) -> list[tuple[str, str]]:
     rows = []
     for number, view in enumerate(job.largest.views):
         text = (
-            f"{_shape(_output_shape(job, view))} {view.output_dtype}, storage chunks "
-            f"{_shape(view.storage_chunks)}"
+            f"{_shape(_output_shape(job, view))} {view.output_dtype}{range_text(view.output)}, "
+            f"storage chunks {_shape(view.storage_chunks)}"
         )
         if view.output.name:
             text = f"{view.output.name}: {text}, {si(sum(_output_bytes(job, number)), 'B')}"
         rows.append(("output", text))
+        if view.output.class_names:
+            rows.append(("classes", names_text(view.output.class_names)))
     return rows
 
 

@@ -11,6 +11,7 @@ from chunkq.finalize import job_report
 from chunkq.job.job_handle import JobHandle
 from chunkq.job.tasks import chunk_count
 from chunkq.paths import without_secret
+from chunkq.plan.output_text import stored_text
 from chunkq.stages.completion import job_completion
 from chunkq.timing.timing import Timing, Worker
 
@@ -39,6 +40,11 @@ class JobReport:
     def precision(self) -> str:
         """Precision of the network's arithmetic."""
         return str(self.values["precision"])
+
+    @property
+    def outputs(self) -> list[str]:
+        """What is stored in each output."""
+        return [stored_text(values) for values in self.values["outputs"]]
 
     @property
     def is_stochastic(self) -> bool:

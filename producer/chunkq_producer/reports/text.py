@@ -65,6 +65,7 @@ def text(report: JobReport) -> RenderableType:
     parts += _section("", Text(f"memory: {memory(timing)}"))
     if text := fetched(timing):
         parts += _section("", Text(f"fetched: {text}"))
+    parts += [Text(f"stored: {line}") for line in report.outputs]
     parts.append(Text(f"precision: {report.precision}"))
     if report.is_stochastic:
         parts.append(Text(STOCHASTIC))
