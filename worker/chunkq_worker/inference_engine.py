@@ -8,6 +8,8 @@ from contextlib import nullcontext
 from copy import copy
 from typing import Any
 
+import numpy as np
+
 from chunkq.blend.patch_weights import PatchWeights
 from chunkq.blend.sums import Contribution
 from chunkq.errors import ModelError
@@ -89,13 +91,17 @@ class InferenceEngine:
             self.batcher.try_zeros()  # an error can be one for zeros only; patches decide
 
     def _load_weights(self, plan: Plan) -> list[PatchWeights]:
-        """Return the blend weights of each output; outputs with the same grid share theirs."""
-        by_grid: dict[GridSpec, PatchWeights] = {}
-        for view in plan.views:
-            if view.grid not in by_grid:
+        """Return the blend weights of each output.
+
+        Outputs share theirs if they have the same grid, and sums of the same dtype.
+        """
+        shared: dict[tuple[GridSpec, np.dtype[Any]], PatchWeights] = {}
+        keys = [(view.grid, view.output.sums_dtype) for view in plan.views]
+        for key, view in zip(keys, plan.views, strict=True):
+            if key not in shared:
                 weights = load_blend_weights(self._job.weight_function, view)
-                by_grid[view.grid] = PatchWeights(view, weights, self.runtime.to_device)
-        return [by_grid[view.grid] for view in plan.views]
+                shared[key] = PatchWeights(view, weights, self.runtime.to_device)
+        return [shared[key] for key in keys]
 
     def _create_pipeline(self, weights: Sequence[PatchWeights]) -> ChunkPipeline:
         accelerator = self.runtime.accelerator
