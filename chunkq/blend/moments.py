@@ -9,6 +9,7 @@ tensors, on the host and on a device, and change moments in place.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,30 +36,37 @@ def put_values(moments: Array, values: Array) -> None:
 def add_values(moments: Array, weights: Array, values: Array) -> None:
     """Add predictions (C, *S) with positive or zero weights, float64, of one channel (*S)."""
     moments, weights, values = _host(moments), _host(weights), _host(values)
-    total, mean, squares = _split(moments)
     xp = namespace(moments)
-    delta = xp.astype(values, xp.float64) - mean
-    ratio, step = _ratio(total, weights)
-    mean += delta * ratio
-    delta *= delta
-    delta *= total * ratio
-    squares += delta
-    total[...] = step
+    _add(moments, weights, xp.astype(values, xp.float64) - _split(moments)[1])
+
+
+def add_constants(moments: Array, weights: Array, values: Sequence[float]) -> None:
+    """Add predictions that are everywhere the same, one value per channel, with weights (*S)."""
+    moments, weights = _host(moments), _host(weights)
+    deltas = -_split(moments)[1]
+    for channel, value in enumerate(values):
+        deltas[channel] += value
+    _add(moments, weights, deltas)
 
 
 def add_moments(moments: Array, others: Array) -> None:
     """Add moments of the same shape."""
     moments, others = _host(moments), _host(others)
+    weights, means, squares = _split(others)
+    _add(moments, weights, means - _split(moments)[1])
+    _split(moments)[2][...] += squares
+
+
+def _add(moments: Array, weights: Array, deltas: Array) -> None:
+    """Add predictions whose difference from the mean is `deltas` (C, *S), which is overwritten."""
     total, mean, squares = _split(moments)
-    weights, means, other_squares = _split(others)
-    delta = means - mean
-    ratio, step = _ratio(total, weights)
-    mean += delta * ratio
-    delta *= delta
-    delta *= total * ratio
-    squares += delta
-    squares += other_squares
-    total[...] = step
+    new = total + weights
+    ratio = weights / _at_least_tiny(new)
+    mean += deltas * ratio
+    deltas *= deltas
+    deltas *= total * ratio
+    squares += deltas
+    total[...] = new
 
 
 def variance(moments: Array) -> Array:
@@ -71,12 +79,6 @@ def _split(moments: Array) -> tuple[Array, Array, Array]:
     """Return views of the weights (1, *S), the means and the squares (C, *S)."""
     channels = (len(moments) - 1) // 2
     return moments[:1], moments[1 : 1 + channels], moments[1 + channels :]
-
-
-def _ratio(total: Array, weights: Array) -> tuple[Array, Array]:
-    """Return the share of the added weights in the new sum of weights, and that sum."""
-    new = total + weights
-    return weights / _at_least_tiny(new), new
 
 
 def _at_least_tiny(weights: Array) -> Array:

@@ -152,11 +152,7 @@ class DeviationRule(CombineRule):
 
     @override
     def add_nothing(self, sums: Array, share: Array) -> None:
-        xp = namespace(sums)
-        values = xp.zeros_like(sums[: self.output.channels])
-        for channel, value in enumerate(self.output.nothing.tolist()):
-            values[channel] = value
-        moments.add_values(sums, share, values)
+        moments.add_constants(sums, share, self.output.nothing.tolist())
 
     @override
     def reduce(self, sums: Array) -> Array:

@@ -202,10 +202,20 @@ def test_a_region_that_starts_at_storage_chunks_has_the_bytes_of_the_whole_outpu
     assert part.costs.patches < whole.costs.patches
 
 
+RULES: tuple[dict[str, str], ...] = (
+    {},
+    {"combine": "soft"},
+    {"combine": "hard"},
+    {"combine": "std"},
+    {"combine": "entropy", "activation": "softmax"},
+    {"activation_after": "softmax"},
+)
+
+
 @pytest.mark.parametrize("weight", ["weight_gaussian", "user"])
-@pytest.mark.parametrize("combine", ["weighted_avg", "soft", "hard"])
-def test_skipped_patches_give_the_results_of_the_host(combine: str, weight: str) -> None:
-    plan = half_overlap(combine=combine, fill_value=2)
+@pytest.mark.parametrize("keys", RULES)
+def test_skipped_patches_give_the_results_of_the_host(keys: dict[str, str], weight: str) -> None:
+    plan = half_overlap(**keys, fill_value=2)
     weights: Weights | None = None
     if weight == "user":
         weights = ArrayWeights(user_weights(plan.output_patch))
@@ -221,6 +231,29 @@ def test_skipped_patches_give_the_results_of_the_host(combine: str, weight: str)
         one, other = (as_arrays(result) for result in results)
         for first, second in zip(one, other, strict=True):
             np.testing.assert_allclose(first, second, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "keys", [*RULES[3:], {"combine": "std", "output_dtype": "float16", "activation": "softmax"}]
+)
+def test_every_rule_gives_the_output_of_the_host(keys: dict[str, str]) -> None:
+    plan = half_overlap(**keys)
+    volume = random_volume(plan)
+    host = output_of(host_pipeline_for(plan), plan, volume)
+    for early in (True, False):
+        output = output_of(pipeline_for(plan, SimulatedDevice(early=early)), plan, volume)
+        tolerance = 1e-3 if output.dtype == np.float16 else 1e-5
+        assert np.abs(output.astype(np.float64) - host).max() < tolerance
+
+
+def test_integers_of_a_device_differ_by_at_most_one_step_from_those_of_the_host() -> None:
+    plan = half_overlap(output_dtype="uint16", range=[0, 7])
+    volume = random_volume(plan)
+    host = output_of(host_pipeline_for(plan), plan, volume)
+    output = output_of(pipeline_for(plan, SimulatedDevice()), plan, volume)
+    assert output.dtype == np.uint16
+    assert len(np.unique(output)) > 1000
+    assert np.abs(output.astype(int) - host).max() <= 1
 
 
 def as_arrays(results: Sequence[Contribution] | None) -> list[Array]:

@@ -205,8 +205,8 @@ FAULTS = (
     Fault(
         "moments-forget-earlier-weights",
         "chunkq/blend/moments.py",
-        "    delta *= total * ratio\n    squares += delta\n    total[...] = step",
-        "    delta *= weights\n    squares += delta\n    total[...] = step",
+        "deltas *= total * ratio",
+        "deltas *= weights",
         "the standard deviation of overlapping predictions is too large",
         ("tests/unit/test_moments.py",),
     ),
