@@ -270,6 +270,16 @@ class ImageOutput:
         return SEALED_NAME if self._local and is_renamed else name
 
     @property
+    def axes(self) -> tuple[Axis, ...]:
+        """The axes of the array."""
+        return output_axes(self._image, self._record.image_plan(self._image))
+
+    @property
+    def present_path(self) -> str:
+        """Path of the folder of the array now."""
+        return join(self.path, self._current_name)
+
+    @property
     def array_folder(self) -> str:
         """Name in the output of the folder of the array, while the job runs."""
         return _below(self._image, self._record.array)
@@ -288,7 +298,7 @@ class ImageOutput:
 
     def open_present(self) -> Array:
         """Open the array for reading, sealed or not. Raises StoreError."""
-        return ZarrFormat().open(join(self.path, self._current_name), {})
+        return ZarrFormat().open(self.present_path, {})
 
     def check(self, name: str) -> None:
         """Raise StoreError unless the array's metadata are those that were created.
@@ -389,8 +399,7 @@ class ImageOutput:
         """Return the group attributes that chunkq writes: `chunkq` and OME-Zarr metadata."""
         record = self._record
         status = _status(record, state) | {"array": name}
-        axes = output_axes(self._image, record.image_plan(self._image))
-        image = image_metadata(axes, self._format, name)
+        image = image_metadata(self.axes, self._format, name)
         return {**image, ATTRIBUTE: status}
 
     def _put(self, documents: dict[str, str]) -> None:
