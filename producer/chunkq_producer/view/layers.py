@@ -180,8 +180,8 @@ def _image_root(source: ImageSource, access: Access) -> str:
 def _outputs(job: JobHandle) -> Iterator[Layer]:
     for image in job.record.images:
         plan = job.record.image_plan(image)
-        for spec in plan.outputs:
-            output = job.output.image(image)
+        for number, spec in enumerate(plan.outputs):
+            output = job.output.image(image, number)
             is_group = is_image(output.axes)
             root = output.path if is_group else output.present_path
             axes = () if is_group else output.axes

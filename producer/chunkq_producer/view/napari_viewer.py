@@ -60,8 +60,8 @@ def show(job: JobHandle) -> None:
                 LazyArray(source.open()), name="input", scale=[axis.scale for axis in axes],
                 translate=[axis.translation for axis in axes],
             )  # fmt: skip
-        for spec in job.record.image_plan(image).outputs:
-            output = job.output.image(image)
+        for number, spec in enumerate(job.record.image_plan(image).outputs):
+            output = job.output.image(image, number)
             add = viewer.add_labels if spec.combine in LABELS else viewer.add_image
             add(
                 LazyArray(output.open_present()), name=spec.name or "output",
