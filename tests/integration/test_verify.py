@@ -333,3 +333,35 @@ def test_the_images_of_a_group_are_verified_and_repaired(tmp_path: Path) -> None
     workspace.finalize().ok()
     assert files_below(workspace.output) == original
     assert verify(workspace)["state"] == "sound"
+
+
+def test_several_outputs_are_verified_and_repaired_in_one_pass(tmp_path: Path) -> None:
+    outputs = {"mean": {"channels": "0:2", "combine": "weighted_avg"}, "label": {"combine": "soft"}}
+    write_zarr(tmp_path / "other.zarr", random_volume((20, 30)), (8, 8))
+    workspace = small_workspace(tmp_path, input=["in.zarr", "other.zarr"], outputs=outputs)
+    workspace.produce()
+    run_tasks(workspace.job)
+    workspace.finalize().ok()
+    assert verify(workspace)["state"] == "sound"
+    report = workspace.report()
+    assert {(seam["output"], seam["axis"]) for seam in report["seams"]} == {
+        (name, axis) for name in outputs for axis in "yx"
+    }
+    original = files_below(workspace.output)
+    expected = {}
+    for name in outputs:
+        path = objects_of(workspace.output / "in" / name / "0")[-1]
+        path.write_bytes(path.read_bytes()[1:])
+        expected[path] = "damaged"
+    (workspace.output / "in/label/zarr.json").unlink()
+    (workspace.output / "in/zarr.json").unlink()
+    found = verify(workspace, code=1)
+    assert damages(workspace, found) == expected
+    assert found["documents"] == {"in/label/zarr.json": "missing", "in/zarr.json": "missing"}
+    assert len(found["damaged"]) == 2
+    assert len({entry["task"] for entry in found["damaged"]}) == 1
+    verify(workspace, "--repair")
+    run_tasks(workspace.job)
+    workspace.finalize().ok()
+    assert files_below(workspace.output) == original
+    assert verify(workspace)["state"] == "sound"

@@ -77,7 +77,8 @@ def finished(folder: Path, source: str, size: int, **changes: Any) -> Workspace:
             "model_output_shape": [3, *chunk],
         },
     }
-    workspace = Workspace(folder, values | changes)
+    changed = {key: value for key, value in (values | changes).items() if value is not None}
+    workspace = Workspace(folder, changed)
     workspace.produce()
     run_tasks(workspace.job)
     workspace.finalize().ok()
@@ -247,6 +248,22 @@ def test_averages_are_images_and_arrays_without_axes_get_those_of_the_output(
     assert shown == window or (window is None and 0 <= shown[0] < shown[1] <= 1.5)
     state = json.loads(unquote(link("p", states, dimensions).removeprefix("p#!")))
     assert state["layers"] == states
+
+
+def test_each_output_of_several_is_a_layer(tmp_path: Path) -> None:
+    write_zarr(tmp_path / "in.zarr", random_volume((16, 16, 16), "uint8"), (8, 8, 8))
+    outputs = {"score": {"channels": "0:2", "activation": "softmax"}, "label": {"combine": "soft"}}
+    workspace = finished(tmp_path, "in.zarr", 16, combine=None, outputs=outputs)
+    layers = layers_of(workspace.job)
+    assert {layer.name: layer.type for layer in layers} == {
+        "in.zarr": "image", "score": "image", "label": "segmentation",
+    }  # fmt: skip
+    served = {str(number): layer.served for number, layer in enumerate(layers)}
+    with serving(served) as base:
+        for number, layer in enumerate(layers[1:], start=1):
+            document = json.loads(fetch(f"{base}/{number}/zarr.json")[1])
+            path = workspace.output / layer.name / "zarr.json"
+            assert document == json.loads(path.read_text())
 
 
 def printed_by(command: RunningCommand) -> dict[str, Any]:
