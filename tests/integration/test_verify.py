@@ -150,6 +150,19 @@ def test_a_damaged_object_of_one_chunk_costs_one_chunk(workspace: Workspace) -> 
     check_repair(workspace, original)
 
 
+def test_a_repaired_output_is_incomplete_until_it_is_finalized(workspace: Workspace) -> None:
+    name = next(workspace_objects(workspace, "infer", (1, 0)))
+    (workspace.output / name).unlink()
+    verify(workspace, "--repair")
+    report = verify(workspace, code=3)
+    assert (report["state"], report["pending"]) == ("incomplete", ["infer 1.0"])
+    assert zarr.open_group(workspace.output, mode="r").attrs["chunkq"]["state"] == "incomplete"
+    workspace.compute_inline()
+    report = verify(workspace, code=3)
+    assert (report["state"], report["pending"]) == ("incomplete", [])
+    workspace.finalize().ok()
+
+
 def workspace_objects(workspace: Workspace, kind: str, chunk: tuple[int, ...]) -> Iterator[str]:
     """Yield the present names of the objects that a task of a sealed output has stored."""
     item = workspace.item
