@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from typing import Any
@@ -72,11 +72,11 @@ def finalize_job(
             return succeeded
 
         completion = completion.complete(run)
-    with job.check_replaced_on_error():
-        _raise_if_lost(job, lost)
-        if not missing:
-            _raise_if_left(completion)
-        return _seal(completion, missing, warnings)
+        with job.check_replaced_on_error():
+            _raise_if_lost(job, lost)
+            if not missing:
+                _raise_if_left(completion)
+            return _seal(completion, missing, warnings, run)
 
 
 def _run_tasks(
@@ -150,11 +150,32 @@ def max_concurrent_blocks(job: JobHandle) -> int:
     return max(1, min(FINALIZER_THREADS, FINALIZER_BYTES // max(1, largest)))
 
 
-def _seal(completion: JobCompletion, missing: Pending, warnings: Sequence[str]) -> dict[str, Any]:
-    """Verify the commit records, seal the output unless chunks are missing, write the report."""
+def _seal(
+    completion: JobCompletion,
+    missing: Pending,
+    warnings: Sequence[str],
+    run: Callable[[Stage, Pending], Pending],
+) -> dict[str, Any]:
+    """Verify the commit records, seal the output unless chunks are missing, write the report.
+
+    `run` runs tasks whose commit record is damaged, and that can run again by themselves.
+    """
     job, valid = completion.job, ValidCommits(set)
     report = _report(job, valid, missing, warnings)
-    _check_records(completion, valid)
+    if again := _check_records(completion, valid):
+        for stage, tasks in again:
+            run(stage, tasks)
+        valid = ValidCommits(set)
+        report = _report(job, valid, missing, warnings)
+        if damaged := _check_records(completion, valid):
+            _raise_if_lost(
+                job,
+                {
+                    (item.number, chunk): "a commit record is damaged"
+                    for _, tasks in damaged
+                    for item, chunk in tasks
+                },
+            )
     if missing:
         job.output.mark_incomplete(check_unchanged=job.check_unchanged)
     else:
@@ -166,27 +187,38 @@ def _seal(completion: JobCompletion, missing: Pending, warnings: Sequence[str]) 
     return report
 
 
-def _check_records(completion: JobCompletion, valid: ValidCommits) -> None:
-    """Delete damaged commit records and raise IncompleteError if there are any.
+def _check_records(
+    completion: JobCompletion, valid: ValidCommits
+) -> list[tuple[Stage, list[tuple[ItemHandle, Index]]]]:
+    """Delete damaged commit records; return the tasks that must run again by themselves.
 
     `completion` lists the tasks that have no record. Another task without a valid record must run
-    again, which needs the results of all tasks that it waits for. The commit records of these are
-    deleted, too.
+    again. Unless its stage keeps them, this needs the results of all tasks that it waits for. The
+    commit records of these are deleted, too, and IncompleteError is raised.
     """
     job, lost = completion.job, Lost()
+    again: list[tuple[Stage, list[tuple[ItemHandle, Index]]]] = []
     for stage in stages():
         if stage.is_temporary:
             continue
+        tasks: list[tuple[ItemHandle, Index]] = []
         absent = {(item.number, chunk) for item, chunk in completion.pending[stage.kind]}
         for item in job.items:
             for chunk in stage.chunks(item):
                 if chunk in valid[item.number, stage.kind] or (item.number, chunk) in absent:
                     continue
+                if stage.keeps_prerequisites:
+                    item.ledger.delete_commits(stage.kind, [chunk])
+                    tasks.append((item, chunk))
+                    continue
                 for key in (TaskKey(stage.kind, chunk), *stage.waits_for(item, chunk)):
                     item.ledger.delete_commits(key.kind, [key.chunk])
                     if stage_of(key.kind).is_queued:
                         lost[item.number, key.chunk] = "a commit record is damaged"
+        if tasks:
+            again.append((stage, tasks))
     _raise_if_lost(job, lost)
+    return again
 
 
 def job_report(job: JobHandle, missing: Pending = ()) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise, product
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-Method = Literal["mean", "mode", "nearest"]
+from chunkq.plan.pyramid import Method
+
 SLAB_VOXELS = 1 << 18
 """Cells of which the mode is computed at a time, while they are in the CPU's cache."""
 SUM_DTYPES = {
@@ -82,15 +83,15 @@ def _pairs(values: Voxels, axis: int, dtype: np.dtype[Any]) -> Voxels:
 
 def _mode(values: Voxels, axes: Sequence[int]) -> Voxels:
     """Return the most frequent values of cells; a single last voxel counts twice."""
-    odd = [(0, values.shape[a] % 2 if a in axes else 0) for a in range(values.ndim)]
+    odd = [(0, n % 2 if a in axes else 0) for a, n in enumerate(values.shape)]
     if any(after for _, after in odd):
         values = np.pad(values, odd, mode="edge")
     firsts = list(product((0, 1), repeat=len(axes)))
     corners = [values[_every_second(values.ndim, axes, first)] for first in firsts]
     result = np.empty(corners[0].shape, values.dtype)
-    rows = result.size // result.shape[0]
-    step = max(1, SLAB_VOXELS // rows)
-    for start in range(0, result.shape[0], step):
+    rows = len(result)
+    step = max(1, SLAB_VOXELS * rows // result.size)
+    for start in range(0, rows, step):
         slab = slice(start, start + step)
         _mode_of([corner[slab] for corner in corners], result[slab])
     return result

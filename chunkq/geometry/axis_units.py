@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
+
+from chunkq.geometry.axes import Axis
 
 UNITS: MappingProxyType[str, str] = MappingProxyType(
     {
@@ -43,3 +46,30 @@ def unit_name(name: Any) -> str | None:
     """Return the name of a unit in OME-Zarr; None for none. An unknown name stays unchanged."""
     text = str(name or "").strip()
     return None if text.lower() in NO_UNITS else UNITS.get(text.lower(), text)
+
+
+METERS: MappingProxyType[str, float] = MappingProxyType(
+    {
+        "angstrom": 1e-10,
+        "nanometer": 1e-9,
+        "micrometer": 1e-6,
+        "millimeter": 1e-3,
+        "centimeter": 1e-2,
+        "meter": 1.0,
+    }
+)
+"""Unit of length -> its length in meters."""
+
+
+def voxel_sizes(axes: Sequence[Axis]) -> tuple[float, ...]:
+    """Return the lengths of a voxel along axes in one unit; greater than 0.
+
+    Units that are not all known are taken as equal, and a voxel size of 0 as 1.
+    """
+    factors = [METERS.get(axis.unit or "") for axis in axes]
+    if len({axis.unit for axis in axes}) == 1 or None in factors:
+        factors = [1.0] * len(axes)
+    return tuple(
+        (abs(axis.scale) or 1.0) * (factor or 1.0)
+        for axis, factor in zip(axes, factors, strict=True)
+    )

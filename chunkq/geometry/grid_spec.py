@@ -28,6 +28,7 @@ class GridSpec:
     edge, pad_mode placement of the last patch, and values outside of the image
     chunk          shape of a block, the output voxels of one chunk
     storage        shape of a storage chunk of the output
+    shard          shape of a shard of the output, a whole number of storage chunks; None without
     region         voxels of the output; None for the whole image
     batch          patches in a batch; a chunk that needs some of its patches for the region runs
                    whole batches
@@ -46,6 +47,7 @@ class GridSpec:
     storage: Shape
     region: Box | None = None
     batch: int = 1
+    shard: Shape | None = None
 
     @property
     def rank(self) -> int:
@@ -65,15 +67,20 @@ class GridSpec:
         return tuple((p - q) // 2 + m for p, q, m in axes)
 
     @property
+    def written(self) -> Shape:
+        """Shape of what is written at once: a shard, or a storage chunk."""
+        return self.shard or self.storage
+
+    @property
     def is_aligned(self) -> bool:
-        """Whether the region starts at storage chunks of the whole image's output.
+        """Whether the region starts at storage chunks, or shards, of the whole image's output.
 
         Then blocks, and the patches that they own, are those of the whole image. Else blocks start
         at the region's start.
         """
         if self.region is None:
             return True
-        return not any(n % s for n, s in zip(self.region.start, self.storage, strict=True))
+        return not any(n % s for n, s in zip(self.region.start, self.written, strict=True))
 
     @cached_property
     def axes(self) -> tuple[AxisGeometry, ...]:
@@ -99,5 +106,5 @@ class GridSpec:
             for offset in self.offsets
         )
         return AxisGeometry(
-            self.shape[a], self.chunk[a], self.storage[a], grids, self.pad_mode, low, high
+            self.shape[a], self.chunk[a], self.written[a], grids, self.pad_mode, low, high
         )

@@ -42,6 +42,7 @@ from chunkq.job.fields import (
 )
 from chunkq.job.job_path import canonical
 from chunkq.job.model_config import ModelConfig, model_problems
+from chunkq.job.output_config import PyramidConfig
 from chunkq.job.output_name import check_new_output
 from chunkq.paths import absolute, absolute_input, split_format, without_secret
 from chunkq.plan.outputs import Activation, Combine
@@ -390,6 +391,7 @@ class Job(Section):
             omitted="a divisor of `chunksize`, chosen from the volume",
         ),
     ] = None
+    pyramid: PyramidConfig | None = None
     roi: Annotated[
         Region | None,
         key_doc(

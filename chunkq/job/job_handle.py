@@ -28,8 +28,10 @@ from chunkq.job.items import Image, Item
 from chunkq.job.job_folder import JobFolder
 from chunkq.job.known_empty import KnownEmpty, has_known_empty
 from chunkq.job.ledger import ItemLedger, Ledger
+from chunkq.job.level_arrays import LevelArray
 from chunkq.job.mask_source import mask_of, mask_time
 from chunkq.job.output import Output
+from chunkq.job.pyramids import method_of
 from chunkq.job.record import JobRecord
 from chunkq.job.resolve import empty_rule
 from chunkq.job.task_records import RecentCommits
@@ -38,6 +40,7 @@ from chunkq.paths import without_secret
 from chunkq.plan.item_tasks import ItemTasks
 from chunkq.plan.patch_selection import SkipRules
 from chunkq.plan.plan import Chunk, Costs, Index, Plan, total_costs
+from chunkq.plan.pyramid import Pyramid
 from chunkq.storage.array import Array
 from chunkq.storage.images import ImageSource
 from chunkq.storage.mask import Mask
@@ -203,6 +206,19 @@ class ImageHandle:
         self.job.check_unchanged()
         return self.job.output.image(self.image).open()
 
+    def level(self, output: int, number: int) -> Array:
+        """The array of a level of an output, for reading and writing. Raises as `target`."""
+        key = output, number
+        if key not in self._levels:
+            self.job.check_unchanged()
+            array = self.job.output.image(self.image).open(number) if number else self.target
+            self._levels[key] = array
+        return self._levels[key]
+
+    @cached_property
+    def _levels(self) -> dict[tuple[int, int], Array]:
+        return {}
+
     def check_inputs(self) -> None:
         """Raise ChunkReadError if an input is missing or was replaced since the job was produced.
 
@@ -263,6 +279,29 @@ class ItemHandle:
         """The chunks and blocks of the item that are tasks."""
         known = self.known_empty
         return ItemTasks(self.plan, None if known is None else known.counts)
+
+    @cached_property
+    def pyramids(self) -> tuple[Pyramid, ...]:
+        """The pyramid of each output; empty if the job has none."""
+        record = self.job.record
+        if record.job.pyramid is None:
+            return ()
+        return tuple(
+            Pyramid(
+                self.plan.of_output(n),
+                self.tasks,
+                record.levels(self.item.image, n),
+                method_of(record.job, spec),
+            )
+            for n, spec in enumerate(self.plan.outputs)
+        )
+
+    def level(self, output: int, number: int) -> LevelArray:
+        """The array of a level of an output, as the item reads and writes it."""
+        view = self.plan.of_output(output)
+        channels = tuple(range(view.channels)) if view.channel_axis else (None,)
+        array = self.image.level(output, number)
+        return LevelArray(array, self.item.point, channels, view.storage_chunks)
 
     @cached_property
     def known_empty(self) -> KnownEmpty | None:

@@ -81,6 +81,15 @@ class ItemTasks:
             piece_bytes=pieces,
         )
 
+    def is_written(self, index: Index) -> bool:
+        """Return whether a block is one that a task writes."""
+        return self.is_task(index) or (self.plan.has_band(index) and bool(self.contributors(index)))
+
+    @cached_property
+    def written_blocks(self) -> Bools | None:
+        """Which blocks tasks write, of the shape of `plan.index_bounds`; None if all are."""
+        return None if self.counts is None else self._is_task | self._is_finalized
+
     @cached_property
     def _is_task(self) -> Bools:
         if self.counts is None:

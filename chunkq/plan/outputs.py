@@ -42,6 +42,7 @@ class OutputSpec:
     nan: Literal["fail", "zero"] = "fail"
     from_labels: bool = False
     fill_value: float = 0.0
+    scale: tuple[Any, ...] = ()
 
     @property
     def network_channels(self) -> int:

@@ -239,6 +239,13 @@ class Plan:
         """The only output; several outputs are refused in this version."""
         return self.outputs[0]
 
+    def of_output(self, number: int) -> Plan:
+        return self.views[number]
+
+    @property
+    def views(self) -> tuple[Plan, ...]:
+        return (self,)
+
     @property
     def input_patch(self) -> tuple[int, ...]:
         """Shape of the input patch."""
