@@ -28,7 +28,7 @@ from chunkq.job.items import Image, Item
 from chunkq.job.job_folder import JobFolder
 from chunkq.job.known_empty import KnownEmpty, has_known_empty
 from chunkq.job.ledger import ItemLedger, Ledger
-from chunkq.job.level_arrays import LevelArray
+from chunkq.job.level_arrays import LevelArray, level_box
 from chunkq.job.mask_source import mask_of, mask_time
 from chunkq.job.output import Output
 from chunkq.job.pyramids import method_of
@@ -42,6 +42,7 @@ from chunkq.plan.patch_selection import SkipRules
 from chunkq.plan.plan import Chunk, Costs, Index, Plan, total_costs
 from chunkq.plan.pyramid import Pyramid
 from chunkq.storage.array import Array
+from chunkq.storage.formats.zarr_writing import WritableArray
 from chunkq.storage.images import ImageSource
 from chunkq.storage.mask import Mask
 from chunkq.storage.padded_reading import read_padded
@@ -201,13 +202,13 @@ class ImageHandle:
         return StagedCopy(self.job.ledger.staged, name, slabs, source.dtype)
 
     @cached_property
-    def target(self) -> Array:
+    def target(self) -> WritableArray:
         """The output array for writing. Raises MissingJobError if the job was replaced."""
         self.job.check_unchanged()
         return self.job.output.image(self.image).open()
 
-    def level(self, output: int, number: int) -> Array:
-        """The array of a level of an output, for reading and writing. Raises as `target`."""
+    def level(self, output: int, number: int) -> WritableArray:
+        """Return the array of a level of an output, to read and write. Raises as `target`."""
         key = output, number
         if key not in self._levels:
             self.job.check_unchanged()
@@ -216,7 +217,7 @@ class ImageHandle:
         return self._levels[key]
 
     @cached_property
-    def _levels(self) -> dict[tuple[int, int], Array]:
+    def _levels(self) -> dict[tuple[int, int], WritableArray]:
         return {}
 
     def check_inputs(self) -> None:
@@ -298,10 +299,16 @@ class ItemHandle:
 
     def level(self, output: int, number: int) -> LevelArray:
         """The array of a level of an output, as the item reads and writes it."""
-        view = self.plan.of_output(output)
-        channels = tuple(range(view.channels)) if view.channel_axis else (None,)
-        array = self.image.level(output, number)
-        return LevelArray(array, self.item.point, channels, view.storage_chunks)
+        array, view = self.image.level(output, number), self.plan.of_output(output)
+        return LevelArray(array, self.item.point, view.channel_numbers, view.storage_chunks)
+
+    def level_object_names(
+        self, output: int, number: int, box: Box, channel: int | None
+    ) -> Iterator[str]:
+        """Yield the names in the output of the objects of a box of a level, as `object_names`."""
+        stored = self.job.output.image(self.item.image)
+        for name in stored.grids[number].names(level_box(self.item.point, box, channel)):
+            yield f"{stored.array_folder(number)}/{name}"
 
     @cached_property
     def known_empty(self) -> KnownEmpty | None:
@@ -383,17 +390,31 @@ class ItemHandle:
             read_padded(source, chunk.halo, job.pad_mode, job.pad_value) for source in self.sources
         )
 
-    def write(self, box: Box, values: npt.NDArray[Any]) -> int:
-        """Write the final voxels of whole storage chunks; return their size (bytes).
+    def write(self, box: Box, values: npt.NDArray[Any]) -> list[int]:
+        """Write the final voxels of whole storage chunks; return the checksums of their objects.
 
-        `values` has the shape ([C,] *box.shape).
+        `values` has the shape ([C,] *box.shape). The checksums are in the order of `object_names`.
         """
         if not box.size:
-            return 0
+            return []
+        outer = self._stored_box(box)
+        return self.image.target.store(outer, values.reshape(outer.shape))
+
+    def object_names(self, box: Box) -> Iterator[str]:
+        """Yield the names in the output of the objects that hold a box of voxels, in a fixed order.
+
+        The array has the name that it has while the job runs.
+        """
+        if not box.size:
+            return
+        output = self.job.output.image(self.item.image)
+        for name in output.grids[0].names(self._stored_box(box)):
+            yield f"{output.array_folder()}/{name}"
+
+    def _stored_box(self, box: Box) -> Box:
+        """Return the box of the stored array that has a box of voxels of the item."""
         point, inner = self.item.point, self.plan.output_box(box)
-        outer = Box((*point, *inner.start), (*(n + 1 for n in point), *inner.stop))
-        self.image.target.write(outer, values.reshape(outer.shape))
-        return values.nbytes
+        return Box((*point, *inner.start), (*(n + 1 for n in point), *inner.stop))
 
 
 def _check_source(source: ImageSource, identity: str, key: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chunkq.geometry.box import Box
-from chunkq.storage.array import Array
+from chunkq.storage.formats.zarr_writing import WritableArray
 
 Shape = tuple[int, ...]
 
@@ -23,7 +23,7 @@ class LevelArray:
     shape of a storage chunk along the spatial axes.
     """
 
-    array: Array
+    array: WritableArray
     point: Shape
     channels: tuple[int | None, ...]
     chunk: Shape
@@ -35,13 +35,18 @@ class LevelArray:
 
     def read(self, box: Box, channel: int | None) -> npt.NDArray[Any]:
         """Read a box of a channel; shape `box.shape`. Raises ChunkReadError."""
-        return self.array.read(self._outer(box, channel)).reshape(box.shape)
+        return self.array.read(level_box(self.point, box, channel)).reshape(box.shape)
 
-    def write(self, box: Box, values: npt.NDArray[Any], channel: int | None) -> None:
-        """Write whole storage units of a channel; `values` has the shape `box.shape`."""
-        outer = self._outer(box, channel)
-        self.array.write(outer, values.reshape(outer.shape))
+    def store(self, box: Box, values: npt.NDArray[Any], channel: int | None) -> list[int]:
+        """Write whole storage units of a channel; return the checksums of their objects.
 
-    def _outer(self, box: Box, channel: int | None) -> Box:
-        leading = self.point if channel is None else (*self.point, channel)
-        return Box((*leading, *box.start), (*(n + 1 for n in leading), *box.stop))
+        `values` has the shape `box.shape`. Raises OSError.
+        """
+        outer = level_box(self.point, box, channel)
+        return self.array.store(outer, values.reshape(outer.shape))
+
+
+def level_box(point: Shape, box: Box, channel: int | None) -> Box:
+    """Return the box of the array of a level that has a box of a channel of the item at `point`."""
+    leading = point if channel is None else (*point, channel)
+    return Box((*leading, *box.start), (*(n + 1 for n in leading), *box.stop))

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from chunkq import __version__
@@ -29,8 +30,9 @@ from chunkq.job.record import JobRecord
 from chunkq.job.tasks import EPOCH_DIGITS
 from chunkq.paths import is_url, join, without_secret
 from chunkq.plan.plan import Plan
-from chunkq.storage.array import Array
 from chunkq.storage.formats.zarr import ZARR_FORMAT, ZarrFormat, array_metadata
+from chunkq.storage.formats.zarr_writing import WritableArray
+from chunkq.storage.object_grid import ObjectGrid
 from chunkq.storage.objects import LOCK, ObjectFolder
 from chunkq.storage.ome import image_metadata, is_image
 
@@ -255,7 +257,18 @@ class ImageOutput:
                 self._objects.discard(name)
                 os.rename(join(self.path, level_name(SEALED_NAME, level)), join(self.path, name))
 
-    def open(self, level: int = 0) -> Array:
+    def array_folder(self, level: int = 0) -> str:
+        """Return the name in the output of the folder of an array, while the job runs."""
+        return _below(self._image, self._names[level])
+
+    @cached_property
+    def grids(self) -> tuple[ObjectGrid, ...]:
+        """The objects of the array of each level."""
+        document = ARRAY[self._format]
+        texts = (self._metadata[f"{name}/{document}"] for name in self._names)
+        return tuple(ObjectGrid.of_document(text, self._format) for text in texts)
+
+    def open(self, level: int = 0) -> WritableArray:
         """Open an array of a running job for writing. Raises StoreError if it was changed."""
         name = self._names[level]
         self.check(name)

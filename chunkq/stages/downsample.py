@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from chunkq.errors import ChunkqError, ErrorCode, QueueError
 from chunkq.job.job_handle import ItemHandle
+from chunkq.job.object_checksums import encode_checksums
 from chunkq.job.task_records import Commit
 from chunkq.plan.plan import Index
 from chunkq.queue.contract.executor import Attempt
@@ -18,7 +19,7 @@ from chunkq.system import buffers
 from chunkq.system.memory import peak_bytes
 
 PART_BYTES = 16 << 20
-"""Voxels of the level below that are read and reduced at a time, unless one chunk has more."""
+"""Bytes of voxels that are read or written at a time, unless one storage unit has more."""
 
 
 class DownsampleStage(Stage):
@@ -70,6 +71,13 @@ class DownsampleStage(Stage):
         ]
 
     @override
+    def stored_objects(self, item: ItemHandle, chunk: Index) -> Iterator[str]:
+        output, number, *unit = chunk
+        level = item.pyramids[output].levels[number - 1]
+        for channel in item.plan.of_output(output).channel_numbers:
+            yield from item.level_object_names(output, number, level.box(unit), channel)
+
+    @override
     def run(self, item: ItemHandle, chunk: Index, attempt: Attempt) -> bool:
         """Write a unit of a level from the level below, and commit it.
 
@@ -114,11 +122,12 @@ def _downsample(item: ItemHandle, chunk: Index, attempt: Attempt) -> None:
     source, target = item.level(output, number - 1), item.level(output, number)
     seconds = dict.fromkeys(("read", "compute", "write"), 0.0)
     moved = dict.fromkeys(("level_below", "level"), 0)
-    is_checked = False
+    is_checked, checksums = False, list[int]()
+    most = PART_BYTES // target.dtype.itemsize
     for channel in source.channels:
-        for box in level.writes(unit):
+        for box in level.writes(unit, most):
             values = buffers.zeros(box.shape, target.dtype)
-            for part in level.parts(box, source.chunk, PART_BYTES // target.dtype.itemsize):
+            for part in level.parts(box, source.chunk, most):
                 read_started = time.time()
                 below = source.read(level.source(part), channel)
                 read_end = time.time()
@@ -132,7 +141,7 @@ def _downsample(item: ItemHandle, chunk: Index, attempt: Attempt) -> None:
                     return  # another worker committed it first; the output may be sealed
                 item.job.check_unchanged()
                 is_checked = True
-            target.write(box, values, channel)
+            checksums += target.store(box, values, channel)
             seconds["write"] += time.time() - write_started
             moved["level"] += values.nbytes
     item.job.check_unchanged()
@@ -148,5 +157,6 @@ def _downsample(item: ItemHandle, chunk: Index, attempt: Attempt) -> None:
             seconds=seconds,
             moved=moved,
             peak_rss=peak_bytes(),
+            stored=encode_checksums(checksums),
         )
     )
