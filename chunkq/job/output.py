@@ -71,11 +71,16 @@ def _array_documents(
 ) -> dict[str, str]:
     """Return the metadata documents of the array of a level, which has these axes."""
     leading, shape = (1,) * (len(axes) - plan.rank), [axis.size for axis in axes]
-    chunks = [min(u, v) for u, v in zip(plan.storage_chunks, shape[len(leading) :], strict=True)]
+    spatial = shape[len(leading) :]
+    chunks = [min(u, v) for u, v in zip(plan.storage_chunks, spatial, strict=True)]
+    shards = plan.storage_shards and [
+        min(s, -(-v // u) * u) for s, v, u in zip(plan.storage_shards, spatial, chunks, strict=True)
+    ]
     return array_metadata(
         name,
         shape=shape,
         chunks=(*leading, *chunks),
+        shards=shards and (*leading, *shards),
         dtype=plan.output_dtype,
         fill_value=plan.output.fill.item(),
         zarr_format=record.job.zarr_format,
