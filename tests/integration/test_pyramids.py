@@ -25,6 +25,8 @@ from tests.reference import reduce_cells
 
 Voxels = npt.NDArray[Any]
 AUTO = {"levels": "auto"}
+SHORT_LEASE = {"CHUNKQ_WORKER_SETTINGS": '{"lease": 1, "same_signal": 0}'}
+"""Seconds. The default is too long for a test."""
 LABELS: dict[str, Any] = {"combine": "soft", "pyramid": AUTO}
 AVERAGES: dict[str, Any] = {"combine": "weighted_avg", "pyramid": AUTO}
 
@@ -192,11 +194,11 @@ def test_a_killed_worker_leaves_levels_that_another_completes(tmp_path: Path) ->
     run(undisturbed)
     workspace = small_workspace(tmp_path / "killed", **AVERAGES)
     workspace.produce()
-    with workspace.start("work", "--gpus", "none", "-w", "1", TOY_DELAY="0.1"):
+    with workspace.start("work", "--gpus", "none", "-w", "1", TOY_DELAY="0.05", **SHORT_LEASE):
         wait_until(lambda: len(workspace.done("downsample")) > 0, "a level is written")
     before = workspace.done("downsample")
     workspace.call("produce", "--resume", workspace.job_file).ok()
-    assert workspace.work().code == 0
+    assert workspace.work(**SHORT_LEASE).code == 0
     workspace.finalize().ok()
     after = workspace.done("downsample")
     assert {name: after[name] for name in before} == before
