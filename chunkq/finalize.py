@@ -236,6 +236,8 @@ def _report(
         commits.pop("infer"),
         commits.pop("finalize"),
         job.costs,
+        commits.pop("downsample"),
+        [level for item in job.items for pyramid in item.pyramids for level in pyramid.costs],
     )
     chunks = [f.storage_chunks for image in job.record.images for f in job.record.fetches(image)]
     if len(chunks) == len(job.record.sources):

@@ -31,7 +31,7 @@ from chunkq.job.ledger import ItemLedger, Ledger
 from chunkq.job.level_arrays import LevelArray, level_box
 from chunkq.job.mask_source import mask_of, mask_time
 from chunkq.job.output import Output
-from chunkq.job.pyramids import method_of
+from chunkq.job.pyramids import pyramids_of
 from chunkq.job.record import JobRecord
 from chunkq.job.resolve import empty_rule
 from chunkq.job.task_records import RecentCommits
@@ -284,18 +284,7 @@ class ItemHandle:
     @cached_property
     def pyramids(self) -> tuple[Pyramid, ...]:
         """The pyramid of each output; empty if the job has none."""
-        record = self.job.record
-        if record.job.pyramid is None:
-            return ()
-        return tuple(
-            Pyramid(
-                self.plan.of_output(n),
-                self.tasks,
-                record.levels(self.item.image, n),
-                method_of(record.job, spec),
-            )
-            for n, spec in enumerate(self.plan.outputs)
-        )
+        return pyramids_of(self.job.record.job, self.item.image, self.tasks)
 
     def level(self, output: int, number: int) -> LevelArray:
         """The array of a level of an output, as the item reads and writes it."""

@@ -8,9 +8,10 @@ from chunkq.geometry.axis_units import voxel_sizes
 from chunkq.geometry.levels import Level, pyramid_levels
 from chunkq.job.items import Image
 from chunkq.job.job_file import Job
+from chunkq.plan.item_tasks import ItemTasks
 from chunkq.plan.outputs import OutputSpec
 from chunkq.plan.plan import Plan
-from chunkq.plan.pyramid import Method
+from chunkq.plan.pyramid import Method, Pyramid
 
 IMAGE_RANKS = (2, 3)
 """Numbers of spatial axes of images in OME-Zarr."""
@@ -34,6 +35,33 @@ def method_of(job: Job, output: OutputSpec) -> Method:
     """Return how the levels of an output are made."""
     method = None if job.pyramid is None else job.pyramid.method
     return method or ("mean" if output.is_average else "mode")
+
+
+def pyramids_of(job: Job, image: Image, tasks: ItemTasks) -> tuple[Pyramid, ...]:
+    """Return the pyramid of each output of an item with these tasks; empty if the job has none."""
+    if job.pyramid is None:
+        return ()
+    plan = tasks.plan
+    return tuple(
+        Pyramid(plan.of_output(n), tasks, levels_of(job, image, plan, n), method_of(job, output))
+        for n, output in enumerate(plan.outputs)
+    )
+
+
+def pyramid_doubts(job: Job, plan: Plan) -> list[str]:
+    """Return a line for a method that does not suit an output."""
+    method = None if job.pyramid is None else job.pyramid.method
+    if method == "mean" and not all(output.is_average for output in plan.outputs):
+        return [
+            "pyramid.method: mean of labels gives classes that are not there; use mode or nearest, "
+            "or leave it out"
+        ]
+    if method == "mode" and any(output.is_average for output in plan.outputs):
+        return [
+            "pyramid.method: mode of averages is mostly the smallest of different values; use "
+            "mean, or leave it out"
+        ]
+    return []
 
 
 def pyramid_problems(job: Job, image: Image, plan: Plan) -> list[str]:
