@@ -20,6 +20,7 @@ from chunkq.plan.item_tasks import ItemTasks
 from chunkq.plan.plan import Index, Plan
 
 Method = Literal["mean", "mode", "nearest"]
+"""How a voxel of a level is computed from those that become it."""
 
 
 @dataclass(frozen=True)

@@ -189,7 +189,7 @@ FAULTS = (
     Fault(
         "output-metadata-not-compared",
         OUTPUT,
-        "        self.check(self._record.array)\n        path = join(",
+        "        self.check(name)\n        path = join(",
         "        path = join(",
         "chunks are written into an array with another codec or fill value",
         named(DAMAGE, "changed_metadata"),
