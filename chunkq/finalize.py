@@ -18,6 +18,7 @@ from chunkq.job.tasks import chunk_count
 from chunkq.plan.footprint import largest_footprint
 from chunkq.plan.plan import Index
 from chunkq.queue.contract.executor import Attempt
+from chunkq.seams import Seam, measure_seams
 from chunkq.stages.base import Stage, TaskKey
 from chunkq.stages.completion import JobCompletion, Pending, check_completion, names_of, shortened
 from chunkq.stages.registry import stage_of, stages
@@ -31,6 +32,7 @@ FINALIZER_BYTES = 2 << 30
 """Memory limit (bytes) for blocks that are finalized concurrently; one block may exceed it."""
 FINALIZER_THREADS = 4
 """Maximum number of blocks that are finalized concurrently by default."""
+RECORD_DAMAGED = "a commit record is damaged"
 Lost = dict[tuple[int, Index], str]
 """Item and chunk of each lost result, with the reason."""
 ValidCommits = defaultdict[tuple[int, str], set[Index]]
@@ -161,21 +163,16 @@ def _seal(
     `run` runs tasks whose commit record is damaged, and that can run again by themselves.
     """
     job, valid = completion.job, ValidCommits(set)
-    report = _report(job, valid, missing, warnings)
+    seams = [] if missing else measure_seams(job)
+    warnings = [*warnings, *(seam.warning for seam in seams if seam.is_visible)]
+    report = _report(job, valid, missing, warnings, seams)
     if again := _check_records(completion, valid):
         for stage, tasks in again:
             run(stage, tasks)
         valid = ValidCommits(set)
-        report = _report(job, valid, missing, warnings)
-        if damaged := _check_records(completion, valid):
-            _raise_if_lost(
-                job,
-                {
-                    (item.number, chunk): "a commit record is damaged"
-                    for _, tasks in damaged
-                    for item, chunk in tasks
-                },
-            )
+        report = _report(job, valid, missing, warnings, seams)
+        damaged = [task for _, tasks in _check_records(completion, valid) for task in tasks]
+        _raise_if_lost(job, {(i.number, chunk): RECORD_DAMAGED for i, chunk in damaged})
     if missing:
         job.output.mark_incomplete(check_unchanged=job.check_unchanged)
     else:
@@ -193,8 +190,8 @@ def _check_records(
     """Delete damaged commit records; return the tasks that must run again by themselves.
 
     `completion` lists the tasks that have no record. Another task without a valid record must run
-    again. Unless its stage keeps them, this needs the results of all tasks that it waits for. The
-    commit records of these are deleted, too, and IncompleteError is raised.
+    again, and with it those that `Stage.needs_again` names. The commit records of these are
+    deleted, too. IncompleteError is raised if a worker must run one of them.
     """
     job, lost = completion.job, Lost()
     again: list[tuple[Stage, list[tuple[ItemHandle, Index]]]] = []
@@ -207,14 +204,13 @@ def _check_records(
             for chunk in stage.chunks(item):
                 if chunk in valid[item.number, stage.kind] or (item.number, chunk) in absent:
                     continue
-                if stage.keeps_prerequisites:
-                    item.ledger.delete_commits(stage.kind, [chunk])
-                    tasks.append((item, chunk))
-                    continue
-                for key in (TaskKey(stage.kind, chunk), *stage.waits_for(item, chunk)):
+                sources = stage.needs_again(item, chunk)
+                for key in (TaskKey(stage.kind, chunk), *sources):
                     item.ledger.delete_commits(key.kind, [key.chunk])
                     if stage_of(key.kind).is_queued:
-                        lost[item.number, key.chunk] = "a commit record is damaged"
+                        lost[item.number, key.chunk] = RECORD_DAMAGED
+                if not stage.is_queued and not sources:
+                    tasks.append((item, chunk))
         if tasks:
             again.append((stage, tasks))
     _raise_if_lost(job, lost)
@@ -222,12 +218,20 @@ def _check_records(
 
 
 def job_report(job: JobHandle, missing: Pending = ()) -> dict[str, Any]:
-    """Aggregate all commit records into the report: timings, bytes moved, conclusion, advice."""
-    return _report(job, ValidCommits(set), missing)
+    """Aggregate all commit records into the report: timings, bytes moved, conclusion, advice.
+
+    Of a sealed output, borders between blocks are measured again.
+    """
+    seams = measure_seams(job) if job.ledger.is_sealed() else []
+    return _report(job, ValidCommits(set), missing, seams=seams)
 
 
 def _report(
-    job: JobHandle, valid: ValidCommits, missing: Pending, warnings: Sequence[str] = ()
+    job: JobHandle,
+    valid: ValidCommits,
+    missing: Pending,
+    warnings: Sequence[str] = (),
+    seams: Sequence[Seam] = (),
 ) -> dict[str, Any]:
     """Return the report. Add the tasks that have a valid commit record to `valid`."""
     commits = {stage.kind: _read_commits(job, stage.kind, valid) for stage in stages()}
@@ -252,6 +256,7 @@ def _report(
         "stochastic": job.record.job.model.stochastic,
         "missing": names_of(missing),
         "warnings": list(warnings),
+        "seams": [seam.as_dict() for seam in seams],
         "conclusion": conclusion(timing),
         "advice": advice(timing),
         **json_values.to_values(timing),

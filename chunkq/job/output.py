@@ -18,26 +18,27 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from chunkq import __version__
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.geometry.axes import Axis, channel_axis, cropped, reduced, with_unique_names
 from chunkq.job.items import Image
+from chunkq.job.output_documents import ATTRIBUTE, WrittenDocument, parsed, to_text
 from chunkq.job.parent_groups import unlisted_in_groups
 from chunkq.job.pyramids import method_of
 from chunkq.job.record import JobRecord
 from chunkq.job.tasks import EPOCH_DIGITS
 from chunkq.paths import is_url, join, without_secret
 from chunkq.plan.plan import Plan
+from chunkq.storage.array import Array
 from chunkq.storage.formats.zarr import ZARR_FORMAT, ZarrFormat, array_metadata
 from chunkq.storage.formats.zarr_writing import WritableArray
 from chunkq.storage.object_grid import ObjectGrid
 from chunkq.storage.objects import LOCK, ObjectFolder
-from chunkq.storage.ome import image_metadata, is_image
+from chunkq.storage.ome import image_metadata, is_image, label_metadata
 
 SEALED_NAME = "0"
-ATTRIBUTE = "chunkq"
 GROUP = {2: ".zattrs", 3: "zarr.json"}
 """Zarr format -> name of the document with a group's attributes."""
 ARRAY = {2: ".zarray", 3: "zarr.json"}
@@ -60,9 +61,11 @@ def new_record(record: JobRecord, *, replaces: bool) -> JobRecord:
     name = SEALED_NAME if has_final_name else f"{SEALED_NAME}.{epoch}"
     metadata: dict[str, str] = {}
     for image, plan in zip(record.images, record.image_plans(), strict=True):
-        for level, axes in enumerate(level_axes(record, image)):
-            documents = _array_documents(record, plan, axes, level_name(name, level))
-            metadata |= {_below(image, path): text for path, text in documents.items()}
+        for number, view in enumerate(plan.views):
+            folder = image_folder(image, view.output.name)
+            for level, axes in enumerate(level_axes(record, image, number)):
+                documents = _array_documents(record, view, axes, level_name(name, level))
+                metadata |= {_below(folder, path): text for path, text in documents.items()}
     return replace(record, epoch=epoch, array=name, metadata=metadata)
 
 
@@ -93,20 +96,29 @@ def level_name(name: str, level: int) -> str:
     return f"{level}{name.removeprefix(SEALED_NAME)}"
 
 
-def level_axes(record: JobRecord, image: Image) -> Iterator[tuple[Axis, ...]]:
-    """Yield the axes of the output array of an image, and of each level above it."""
-    axes = output_axes(image, record.image_plan(image))
+def level_axes(record: JobRecord, image: Image, output: int) -> Iterator[tuple[Axis, ...]]:
+    """Yield the axes of the array of an output of an image, and of each level above it."""
+    axes = output_axes(image, record.image_plan(image).of_output(output))
     yield axes
-    for level in record.levels(image):
+    for level in record.levels(image, output):
         spatial = iter(zip(level.shape, level.total, strict=True))
         yield tuple(reduced(a, *next(spatial)) if a.kind == "space" else a for a in axes)
 
 
-def output_axes(image: Image, plan: Plan) -> tuple[Axis, ...]:
-    """Return the axes of the output array of an image, whose items have this plan.
+def image_folder(image: Image, output: str) -> str:
+    """Return the name in the output of the OME-Zarr image of an image and one of its outputs.
 
-    These are the series axes of the image, the channels of the network if they are stored, and the
-    spatial axes, which begin and end with the region of the job.
+    It is empty if the output of the job is this image.
+    """
+    return "/".join(filter(None, (image.name, output)))
+
+
+def output_axes(image: Image, plan: Plan) -> tuple[Axis, ...]:
+    """Return the axes of the array of an output of an image, whose items have this plan.
+
+    `plan` is that of the output (`Plan.of_output`). The axes are the series axes of the image, the
+    channels of the network if they are stored, and the spatial axes, which begin and end with the
+    region of the job.
     """
     channels = [channel_axis(plan.channels)] if plan.channel_axis else []
     region = plan.region
@@ -114,13 +126,16 @@ def output_axes(image: Image, plan: Plan) -> tuple[Axis, ...]:
     return with_unique_names([*image.series_axes, *channels, *spatial])
 
 
-def _below(image: Image, name: str) -> str:
-    """Return the name in the output of a document of an image."""
-    return name if image.is_alone else f"{image.name}/{name}"
+def _below(folder: str, name: str) -> str:
+    """Return the name in the output of an object in a folder of it."""
+    return f"{folder}/{name}" if folder else name
 
 
 class Output:
     """The output store of a job: one image, or a group of images.
+
+    Several images of the input, and several outputs of each, are groups of images, one in the
+    other.
 
     Methods raise StoreError, and OSError if the storage fails. Methods that change the output call
     `check_unchanged`, which raises if the job was replaced, before each change.
@@ -128,13 +143,28 @@ class Output:
 
     def __init__(self, path: str, record: JobRecord) -> None:
         self._path, self._record = path, record
-        self._images = tuple(ImageOutput(path, record, image) for image in record.images)
-        is_group = not all(image.is_alone for image in record.images)
-        self._group = ImageGroup(path, record) if is_group else None
+        names = list(record.job.output_configs())
+        self._by_image = tuple(
+            tuple(ImageOutput(path, record, image, n) for n in range(len(names)))
+            for image in record.images
+        )
+        self._images = tuple(output for outputs in self._by_image for output in outputs)
+        folders = [image.name for image in record.images if image.name]
+        outputs = [name for name in names if name]
+        # Inner groups first: the outermost one decides whether the job is sealed.
+        groups = [(folder, outputs) for folder in folders if outputs]
+        members = [_below(folder, name) for folder in folders for name in outputs or [""]]
+        members = [name.rstrip("/") for name in members] or outputs
+        groups += [("", members)] if members else []
+        self._groups = tuple(ImageGroup(path, record, folder, names) for folder, names in groups)
 
-    def image(self, image: Image) -> ImageOutput:
-        """Return the output of an image."""
-        return self._images[image.number]
+    def image(self, image: Image, number: int = 0) -> ImageOutput:
+        """Return the output of an image, by its number among the outputs of the job."""
+        return self._by_image[image.number][number]
+
+    def images_of(self, image: Image) -> tuple[ImageOutput, ...]:
+        """Return all outputs of an image."""
+        return self._by_image[image.number]
 
     @property
     def has_final_name(self) -> bool:
@@ -147,8 +177,8 @@ class Output:
         Works from any interrupted state. Raises StoreError if the metadata of an array changed, or
         if an array is missing although chunks are committed (`anything_done`).
         """
-        if self._group is not None:
-            self._group.prepare(check_unchanged)
+        for group in reversed(self._groups):
+            group.prepare(check_unchanged)
         for image in self._images:
             image.prepare(anything_done=anything_done, check_unchanged=check_unchanged)
 
@@ -170,15 +200,15 @@ class Output:
         """Write the group metadata of an output that will be read before it is complete."""
         for image in self._images:
             image.mark_incomplete(check_unchanged=check_unchanged)
-        if self._group is not None:
-            self._group.write("incomplete", check_unchanged)
+        for group in self._groups:
+            group.write("incomplete", check_unchanged)
 
     def seal(self, *, check_unchanged: Callable[[], None]) -> None:
         """Mark the output as complete; rename local arrays to their final name. Idempotent."""
         for image in self._images:
             image.seal(check_unchanged=check_unchanged)
-        if self._group is not None:
-            self._group.write("complete", check_unchanged)
+        for group in self._groups:
+            group.write("complete", check_unchanged)
 
     def unlisted(self) -> list[str]:
         """Return warnings for groups that contain the output and whose readers do not find it."""
@@ -187,20 +217,32 @@ class Output:
         documents = {name.replace(f"{epoch}/", "/"): text for name, text in record.metadata.items()}
         return unlisted_in_groups(self._path, record.job.zarr_format, documents)
 
+    @property
+    def arrays(self) -> list[StoredArray]:
+        """The arrays of the output, where they are now."""
+        return [array for image in self._images for array in image.arrays]
+
+    def documents(self, state: str) -> list[WrittenDocument]:
+        """Return the metadata documents that an output in this state has."""
+        documents = [document for image in self._images for document in image.documents(state)]
+        return [*documents, *(one for group in self._groups for one in group.documents(state))]
+
     def is_sealed(self) -> bool:
         """Return whether the group metadata mark this job as complete."""
-        if self._group is not None:
-            return self._group.is_described("complete")
+        if self._groups:
+            return self._groups[-1].is_described("complete")
         return all(image.is_sealed() for image in self._images)
 
 
 class ImageOutput:
-    """The output of one image. Methods raise StoreError, and OSError if the storage fails."""
+    """One output of an image. Methods raise StoreError, and OSError if the storage fails."""
 
-    def __init__(self, path: str, record: JobRecord, image: Image) -> None:
-        self.path = path if image.is_alone else join(path, image.name)
-        self._record, self._image = record, image
-        prefix = _below(image, "")
+    def __init__(self, path: str, record: JobRecord, image: Image, number: int = 0) -> None:
+        """`number` is that of the output among those of the job."""
+        self._folder = image_folder(image, list(record.job.output_configs())[number])
+        self.path = join(path, self._folder) if self._folder else path
+        self._record, self._image, self._number = record, image, number
+        prefix = _below(self._folder, "")
         self._metadata = {
             name.removeprefix(prefix): text
             for name, text in record.metadata.items()
@@ -239,7 +281,7 @@ class ImageOutput:
         if self._local:
             delete_stale_locks(self.path, time.time() - LOCK_AGE)
         check_unchanged()
-        self._write_group("incomplete", is_final=False)
+        self._write_group("incomplete", self._names)
 
     @property
     def has_final_name(self) -> bool:
@@ -262,9 +304,49 @@ class ImageOutput:
                 self._objects.discard(name)
                 os.rename(join(self.path, level_name(SEALED_NAME, level)), join(self.path, name))
 
+    @property
+    def arrays(self) -> list[StoredArray]:
+        """The arrays of the image, where they are now."""
+        names = (_below(self._folder, name) for name in self._current_names)
+        folders = map(self.array_folder, range(len(self._names)))
+        return list(map(StoredArray, folders, names, self.grids))
+
+    def documents(self, state: str) -> list[WrittenDocument]:
+        """Return the metadata documents that an image in this state has."""
+        names = self._current_names
+        group = _written_group(self._format, self._attributes(state, names))
+        current = dict(zip(self._names, names, strict=True))
+        arrays = {
+            f"{current[name]}/{document}": text
+            for path, text in self._metadata.items()
+            for name, _, document in [path.partition("/")]
+        }
+        return [
+            WrittenDocument(
+                _below(self._folder, path),
+                text,
+                is_array=path in arrays and path.endswith(ARRAY[self._format]),
+            )
+            for path, text in (arrays | group).items()
+        ]
+
+    @property
+    def _current_names(self) -> tuple[str, ...]:
+        """Names of the folders of the arrays: others than while the job runs once it is sealed.
+
+        Judged by the folders, because documents can be missing.
+        """
+        finals = (level_name(SEALED_NAME, level) for level in range(len(self._names)))
+        return tuple(
+            final
+            if self._local and not self._objects.exists(name) and self._objects.exists(final)
+            else name
+            for name, final in zip(self._names, finals, strict=True)
+        )
+
     def array_folder(self, level: int = 0) -> str:
         """Return the name in the output of the folder of an array, while the job runs."""
-        return _below(self._image, self._names[level])
+        return _below(self._folder, self._names[level])
 
     @cached_property
     def grids(self) -> tuple[ObjectGrid, ...]:
@@ -280,13 +362,17 @@ class ImageOutput:
         path = join(self.path, name)
         return ZarrFormat().open_for_writing(path, {ZARR_FORMAT: self._format})
 
+    def open_present(self) -> Array:
+        """Open the array of level 0 for reading, sealed or not. Raises StoreError."""
+        return ZarrFormat().open(join(self.path, self._current_names[0]), {})
+
     def check(self, name: str) -> None:
         """Raise StoreError unless the array's metadata are those that were created.
 
         Attributes are not compared, because users may add their own.
         """
         document = ARRAY[self._format]
-        stored = _parsed(self._objects.get(f"{name}/{document}"))
+        stored = parsed(self._objects.get(f"{name}/{document}"))
         running = self._names[int(name.partition(".")[0])]
         created = json.loads(self._metadata[f"{running}/{document}"])
         differences = sorted(
@@ -311,11 +397,11 @@ class ImageOutput:
     def mark_incomplete(self, *, check_unchanged: Callable[[], None]) -> None:
         """Write the group metadata of an output that will be read before it is complete."""
         check_unchanged()
-        self._write_group("incomplete", is_final=False)
+        self._write_group("incomplete", self._names)
 
     def seal(self, *, check_unchanged: Callable[[], None]) -> None:
         """Mark the output as complete; rename local arrays to their final names. Idempotent."""
-        names = self._final_names()
+        names = self._final_names
         # Level 0 last. A suspended process that finds no voxels under the old name of a level
         # then writes the next one under its old name, too.
         for name, final in reversed(list(zip(self._names, names, strict=True))):
@@ -329,23 +415,24 @@ class ImageOutput:
             for final in names:
                 delete_stale_locks(join(self.path, final))
         check_unchanged()
-        self._write_group("complete", is_final=True)
+        self._write_group("complete", names)
         check_unchanged()  # raises if this process was suspended above and the job was replaced
 
+    @property
     def _final_names(self) -> tuple[str, ...]:
-        """Return the names of the arrays of all levels in the sealed output."""
+        """Names of the arrays of all levels in the sealed output."""
         if not self._local:
             return self._names
         return tuple(level_name(SEALED_NAME, level) for level in range(len(self._names)))
 
     def is_sealed(self) -> bool:
         """Return whether the group metadata mark this job as complete."""
-        return self._is_described("complete", is_final=True)
+        return self._is_described("complete", self._final_names)
 
-    def _is_described(self, state: str, *, is_final: bool) -> bool:
+    def _is_described(self, state: str, names: Sequence[str]) -> bool:
         """Return whether the group metadata are those of this job; other keys are ignored."""
         attributes = _group_attributes(self._objects, self._format)
-        return _key_values(attributes) == _key_values(self._attributes(state, is_final=is_final))
+        return _key_values(attributes) == _key_values(self._attributes(state, names))
 
     def _exists(self, name: str) -> bool:
         return self._objects.exists(f"{name}/{ARRAY[self._format]}")
@@ -383,32 +470,47 @@ class ImageOutput:
         # On a local disk it may belong to a later job, and beside `0` to the user.
         return not self._local and self._record.array != SEALED_NAME
 
-    def _write_group(self, state: str, *, is_final: bool) -> None:
+    def _write_group(self, state: str, names: Sequence[str]) -> None:
         """Write the group metadata unless they are current; keep the user's attributes."""
-        if not self._is_described(state, is_final=is_final):
-            attributes = self._attributes(state, is_final=is_final)
+        if not self._is_described(state, names):
+            attributes = self._attributes(state, names)
             self._put(_group_documents(self._objects, self._format, attributes))
 
-    def _attributes(self, state: str, *, is_final: bool) -> dict[str, Any]:
+    def _attributes(self, state: str, names: Sequence[str]) -> dict[str, Any]:
         """Return the group attributes that chunkq writes: `chunkq` and OME-Zarr metadata."""
         record = self._record
-        names = self._final_names() if is_final else self._names
         status = _status(record, state) | {"array": names[0]}
-        axes = level_axes(record, self._image)
-        plan = record.image_plan(self._image)
-        method = method_of(record.job, plan.outputs[0]) if len(names) > 1 else None
+        plan = record.image_plan(self._image).of_output(self._number)
+        axes = level_axes(record, self._image, self._number)
+        method = method_of(record.job, plan.output) if len(names) > 1 else None
         image = image_metadata(dict(zip(names, axes, strict=True)), self._format, method)
+        if image and plan.output.class_names and not plan.output.is_average:
+            labels = label_metadata(plan.output.class_names, self._format)
+            image |= labels | {"ome": image["ome"] | labels["ome"]} if "ome" in image else labels
         return {**image, ATTRIBUTE: status}
 
     def _put(self, documents: dict[str, str]) -> None:
         _put(self._objects, documents)
 
 
-class ImageGroup:
-    """The group of a job with several images, laid out as bioformats2raw does (layout 3)."""
+class StoredArray(NamedTuple):
+    """An array of an output: its objects, and its folder.
 
-    def __init__(self, path: str, record: JobRecord) -> None:
-        self._record, self._format = record, record.job.zarr_format
+    `running` is the name of the folder while the job runs, `folder` the present one.
+    """
+
+    running: str
+    folder: str
+    grid: ObjectGrid
+
+
+class ImageGroup:
+    """A group of images, or of such groups, laid out as bioformats2raw does (layout 3)."""
+
+    def __init__(self, path: str, record: JobRecord, folder: str, members: Sequence[str]) -> None:
+        """`folder` is the path of the group in the output, `members` the images in the group."""
+        self._record, self._format, self._members = record, record.job.zarr_format, members
+        self._folder, path = folder, join(path, folder) if folder else path
         self._objects, self._series = ObjectFolder(path), ObjectFolder(join(path, "OME"))
 
     def prepare(self, check_unchanged: Callable[[], None]) -> None:
@@ -416,11 +518,23 @@ class ImageGroup:
         check_unchanged()
         for document in OTHER_FORMAT[self._format]:
             self._objects.delete(document)
-        series: dict[str, Any] = {"series": [image.name for image in self._record.images]}
-        if self._format == 3:
-            series = {"ome": {"version": "0.5", **series}}
-        _put(self._series, _group_documents(self._series, self._format, series))
+        series = _group_documents(self._series, self._format, self._series_attributes)
+        _put(self._series, series)
         self.write("incomplete", check_unchanged)
+
+    def documents(self, state: str) -> list[WrittenDocument]:
+        """Return the documents that the group has in this state."""
+        root = _written_group(self._format, self._attributes(state))
+        series = _written_group(self._format, self._series_attributes)
+        documents = root | {f"OME/{name}": text for name, text in series.items()}
+        return [
+            WrittenDocument(_below(self._folder, name), text) for name, text in documents.items()
+        ]
+
+    @property
+    def _series_attributes(self) -> dict[str, Any]:
+        series: dict[str, Any] = {"series": list(self._members)}
+        return {"ome": {"version": "0.5", **series}} if self._format == 3 else series
 
     def write(self, state: str, check_unchanged: Callable[[], None]) -> None:
         """Write the group metadata unless they are current; keep the user's attributes."""
@@ -453,7 +567,7 @@ def _status(record: JobRecord, state: str) -> dict[str, Any]:
 
 def _group_attributes(objects: ObjectFolder, zarr_format: int) -> dict[str, Any]:
     """Return the attributes of a group; empty if it has none or its document is damaged."""
-    stored = _parsed(objects.get(GROUP[zarr_format])) or {}
+    stored = parsed(objects.get(GROUP[zarr_format])) or {}
     attributes = stored.get("attributes") if zarr_format == 3 else stored
     return attributes if isinstance(attributes, dict) else {}
 
@@ -466,11 +580,15 @@ def _group_documents(
     ome = stored.get("ome")
     if isinstance(ome, dict) and "ome" in attributes:
         attributes = attributes | {"ome": ome | attributes["ome"]}
-    merged = stored | attributes
+    return _written_group(zarr_format, stored | attributes)
+
+
+def _written_group(zarr_format: int, attributes: dict[str, Any]) -> dict[str, str]:
+    """Return the documents of a group with these attributes."""
     if zarr_format == 2:
-        return {".zgroup": json.dumps({"zarr_format": 2}), ".zattrs": _to_text(merged)}
-    group = {"zarr_format": 3, "node_type": "group", "attributes": merged}
-    return {"zarr.json": _to_text(group)}
+        return {".zgroup": json.dumps({"zarr_format": 2}), ".zattrs": to_text(attributes)}
+    group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    return {"zarr.json": to_text(group)}
 
 
 def _put(objects: ObjectFolder, documents: dict[str, str]) -> None:
@@ -504,15 +622,3 @@ def _key_values(attributes: dict[str, Any]) -> tuple[Any, ...]:
     except (KeyError, IndexError, TypeError):
         paths = []
     return paths, *(status.get(key) for key in ("state", "array", "digest", "epoch"))
-
-
-def _parsed(content: bytes | None) -> dict[str, Any] | None:
-    try:
-        values = json.loads(content or b"")
-    except (ValueError, RecursionError):
-        return None
-    return values if isinstance(values, dict) else None
-
-
-def _to_text(values: dict[str, Any]) -> str:
-    return json.dumps(values, indent=2)

@@ -31,8 +31,7 @@ class Stage(ABC):
     The results of a temporary stage serve the stage that follows it, and are deleted when the job
     is sealed. Its tasks are complete once those of the stage that follows it are.
 
-    Tasks of a layered stage can wait for tasks of the same stage. A stage that keeps its
-    prerequisites deletes nothing of what its tasks read, so one of them can run again by itself.
+    Tasks of a layered stage can wait for tasks of the same stage.
 
     A task writes its results, then its commit record. Running it again writes the same bytes.
     """
@@ -41,7 +40,6 @@ class Stage(ABC):
     is_queued: ClassVar[bool] = False
     is_temporary: ClassVar[bool] = False
     is_layered: ClassVar[bool] = False
-    keeps_prerequisites: ClassVar[bool] = False
     after: ClassVar[str | None] = None
 
     @abstractmethod
@@ -59,6 +57,14 @@ class Stage(ABC):
     def awaiting(self, item: ItemHandle, committed: TaskKey) -> Sequence[Index]:
         """Return the chunks of the stage's tasks that wait for a task; inverse of `waits_for`."""
         return ()
+
+    def needs_again(self, item: ItemHandle, chunk: Index) -> Sequence[TaskKey]:
+        """Return the tasks that must run again before this task can run again.
+
+        By default all that it waits for, because their results are deleted once it is committed.
+        A stage that reads results that remain, such as voxels of the output, overrides this.
+        """
+        return self.waits_for(item, chunk)
 
     def stored_objects(self, item: ItemHandle, chunk: Index) -> Iterator[str]:
         """Yield the names in the output of the objects that a task writes, in a fixed order.

@@ -31,7 +31,6 @@ class DownsampleStage(Stage):
 
     kind: ClassVar[str] = "downsample"
     is_layered: ClassVar[bool] = True
-    keeps_prerequisites: ClassVar[bool] = True
 
     @override
     def chunks(self, item: ItemHandle) -> Iterator[Index]:
@@ -69,6 +68,10 @@ class DownsampleStage(Stage):
             for output, pyramid in enumerate(item.pyramids)
             for unit in pyramid.units_above_block(committed.chunk)
         ]
+
+    @override
+    def needs_again(self, item: ItemHandle, chunk: Index) -> Sequence[TaskKey]:
+        return ()  # what it reads is part of the output
 
     @override
     def stored_objects(self, item: ItemHandle, chunk: Index) -> Iterator[str]:

@@ -213,8 +213,8 @@ FAULTS = (
     Fault(
         "damaged-commit-sealed",
         FINALIZE,
-        "    _check_records(completion, valid)\n",
-        "",
+        "    if again := _check_records(completion, valid):\n",
+        "    if again := ():\n",
         "an output is sealed although one of its chunks has no valid commit record",
         named(DAMAGE, "damaged_commit_record_is"),
     ),
