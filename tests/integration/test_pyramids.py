@@ -155,10 +155,10 @@ def test_each_image_of_a_job_has_its_own_levels(tmp_path: Path) -> None:
 
 
 def test_each_output_of_a_job_has_levels_by_its_own_method(tmp_path: Path) -> None:
-    outputs = {"labels": {"combine": "soft"}, "mean": {}, "one": {"channels": 1}}
+    outputs = {"tissue": {"combine": "soft"}, "mean": {}, "one": {"channels": 1}}
     workspace = small_workspace(tmp_path, outputs=outputs, pyramid=AUTO)
     run(workspace)
-    for name, method in {"labels": "mode", "mean": "mean", "one": "mean"}.items():
+    for name, method in {"tissue": "mode", "mean": "mean", "one": "mean"}.items():
         assert_pyramid(levels(workspace.output / name), method)
     assert {chunk[0] for chunk in workspace.ledger.committed("downsample")} == {0, 1, 2}
 
