@@ -1,9 +1,11 @@
 """Pyramids: each level equals that of the whole array, for any workers, kills and resumption."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -11,9 +13,11 @@ import zarr
 from chunkq_worker.run_task import run_task
 
 import chunkq
+from chunkq.create import check_job, create_job
 from chunkq.errors import ErrorCode, QueueError
 from chunkq.finalize import finalize_job
 from chunkq.geometry.levels import level_factors
+from chunkq.job.job_file import load_job
 from chunkq.queue.contract.executor import Attempt
 from chunkq.stages.registry import stage_of
 from tests.harness.networks import toy_model
@@ -303,6 +307,49 @@ def test_chunks_that_turn_out_empty_leave_levels_of_the_fill_value(tmp_path: Pat
     assert_pyramid(stored, "mean")
     assert (stored[1][:, -4:] == 0).all()
     assert not [path for path in (workspace.output / "1/c/0/3").rglob("*") if path.is_file()]
+
+
+def test_a_damaged_level_is_found_and_costs_its_own_task(tmp_path: Path) -> None:
+    workspace = small_workspace(tmp_path, **LABELS)
+    run(workspace)
+    stored, computed = workspace.stored(), workspace.done("infer")
+    (workspace.output / "2/c/0/1").write_bytes(b"damaged")
+    report = workspace.call("verify", workspace.output, "--json")
+    assert report.code == 1
+    assert [entry["object"] for entry in json.loads(report.out)["damaged"]] == ["2/c/0/1"]
+    repaired = json.loads(workspace.call("verify", workspace.output, "--json", "--repair").ok().out)
+    assert repaired["chunks"] == []
+    assert len(repaired["others"]) == 1
+    workspace.finalize().ok()
+    assert workspace.stored() == stored
+    assert workspace.done("infer") == computed
+
+
+def test_in_a_bucket_levels_keep_their_names_and_those_of_earlier_jobs_are_deleted(
+    tmp_path: Path,
+) -> None:
+    filesystem = fsspec.filesystem("memory")
+    root = f"memory://{tmp_path.name}"
+    workspace = small_workspace(tmp_path, output=f"{root}/out.zarr", **LABELS)
+    job, _ = run_inline(workspace.folder / "job.json")
+
+    def arrays() -> list[str]:
+        paths = filesystem.ls(f"/{tmp_path.name}/out.zarr", detail=False)
+        return sorted(path.rpartition("/")[2] for path in paths)
+
+    assert arrays() == ["0", "1", "2", "3", "zarr.json"]
+    less = workspace.write_job("less.json", pyramid={"levels": 2}, output=f"{root}/out.zarr")
+    job = create_job(check_job(load_job(less)), overwrite=True)
+    # A late process of the first job writes under the old names.
+    filesystem.pipe(f"/{tmp_path.name}/out.zarr/3/c/0/0", b"late")
+    run_tasks(job)
+    finalize_job(job, worker="inline")
+    epoch = job.record.epoch
+    assert arrays() == [f"0.{epoch}", f"1.{epoch}", "zarr.json"]
+    image = zarr.open_group(f"{root}/out.zarr", mode="r")
+    stored = [np.asarray(image[dataset["path"]]) for dataset in datasets(image)]
+    assert_pyramid(stored, "mode", 2)
+    filesystem.rm(f"/{tmp_path.name}", recursive=True)
 
 
 def test_a_damaged_commit_record_of_a_level_is_replaced(tmp_path: Path) -> None:
