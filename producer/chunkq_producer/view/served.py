@@ -117,7 +117,7 @@ class ServedArray(Served):
             "dimension_names": [axis.name for axis in self.axes],
             "attributes": {},
         }
-        attributes: dict[str, Any] = image_metadata(self.axes, 3, "0")
+        attributes: dict[str, Any] = image_metadata({"0": self.axes}, 3)
         group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
         documents = {"zarr.json": group, "0/zarr.json": array}
         return {name: json.dumps(values).encode() for name, values in documents.items()}
