@@ -203,7 +203,7 @@ def _chunkq_output(path: str) -> ChunkqOutput | None:
                 space = file_space(
                     image.sources[0], [axis.size for axis in axes], plan.region.start
                 )
-                return ChunkqOutput(not plan.output.is_average, space)
+                return ChunkqOutput(plan.output.has_labels, space)
     return None
 
 

@@ -139,28 +139,42 @@ def is_image(axes: Sequence[Axis]) -> bool:
 
 
 def image_metadata(
-    axes: Sequence[Axis], zarr_format: int, path: str, labels: Mapping[str, Any] | None = None
+    levels: Mapping[str, Sequence[Axis]],
+    zarr_format: int,
+    method: str | None = None,
+    labels: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the group attributes of an image whose only level is the array `path`.
+    """Return the group attributes of an image, whose levels have these paths and axes.
 
-    `labels` is the value of `image-label` of an image of labels. The attributes are of OME-Zarr 0.5
-    for Zarr v3, of 0.4 for v2, and empty if OME-Zarr has no such image.
+    They are of OME-Zarr 0.5 for Zarr v3, of 0.4 for v2, and empty if OME-Zarr has no such image.
+    `method` is how a level is made of the one before. `labels` is the value of `image-label` of an
+    image of labels.
     """
+    axes = next(iter(levels.values()))
     if not is_image(axes):
         return {}
-    transforms: list[dict[str, Any]] = [{"type": "scale", "scale": [axis.scale for axis in axes]}]
-    translation = [axis.translation for axis in axes]
-    if any(translation):
-        transforms.append({"type": "translation", "translation": translation})
     image: dict[str, Any] = {
         "axes": [
             {"name": axis.name, "type": axis.kind} | ({"unit": axis.unit} if axis.unit else {})
             for axis in axes
         ],
-        "datasets": [{"path": path, "coordinateTransformations": transforms}],
+        "datasets": [
+            {"path": path, "coordinateTransformations": _transformations(axes)}
+            for path, axes in levels.items()
+        ],
     }
+    if method is not None:
+        image["type"] = method
     if zarr_format == 3:
         label = {"image-label": {"version": "0.5", **labels}} if labels else {}
         return {"ome": {"version": "0.5", "multiscales": [image], **label}}
     label = {"image-label": {"version": "0.4", **labels}} if labels else {}
     return {"multiscales": [{"version": "0.4", **image}], **label}
+
+
+def _transformations(axes: Sequence[Axis]) -> list[dict[str, Any]]:
+    transforms: list[dict[str, Any]] = [{"type": "scale", "scale": [axis.scale for axis in axes]}]
+    translation = [axis.translation for axis in axes]
+    if any(translation):
+        transforms.append({"type": "translation", "translation": translation})
+    return transforms
