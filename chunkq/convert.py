@@ -205,7 +205,8 @@ def _chunkq_output(path: str) -> ChunkqOutput | None:
 
 
 def _parents(path: str) -> Iterator[tuple[str, str]]:
-    """Yield the folders above an array that can be an output, and the rest of the path."""
+    """Yield what can be the output that is or contains an array, and the rest of the path."""
+    yield path, ""
     parts = path.rstrip("/").split("/")
     for count in range(len(parts) - 1, max(0, len(parts) - 4), -1):
         yield "/".join(parts[:count]), "/".join(parts[count:])

@@ -85,10 +85,16 @@ def _run_tasks(
     """Run tasks of a stage in the pool; return those that succeeded, and the damaged results."""
     succeeded: list[tuple[ItemHandle, Index]] = []
     lost: Lost = {}
+
+    def report(label: str, done: int, total: int) -> None:
+        emit(StageProgress(label, done, total))
+
     emit(StageProgress(PROGRESS_STAGE, 0, len(tasks)))
     for first in range(0, len(tasks), BATCH_SIZE):
         batch = tasks[first : first + BATCH_SIZE]
-        futures = {pool.submit(stage.run, *task, attempt): task for task in batch}
+        futures = {
+            pool.submit(stage.run_with_progress, *task, attempt, report): task for task in batch
+        }
         try:
             for done, future in enumerate(as_completed(futures), start=first + 1):
                 try:

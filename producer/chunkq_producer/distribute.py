@@ -33,7 +33,7 @@ def distribute(
     """
     completion = check_completion(job, allow_missing=allow_missing)
     for stage in stages():
-        if not stage.is_queued:
+        if not (stage.is_queued or stage.is_final):
             ready = completion.ready(stage)
             _run_on_workers(job, executor, stage.kind, ready, emit)
             completion = completion.without(stage, ready)
