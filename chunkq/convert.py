@@ -18,7 +18,8 @@ from chunkq.job.events import Message, Sink, StageProgress, ignore
 from chunkq.job.fields import InputConfig
 from chunkq.job.job_folder import JobFolder
 from chunkq.job.job_path import SUFFIX, job_folder_of
-from chunkq.job.output import ATTRIBUTE, output_axes
+from chunkq.job.output import output_axes
+from chunkq.job.output_documents import ATTRIBUTE
 from chunkq.job.output_name import export_target
 from chunkq.paths import absolute_input, is_url, join, split_format, without_secret
 from chunkq.storage.array import Array

@@ -359,6 +359,13 @@ class ItemHandle:
         outer = self._stored_box(box)
         return self.image.target.store(outer, values.reshape(outer.shape))
 
+    def read_output(self, array: Array, box: Box) -> npt.NDArray[Any]:
+        """Read final voxels ([C,] *box.shape) from the open output array of the item's image.
+
+        `box` is not empty. Raises ChunkReadError.
+        """
+        return array.read(self._stored_box(box)).reshape(self.plan.output_box(box).shape)
+
     def object_names(self, box: Box) -> Iterator[str]:
         """Yield the names in the output of the objects that hold a box of voxels, in a fixed order.
 
