@@ -77,7 +77,7 @@ def finalize_job(
         _raise_if_lost(job, lost)
         if not missing:
             _raise_if_left(completion)
-        return _seal(completion, missing, warnings)
+        return _seal(completion, missing, warnings, Attempt(1, worker))
 
 
 def _run_tasks(
@@ -157,13 +157,16 @@ def max_concurrent_blocks(job: JobHandle) -> int:
     return max(1, min(FINALIZER_THREADS, FINALIZER_BYTES // max(1, largest)))
 
 
-def _seal(completion: JobCompletion, missing: Pending, warnings: Sequence[str]) -> dict[str, Any]:
+def _seal(
+    completion: JobCompletion, missing: Pending, warnings: Sequence[str], attempt: Attempt
+) -> dict[str, Any]:
     """Verify the commit records, seal the output unless chunks are missing, write the report."""
     job, valid = completion.job, ValidCommits(set)
-    seams = [] if missing else measure_seams(job)
+    # The store of files is deleted when they are sealed.
+    seams = [] if missing or not job.output.arrays else measure_seams(job)
     warnings = [*warnings, *(seam.warning for seam in seams if seam.is_visible)]
     report = _report(job, valid, missing, warnings, seams)
-    _check_records(completion, valid)
+    _check_records(completion, valid, attempt)
     if missing:
         job.output.mark_incomplete(check_unchanged=job.check_unchanged)
     else:
@@ -175,12 +178,12 @@ def _seal(completion: JobCompletion, missing: Pending, warnings: Sequence[str]) 
     return report
 
 
-def _check_records(completion: JobCompletion, valid: ValidCommits) -> None:
+def _check_records(completion: JobCompletion, valid: ValidCommits, attempt: Attempt) -> None:
     """Delete damaged commit records and raise IncompleteError if there are any.
 
     `completion` lists the tasks that have no record. Another task without a valid record must run
     again, and with it those that `Stage.needs_again` names. The commit records of these are
-    deleted, too.
+    deleted, too. A task of a final stage runs again at once, if the output that it reads remains.
     """
     job, lost = completion.job, Lost()
     for stage in stages():
@@ -190,6 +193,10 @@ def _check_records(completion: JobCompletion, valid: ValidCommits) -> None:
         for item in job.items:
             for chunk in stage.chunks(item):
                 if chunk in valid[item.number, stage.kind] or (item.number, chunk) in absent:
+                    continue
+                if stage.is_final and not job.ledger.is_sealed():
+                    item.ledger.delete_commits(stage.kind, [chunk])
+                    stage.run(item, chunk, attempt)
                     continue
                 for key in (TaskKey(stage.kind, chunk), *stage.needs_again(item, chunk)):
                     item.ledger.delete_commits(key.kind, [key.chunk])
@@ -203,7 +210,8 @@ def job_report(job: JobHandle, missing: Pending = ()) -> dict[str, Any]:
 
     Of a sealed output, borders between blocks are measured again.
     """
-    seams = measure_seams(job) if job.ledger.is_sealed() else []
+    has_arrays = job.ledger.is_sealed() and job.output.arrays
+    seams = measure_seams(job) if has_arrays else []
     return _report(job, ValidCommits(set), missing, seams=seams)
 
 

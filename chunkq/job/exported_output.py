@@ -9,9 +9,11 @@ from typing_extensions import override
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.job.exports import ExportedFile, exported_files
 from chunkq.job.ledger import Ledger
-from chunkq.job.output import Output
+from chunkq.job.output import Output, StoredArray
+from chunkq.job.output_documents import WrittenDocument
 from chunkq.job.record import JobRecord
 from chunkq.paths import open_filesystem, without_secret
+from chunkq.storage.objects import ObjectFolder
 
 KIND = "export"
 """Kind of the tasks that write files."""
@@ -28,7 +30,7 @@ class ExportedOutput(Output):
     def __init__(self, record: JobRecord, ledger: Ledger) -> None:
         super().__init__(ledger.store, record)
         self._ledger = ledger
-        self._files = tuple(exported_files(record))
+        self.files = tuple(exported_files(record))
 
     @property
     @override
@@ -45,8 +47,24 @@ class ExportedOutput(Output):
             super().check_array()
 
     @override
+    def mark_incomplete(self, *, check_unchanged: Callable[[], None]) -> None:
+        if ObjectFolder(self.path).folders():
+            super().mark_incomplete(check_unchanged=check_unchanged)
+        else:  # the files are to be made again
+            self.prepare(anything_done=False, check_unchanged=check_unchanged)
+
+    @property
+    @override
+    def arrays(self) -> list[StoredArray]:
+        return [] if self._ledger.is_sealed() else super().arrays
+
+    @override
+    def documents(self, state: str) -> list[WrittenDocument]:
+        return [] if self._ledger.is_sealed() else super().documents(state)
+
+    @override
     def seal(self, *, check_unchanged: Callable[[], None]) -> None:
-        missing = [file for file in self._files if not self._is_written(file)]
+        missing = [file for file in self.files if not self._is_written(file)]
         if missing:
             raise StoreError(
                 f"output: {without_secret(missing[0].path)} is missing or was changed since it was "
@@ -62,7 +80,7 @@ class ExportedOutput(Output):
 
     @override
     def is_sealed(self) -> bool:
-        return all(map(self._is_written, self._files))
+        return all(map(self._is_written, self.files))
 
     def _is_written(self, file: ExportedFile) -> bool:
         """Return whether a file has the size that its commit record has."""

@@ -109,6 +109,11 @@ class Output:
         return self._images[image.number]
 
     @property
+    def path(self) -> str:
+        """Path of the store."""
+        return self._path
+
+    @property
     def has_final_name(self) -> bool:
         """Whether an array was renamed to its final name."""
         return any(image.has_final_name for image in self._images)

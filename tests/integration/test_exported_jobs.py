@@ -25,8 +25,10 @@ from chunkq.job.job_handle import open_job
 from chunkq.job.ledger import ItemLedger, Ledger
 from chunkq.job.task_records import Commit
 from chunkq.queue.registry import open_executor
+from chunkq.repair import repair_output
 from chunkq.stages import export
 from chunkq.stages.registry import stage_of
+from chunkq.verify import verify_job
 from tests.harness.nifti import TURNED, write_nifti
 from tests.harness.volumes import read_output
 from tests.harness.workspace import run_inline, run_tasks
@@ -289,3 +291,38 @@ def test_a_damaged_store_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ChunkqError):
         finalize_job(job, worker="last")
     assert not (tmp_path / "seg.nii.gz").exists()
+
+
+def test_a_damaged_file_is_found_and_made_again(tmp_path: Path) -> None:
+    keys = job_in(tmp_path)
+    job, _ = run_inline(keys)
+    file = tmp_path / "seg.nii.gz"
+    content = file.read_bytes()
+    assert verify_job(job).is_sound
+    file.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    found = verify_job(job)
+    assert [(problem.name, problem.damage) for problem in found.problems] == [
+        ("seg.nii.gz", "damaged")
+    ]
+    repair = repair_output(job, found)
+    assert len(repair.chunks) == job.costs.chunks
+    assert not verify_job(job).problems
+    continued = create_job(check_job(load_job(keys)))
+    run_tasks(continued)
+    finalize_job(continued, worker="again")
+    assert file.read_bytes() == content
+    assert verify_job(continued).is_sound
+
+
+def test_a_damaged_commit_record_of_a_file_writes_it_again(tmp_path: Path) -> None:
+    job = create_job(check_job(load_job(job_in(tmp_path))))
+    run_tasks(job)
+    for chunk in stage_of("finalize").chunks(job.items[0]):
+        stage_of("finalize").run(job.items[0], chunk, export.Attempt(1, "here"))
+    stage_of("export").run(job.items[0], (0,), export.Attempt(1, "here"))
+    content = (tmp_path / "seg.nii.gz").read_bytes()
+    (record,) = Path(job.ledger.path, "done", "export", "0").iterdir()
+    record.write_bytes(b"damaged")
+    finalize_job(job, worker="last")
+    assert (tmp_path / "seg.nii.gz").read_bytes() == content
+    assert job_status(job, None).sealed
