@@ -213,7 +213,7 @@ FAULTS = (
     Fault(
         "damaged-commit-sealed",
         FINALIZE,
-        "    _check_records(completion, valid)\n",
+        "    _check_records(completion, valid, attempt)\n",
         "",
         "an output is sealed although one of its chunks has no valid commit record",
         named(DAMAGE, "damaged_commit_record_is"),
