@@ -175,7 +175,7 @@ class TiffWriter(ExportWriter):
             for number, level in enumerate(self._levels):
                 shape = (*self._image.shape[:-PLANE_RANK], *level.shape)
                 writer.write(
-                    _tiles(scratch[number].pages(shape, self.dtype)),
+                    _tiles(scratch[number].rows(shape, self.dtype)),
                     shape=shape,
                     dtype=self.dtype,
                     subfiletype=1,
@@ -259,11 +259,17 @@ class _Scratch:
         """Append voxels."""
         self._file.write(as_bytes(values))
 
-    def pages(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[Voxels]:
-        """Yield the pages of the level."""
+    def rows(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[Voxels]:
+        """Yield the level's pages in order, in whole rows of tiles."""
         self._file.flush()
-        voxels = np.memmap(self._path, dtype, "r", 0, shape)
-        yield from voxels.reshape(-1, *shape[-PLANE_RANK:])
+        height, width = shape[-PLANE_RANK:]
+        at_once = max(1, ENCODED_BYTES // (TILE * width * dtype.itemsize)) * TILE
+        # Not mapped: pages of a mapped file count as memory of the process.
+        with open(self._path, "rb") as file:
+            for _ in range(prod(shape[:-PLANE_RANK])):
+                for start in range(0, height, at_once):
+                    rows = min(at_once, height - start)
+                    yield np.fromfile(file, dtype, rows * width).reshape(rows, width)
 
 
 def _tiles(blocks: Iterator[Voxels]) -> Iterator[Voxels]:
