@@ -13,7 +13,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
@@ -34,7 +34,7 @@ from chunkq.storage.formats.zarr import ZARR_FORMAT, ZarrFormat, array_metadata
 from chunkq.storage.formats.zarr_writing import WritableArray
 from chunkq.storage.object_grid import ObjectGrid
 from chunkq.storage.objects import LOCK, ObjectFolder
-from chunkq.storage.ome import image_metadata, is_image
+from chunkq.storage.ome import image_metadata, is_image, label_metadata
 
 SEALED_NAME = "0"
 GROUP = {2: ".zattrs", 3: "zarr.json"}
@@ -57,7 +57,7 @@ def new_record(record: JobRecord, *, replaces: bool) -> JobRecord:
     has_final_name = is_url(record.job.output) and not replaces
     name = SEALED_NAME if has_final_name else f"{SEALED_NAME}.{epoch}"
     metadata: dict[str, str] = {}
-    for image, plan in zip(record.images, record.image_plans(), strict=True):
+    for image, plan in _named_plans(record):
         axes = output_axes(image, plan)
         leading = (1,) * (len(axes) - plan.rank)
         chunks = (min(u, v) for u, v in zip(plan.storage_chunks, plan.region.shape, strict=True))
@@ -70,15 +70,32 @@ def new_record(record: JobRecord, *, replaces: bool) -> JobRecord:
             zarr_format=record.job.zarr_format,
             axes=[axis.name for axis in axes] if is_image(axes) else None,
         )
-        metadata |= {_below(image, path): text for path, text in documents.items()}
+        folder = image_folder(image, plan.output.name)
+        metadata |= {_below(folder, path): text for path, text in documents.items()}
     return replace(record, epoch=epoch, array=name, metadata=metadata)
 
 
-def output_axes(image: Image, plan: Plan) -> tuple[Axis, ...]:
-    """Return the axes of the output array of an image, whose items have this plan.
+def _named_plans(record: JobRecord) -> Iterator[tuple[Image, Plan]]:
+    """Yield the plan of each output of each image."""
+    for image, plan in zip(record.images, record.image_plans(), strict=True):
+        for view in plan.views:
+            yield image, view
 
-    These are the series axes of the image, the channels of the network if they are stored, and the
-    spatial axes, which begin and end with the region of the job.
+
+def image_folder(image: Image, output: str) -> str:
+    """Return the name in the output of the OME-Zarr image of an image and one of its outputs.
+
+    It is empty if the output of the job is this image.
+    """
+    return "/".join(filter(None, (image.name, output)))
+
+
+def output_axes(image: Image, plan: Plan) -> tuple[Axis, ...]:
+    """Return the axes of the array of an output of an image, whose items have this plan.
+
+    `plan` is that of the output (`Plan.of_output`). The axes are the series axes of the image, the
+    channels of the network if they are stored, and the spatial axes, which begin and end with the
+    region of the job.
     """
     channels = [channel_axis(plan.channels)] if plan.channel_axis else []
     region = plan.region
@@ -86,13 +103,16 @@ def output_axes(image: Image, plan: Plan) -> tuple[Axis, ...]:
     return with_unique_names([*image.series_axes, *channels, *spatial])
 
 
-def _below(image: Image, name: str) -> str:
-    """Return the name in the output of a document of an image."""
-    return name if image.is_alone else f"{image.name}/{name}"
+def _below(folder: str, name: str) -> str:
+    """Return the name in the output of an object in a folder of it."""
+    return f"{folder}/{name}" if folder else name
 
 
 class Output:
     """The output store of a job: one image, or a group of images.
+
+    Several images of the input, and several outputs of each, are groups of images, one in the
+    other.
 
     Methods raise StoreError, and OSError if the storage fails. Methods that change the output call
     `check_unchanged`, which raises if the job was replaced, before each change.
@@ -100,13 +120,28 @@ class Output:
 
     def __init__(self, path: str, record: JobRecord) -> None:
         self._path, self._record = path, record
-        self._images = tuple(ImageOutput(path, record, image) for image in record.images)
-        is_group = not all(image.is_alone for image in record.images)
-        self._group = ImageGroup(path, record) if is_group else None
+        names = list(record.job.output_configs())
+        self._by_image = tuple(
+            tuple(ImageOutput(path, record, image, n) for n in range(len(names)))
+            for image in record.images
+        )
+        self._images = tuple(output for outputs in self._by_image for output in outputs)
+        folders = [image.name for image in record.images if image.name]
+        outputs = [name for name in names if name]
+        # Inner groups first: the outermost one decides whether the job is sealed.
+        groups = [(folder, outputs) for folder in folders if outputs]
+        members = [_below(folder, name) for folder in folders for name in outputs or [""]]
+        members = [name.rstrip("/") for name in members] or outputs
+        groups += [("", members)] if members else []
+        self._groups = tuple(ImageGroup(path, record, folder, names) for folder, names in groups)
 
-    def image(self, image: Image) -> ImageOutput:
-        """Return the output of an image."""
-        return self._images[image.number]
+    def image(self, image: Image, number: int = 0) -> ImageOutput:
+        """Return the output of an image, by its number among the outputs of the job."""
+        return self._by_image[image.number][number]
+
+    def images_of(self, image: Image) -> tuple[ImageOutput, ...]:
+        """Return all outputs of an image."""
+        return self._by_image[image.number]
 
     @property
     def path(self) -> str:
@@ -124,8 +159,8 @@ class Output:
         Works from any interrupted state. Raises StoreError if the metadata of an array changed, or
         if an array is missing although chunks are committed (`anything_done`).
         """
-        if self._group is not None:
-            self._group.prepare(check_unchanged)
+        for group in reversed(self._groups):
+            group.prepare(check_unchanged)
         for image in self._images:
             image.prepare(anything_done=anything_done, check_unchanged=check_unchanged)
 
@@ -147,15 +182,15 @@ class Output:
         """Write the group metadata of an output that will be read before it is complete."""
         for image in self._images:
             image.mark_incomplete(check_unchanged=check_unchanged)
-        if self._group is not None:
-            self._group.write("incomplete", check_unchanged)
+        for group in self._groups:
+            group.write("incomplete", check_unchanged)
 
     def seal(self, *, check_unchanged: Callable[[], None]) -> None:
         """Mark the output as complete; rename local arrays to their final name. Idempotent."""
         for image in self._images:
             image.seal(check_unchanged=check_unchanged)
-        if self._group is not None:
-            self._group.write("complete", check_unchanged)
+        for group in self._groups:
+            group.write("complete", check_unchanged)
 
     def unlisted(self) -> list[str]:
         """Return warnings for groups that contain the output and whose readers do not find it."""
@@ -175,22 +210,24 @@ class Output:
     def documents(self, state: str) -> list[WrittenDocument]:
         """Return the metadata documents that an output in this state has."""
         documents = [document for image in self._images for document in image.documents(state)]
-        return documents if self._group is None else [*documents, *self._group.documents(state)]
+        return [*documents, *(one for group in self._groups for one in group.documents(state))]
 
     def is_sealed(self) -> bool:
         """Return whether the group metadata mark this job as complete."""
-        if self._group is not None:
-            return self._group.is_described("complete")
+        if self._groups:
+            return self._groups[-1].is_described("complete")
         return all(image.is_sealed() for image in self._images)
 
 
 class ImageOutput:
-    """The output of one image. Methods raise StoreError, and OSError if the storage fails."""
+    """One output of an image. Methods raise StoreError, and OSError if the storage fails."""
 
-    def __init__(self, path: str, record: JobRecord, image: Image) -> None:
-        self.path = path if image.is_alone else join(path, image.name)
-        self._record, self._image = record, image
-        prefix = _below(image, "")
+    def __init__(self, path: str, record: JobRecord, image: Image, number: int = 0) -> None:
+        """`number` is that of the output among those of the job."""
+        self._folder = image_folder(image, list(record.job.output_configs())[number])
+        self.path = join(path, self._folder) if self._folder else path
+        self._record, self._image, self._number = record, image, number
+        prefix = _below(self._folder, "")
         self._metadata = {
             name.removeprefix(prefix): text
             for name, text in record.metadata.items()
@@ -244,7 +281,7 @@ class ImageOutput:
     @property
     def arrays(self) -> list[StoredArray]:
         """The arrays of the image, where they are now."""
-        folder = _below(self._image, self._current_name)
+        folder = _below(self._folder, self._current_name)
         return [StoredArray(self.array_folder, folder, self.grid)]
 
     def documents(self, state: str) -> list[WrittenDocument]:
@@ -257,7 +294,7 @@ class ImageOutput:
         }
         return [
             WrittenDocument(
-                _below(self._image, path),
+                _below(self._folder, path),
                 text,
                 is_array=path in arrays and path.endswith(ARRAY[self._format]),
             )
@@ -277,7 +314,7 @@ class ImageOutput:
     @property
     def array_folder(self) -> str:
         """Name in the output of the folder of the array, while the job runs."""
-        return _below(self._image, self._record.array)
+        return _below(self._folder, self._record.array)
 
     @cached_property
     def grid(self) -> ObjectGrid:
@@ -394,8 +431,11 @@ class ImageOutput:
         """Return the group attributes that chunkq writes: `chunkq` and OME-Zarr metadata."""
         record = self._record
         status = _status(record, state) | {"array": name}
-        axes = output_axes(self._image, record.image_plan(self._image))
-        image = image_metadata(axes, self._format, name)
+        plan = record.image_plan(self._image).of_output(self._number)
+        image = image_metadata(output_axes(self._image, plan), self._format, name)
+        if image and plan.output.class_names and not plan.output.is_average:
+            labels = label_metadata(plan.output.class_names, self._format)
+            image |= labels | {"ome": image["ome"] | labels["ome"]} if "ome" in image else labels
         return {**image, ATTRIBUTE: status}
 
     def _put(self, documents: dict[str, str]) -> None:
@@ -414,10 +454,12 @@ class StoredArray(NamedTuple):
 
 
 class ImageGroup:
-    """The group of a job with several images, laid out as bioformats2raw does (layout 3)."""
+    """A group of images, or of such groups, laid out as bioformats2raw does (layout 3)."""
 
-    def __init__(self, path: str, record: JobRecord) -> None:
-        self._record, self._format = record, record.job.zarr_format
+    def __init__(self, path: str, record: JobRecord, folder: str, members: Sequence[str]) -> None:
+        """`folder` is the path of the group in the output, `members` the images in the group."""
+        self._record, self._format, self._members = record, record.job.zarr_format, members
+        self._folder, path = folder, join(path, folder) if folder else path
         self._objects, self._series = ObjectFolder(path), ObjectFolder(join(path, "OME"))
 
     def prepare(self, check_unchanged: Callable[[], None]) -> None:
@@ -434,11 +476,13 @@ class ImageGroup:
         root = _written_group(self._format, self._attributes(state))
         series = _written_group(self._format, self._series_attributes)
         documents = root | {f"OME/{name}": text for name, text in series.items()}
-        return [WrittenDocument(name, text) for name, text in documents.items()]
+        return [
+            WrittenDocument(_below(self._folder, name), text) for name, text in documents.items()
+        ]
 
     @property
     def _series_attributes(self) -> dict[str, Any]:
-        series: dict[str, Any] = {"series": [image.name for image in self._record.images]}
+        series: dict[str, Any] = {"series": list(self._members)}
         return {"ome": {"version": "0.5", **series}} if self._format == 3 else series
 
     def write(self, state: str, check_unchanged: Callable[[], None]) -> None:

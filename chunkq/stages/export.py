@@ -129,8 +129,8 @@ def _write(item: ItemHandle, file: ExportedFile, path: str, report: Report) -> t
     found = writers(item.job.record, file)
     total, before = sum(writer.steps for writer in found), 0
     label = f"writing {file.path.rpartition('/')[2]}"
-    for writer in found:
-        array = item.job.output.image(file.image).open()
+    for number, writer in zip(file.outputs, found, strict=True):
+        array = item.job.output.image(file.image, number).open()
         copy_image(writer, array, path, _shifted(report, label, before, total))
         before += writer.steps
     with open(path, "rb") as content:

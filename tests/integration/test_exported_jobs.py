@@ -326,3 +326,22 @@ def test_a_damaged_commit_record_of_a_file_writes_it_again(tmp_path: Path) -> No
     finalize_job(job, worker="last")
     assert (tmp_path / "seg.nii.gz").read_bytes() == content
     assert job_status(job, None).sealed
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".h5"])
+def test_several_outputs_are_a_file_each_or_datasets(suffix: str, tmp_path: Path) -> None:
+    keys = job_in(tmp_path, f"seg{suffix}")
+    del keys["combine"]
+    keys["outputs"] = {"bright": {"combine": "soft"}, "score": {"output_dtype": "float16"}}
+    run_inline(keys)
+    run_inline(keys | {"output": str(tmp_path / "seg.zarr")})
+    for name, dtype in (("bright", "uint8"), ("score", "float32")):
+        expected = read_output(tmp_path / "seg.zarr" / name)
+        if suffix == ".h5":
+            with h5py.File(tmp_path / "seg.h5") as file:
+                assert sorted(file) == ["bright", "score"]
+                np.testing.assert_array_equal(file[name][...].squeeze(), expected.squeeze())
+            continue
+        image = nibabel.load(tmp_path / f"seg.{name}.nii.gz")  # type: ignore[attr-defined]
+        assert image.get_data_dtype() == dtype
+        np.testing.assert_array_equal(np.asarray(image.dataobj).T.squeeze(), expected.squeeze())
