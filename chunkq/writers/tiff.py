@@ -235,6 +235,9 @@ class TiffWriter(ExportWriter):
         ):
             values["TimeIncrement"] = time.scale * unit_factor(time.unit, second, SECONDS)
             values["TimeIncrementUnit"] = UNITS[second]
+        if self.image.values is not None:
+            numbers = self.image.values.attributes
+            values["MapAnnotation"] = {"Namespace": "chunkq", "Value": numbers}
         if self.image.channels:
             values["Channel"] = {"Name": list(self.image.channels)}
         return values

@@ -85,6 +85,7 @@ class ZarrWriter(PyramidWriter):
                 image["datasets"] += level["ome"]["multiscales"][0]["datasets"]
             if self.levels:
                 image["type"] = self.method
-        attributes |= self.image.attributes
+        if self.image.values is not None:
+            attributes["chunkq"] = self.image.values.attributes
         group = {"zarr_format": FORMAT, "node_type": "group", "attributes": attributes}
         ObjectFolder(path).put(DOCUMENT, json.dumps(group, indent=2).encode())
