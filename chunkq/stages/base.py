@@ -42,6 +42,8 @@ class Stage(ABC):
     The tasks of a final stage wait for all tasks of the job but those of its own stage. The
     finalizer runs them.
 
+    Tasks of a layered stage can wait for tasks of the same stage.
+
     A task writes its results, then its commit record. Running it again writes the same bytes.
     """
 
@@ -49,6 +51,7 @@ class Stage(ABC):
     is_queued: ClassVar[bool] = False
     is_temporary: ClassVar[bool] = False
     is_final: ClassVar[bool] = False
+    is_layered: ClassVar[bool] = False
     after: ClassVar[str | None] = None
 
     @abstractmethod

@@ -11,13 +11,13 @@ from typing import ClassVar
 from typing_extensions import override
 from zlib_ng import zlib_ng
 
-from chunkq.errors import ErrorCode, QueueError
+from chunkq.errors import ErrorCode, QueueError, StoreError
 from chunkq.job.exported_output import KIND, SIZE
 from chunkq.job.exports import ExportedFile, exported_files, writers
 from chunkq.job.job_handle import ItemHandle
 from chunkq.job.object_checksums import encode_checksums
 from chunkq.job.task_records import Commit
-from chunkq.paths import is_url, join, open_filesystem
+from chunkq.paths import is_url, join, open_filesystem, without_secret
 from chunkq.plan.plan import Index
 from chunkq.queue.contract.executor import Attempt
 from chunkq.stages.base import Report, Stage, not_reported
@@ -39,7 +39,6 @@ class ExportStage(Stage):
 
     kind: ClassVar[str] = KIND
     is_final: ClassVar[bool] = True
-    keeps_prerequisites: ClassVar[bool] = True
 
     @override
     def chunks(self, item: ItemHandle) -> Iterator[Index]:
@@ -85,6 +84,12 @@ def _files(item: ItemHandle) -> list[ExportedFile]:
 
 def _export(item: ItemHandle, file: ExportedFile, attempt: Attempt, report: Report) -> None:
     started, job = time.time(), item.job
+    if job.ledger.is_sealed():
+        raise StoreError(
+            f"output: {without_secret(file.path)} cannot be written again, because the voxels of a "
+            "complete job are deleted; use --overwrite to start again",
+            code=ErrorCode.OUTPUT_CHANGED,
+        )
     name = f"{uuid.uuid4().hex}.partial"
     if is_url(file.path):
         with scratch_folder(KIND) as folder:

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from chunkq.blend.downsampling import downsample
 from chunkq.errors import ErrorCode, StoreError
-from chunkq.geometry.axis_units import METERS, SECONDS, common_unit, unit_factor
+from chunkq.geometry.axis_units import METERS, SECONDS, common_unit, unit_factor, voxel_sizes
 from chunkq.geometry.levels import Level, pyramid_levels
 from chunkq.install_hint import install_command
 from chunkq.storage.array import Voxels
@@ -125,7 +125,7 @@ class TiffWriter(ExportWriter):
     def _pyramid(self) -> tuple[Level, ...]:
         y, x = self._image.axes[-PLANE_RANK:]
         edges = (TILE, TILE)
-        sizes = [abs(axis.scale) * METERS.get(axis.unit or "", 1.0) or 1.0 for axis in (y, x)]
+        sizes = voxel_sizes((y, x))
         return pyramid_levels((y.size, x.size), sizes, edges, edges, edges, self.options.levels)
 
     def _blocks(self) -> Blocks:
