@@ -80,7 +80,8 @@ def neighbors(axis: AxisGeometry, grid: int, number: int) -> Neighbors:
     """Return the neighbors of patch `number` of grid `grid` along the axis."""
     own_grid = axis.grids[grid]
     start = own_grid.start(number) + own_grid.lead
-    low, high = max(0, -start), min(own_grid.kept, axis.volume - start)
+    first, end = own_grid.kept_in_volume(number)
+    low, high = (first - start, end - start) if first < end else (0, 0)
     starts = tuple(
         tuple(
             other.start(k) + other.lead - start for k in other.touching(start + low, start + high)

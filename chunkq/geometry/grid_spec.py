@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -13,6 +12,8 @@ from chunkq.geometry.grids import AxisGeometry, AxisGrid, Edge
 from chunkq.geometry.padding import PadMode
 
 Shape = tuple[int, ...]
+Scale = tuple[Fraction, ...]
+"""Voxels of the input per voxel of an output, one factor per spatial axis."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class GridSpec:
     alignment      a region that starts at multiples of these has the blocks of the whole image;
                    None for the storage chunks
     unit           the last patch that `edge` `shift` moves starts at a multiple of this; None for 1
+    scale          voxels of the input per voxel of this grid; None for 1
     """
 
     shape: Shape
@@ -59,6 +61,7 @@ class GridSpec:
     reach: Shape | None = None
     alignment: Shape | None = None
     unit: Shape | None = None
+    scale: Scale | None = None
 
     @property
     def rank(self) -> int:
@@ -93,7 +96,7 @@ class GridSpec:
         """Multiples at which a region starts that has the blocks of the whole image."""
         return self.alignment or self.storage
 
-    def of_output(self, scale: Sequence[Fraction], patch: Shape, storage: Shape) -> GridSpec:
+    def of_output(self, scale: Scale, patch: Shape, storage: Shape) -> GridSpec:
         """Return the same patches and blocks in voxels of an output, of which each is `scale` long.
 
         `patch` is the output patch and `storage` a storage chunk, in voxels of the output. The
@@ -128,6 +131,7 @@ class GridSpec:
             reach=_unless(0, tuple((w - q) // 2 for w, q in zip(widest, patch, strict=True))),
             alignment=None if (steps := scaled(self.aligned_steps)) == storage else steps,
             unit=_unless(1, scaled(self.unit or (1,) * self.rank)),
+            scale=None if set(scale) == {1} else scale,
         )
 
     @cached_property
