@@ -66,8 +66,9 @@ class Neighbors:
     """The patches that overlap one patch along one axis, itself included.
 
     Positions are relative to the first kept voxel of the patch. `[low, high)` is the part of its
-    kept voxels inside the volume. `starts[g]` holds the first kept voxels of the patches of grid g
-    whose kept voxels intersect that part. Normalized weights depend on nothing else.
+    kept voxels inside the volume; it can be empty. `starts[g]` holds the first kept voxels of the
+    patches of grid g whose kept voxels intersect that part. Normalized weights depend on nothing
+    else.
     """
 
     low: int
@@ -81,7 +82,9 @@ def neighbors(axis: AxisGeometry, grid: int, number: int) -> Neighbors:
     own_grid = axis.grids[grid]
     start = own_grid.start(number) + own_grid.lead
     first, end = own_grid.kept_in_volume(number)
-    low, high = (first - start, end - start) if first < end else (0, 0)
+    if first == end:
+        return Neighbors(0, 0, ((),) * len(axis.grids))
+    low, high = first - start, end - start
     starts = tuple(
         tuple(
             other.start(k) + other.lead - start for k in other.touching(start + low, start + high)
