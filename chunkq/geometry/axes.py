@@ -149,15 +149,22 @@ def cropped(axis: Axis, start: int, stop: int) -> Axis:
     return replace(axis, size=stop - start, translation=axis.translation + start * axis.scale)
 
 
-def scaled(axis: Axis, factor: Fraction) -> Axis:
-    """Return an axis with voxels of which each is `factor` of these long, from the same edge on."""
-    shift = float((factor - 1) / 2) * axis.scale
+def reduced(axis: Axis, size: int, factor: int | Fraction) -> Axis:
+    """Return an axis of `size` voxels, each of which `factor` voxels of this axis become.
+
+    The first voxel is in the middle of those that it is made of.
+    """
     return replace(
         axis,
-        size=ceil(axis.size / factor),
+        size=size,
         scale=axis.scale * float(factor),
-        translation=axis.translation + shift,
+        translation=axis.translation + float((factor - 1) / 2) * axis.scale,
     )
+
+
+def scaled(axis: Axis, factor: Fraction) -> Axis:
+    """Return an axis with voxels of which each is `factor` of these long, from the same edge on."""
+    return reduced(axis, ceil(axis.size / factor), factor)
 
 
 def looks_like_color(shape: Sequence[int]) -> bool:

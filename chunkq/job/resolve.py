@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from math import lcm, prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from chunkq.job.axis_order import (
 from chunkq.job.fields import MAX_INTEGER, Below, bounds_of, printed_bounds
 from chunkq.job.job_file import Job
 from chunkq.job.output_specs import MAX_PATCH_VALUES, NetworkOutput, ResolvedOutput
-from chunkq.plan.chunk_choice import choose_chunks, largest_storage, storage_edge
+from chunkq.plan.chunk_choice import choose_chunks, inner_chunk, storage_edge
 from chunkq.plan.empty_rule import EmptyRule
 from chunkq.plan.outputs import OutputSpec
 from chunkq.plan.plan import Plan, Volume
@@ -162,6 +162,7 @@ def _length_problems(job: Job, volume: Volume, path: str, remedies: Remedies) ->
         "strides": job.strides,
         "margin": job.margin,
         "storage_chunks": job.storage_chunks,
+        "storage_shards": job.storage_shards,
         "roi": job.roi,
     }
     lists |= {f"offsets.{i}": offset for i, offset in enumerate(job.offsets)}
@@ -473,33 +474,42 @@ class _Shapes:
         # are not skipped, so with such patches a chunk computes all of its batches.
         skips = job.mask is not None or job.skip_empty is not None
         batch = MAX_INTEGER if skips else job.model.max_batch_size
-        grid, storages = self._with_chunks(spec)
+        grid, stored = self._with_chunks(spec)
         grid = replace(grid, region=region, batch=batch)
         specs = [
-            self._own_grid(output, grid, storage)
-            for output, storage in zip(self.outputs, storages, strict=True)
+            self._own_grid(output, grid, one)
+            for output, one in zip(self.outputs, stored, strict=True)
         ]
         return Plan(self.volume, grid, tuple(specs))
 
-    def _own_grid(self, output: ResolvedOutput, grid: GridSpec, storage: Shape) -> OutputSpec:
+    def _own_grid(self, output: ResolvedOutput, grid: GridSpec, stored: _Stored) -> OutputSpec:
         """Return an output with what differs from the grid of the plan."""
         spec, patch = output.spec(), output.head.patch
-        if output.is_scaled:
-            return replace(spec, patch=patch, storage=storage, scale=output.factors)
+        if not output.is_scaled:
+            spec = replace(spec, patch=() if patch == grid.output_patch else patch)
+            if stored == _Stored(grid.storage, grid.shard):
+                return spec
+            return replace(spec, storage=stored.chunk, shard=stored.shard or ())
         return replace(
             spec,
-            patch=() if patch == grid.output_patch else patch,
-            storage=() if storage == grid.storage else storage,
+            patch=patch,
+            storage=stored.chunk,
+            shard=stored.shard or (),
+            scale=output.factors,
         )
 
-    def _with_chunks(self, spec: GridSpec) -> tuple[GridSpec, list[Shape]]:
-        """Return the geometry with the shapes of chunks, and the storage chunks of each output.
+    def _with_chunks(self, spec: GridSpec) -> tuple[GridSpec, list[_Stored]]:
+        """Return the geometry with the shapes of chunks, and what each output stores.
 
-        They are chosen where they are not set. Storage chunks of the geometry are the smallest that
-        all those of the outputs divide, in voxels of the input.
+        Shapes are chosen where they are not set. Those of the geometry are the smallest that all
+        those of the outputs divide, in voxels of the input.
         """
         chunks, outputs = self.job.chunksize, self.outputs
-        given = [one.in_input(n) for one in outputs if (n := one.config.storage_chunks)]
+        given = [
+            one.in_input(written)
+            for one in outputs
+            if (written := one.config.storage_shards or one.config.storage_chunks)
+        ]
         common = self._common_multiple(given) if given else None
         chosen = common
         if chunks is None:
@@ -508,24 +518,32 @@ class _Shapes:
             voxel_bytes = 4 * self.volume.channels * self.volume.inputs + float(output_bytes)
             chunks, chosen = choose_chunks(spec, common, voxel_bytes)
         is_chosen = chosen is not None and chosen != common
-        storages = []
+        stored = []
         for one in outputs:
-            if (storage := one.config.storage_chunks) is None:
-                own = tuple(int(n / f) for n, f in zip(chunks, one.factors, strict=True))
-                if is_chosen and not one.is_scaled:
-                    storage = chosen or own
-                elif is_chosen:
-                    storage = tuple(largest_storage(n, spec.rank) for n in own)
-                else:
-                    storage = tuple(storage_edge(n, spec.rank) for n in own)
-            storages.append(storage)
-        pairs = zip(outputs, storages, strict=True)
-        common = self._common_multiple([one.in_input(storage) for one, storage in pairs])
-        return replace(spec, chunk=chunks, storage=common), storages
+            shard, chunk = one.config.storage_shards, one.config.storage_chunks
+            own = tuple(int(n / f) for n, f in zip(chunks, one.factors, strict=True))
+            if chunk is None and shard is not None:
+                chunk = inner_chunk(shard)
+            elif chunk is None and is_chosen:
+                chunk = inner_chunk(own) if one.is_scaled else chosen
+            stored.append(_Stored(chunk or tuple(storage_edge(n, spec.rank) for n in own), shard))
+        pairs = list(zip(outputs, stored, strict=True))
+        storage = self._common_multiple([one.in_input(n.chunk) for one, n in pairs])
+        shard = None
+        if any(one.shard for one in stored):
+            shard = self._common_multiple([one.in_input(n.shard or n.chunk) for one, n in pairs])
+        return replace(spec, chunk=chunks, storage=storage, shard=shard), stored
 
     def _common_multiple(self, shapes: Sequence[Sequence[Fraction]]) -> Shape:
         """Return the smallest shape of whole voxels that is a multiple of shapes and scales."""
         return tuple(map(common_multiple, zip(*shapes, self.unit, strict=True)))
+
+
+class _Stored(NamedTuple):
+    """Shapes of a storage chunk and of a shard of an output, None without shards."""
+
+    chunk: Shape
+    shard: Shape | None
 
 
 def common_multiple(lengths: Sequence[Fraction | int]) -> int:
@@ -549,9 +567,16 @@ def _chunk_problems(grid: GridSpec, source: str, prefix: str) -> list[str]:
                 f"{min(kept, axis.volume) * factor}"
             )
         if axis.chunk < axis.volume and axis.chunk % axis.storage:
+            key = "storage_chunks" if grid.shard is None else "storage_shards"
             problems.append(
-                f"{prefix}storage_chunks: {axis.storage} along axis {number} does not divide the "
-                f"chunk ({axis.chunk}); use a divisor of {axis.chunk}"
+                f"{prefix}{key}: {axis.storage} along axis {number} does not divide the chunk "
+                f"({axis.chunk}); use a divisor of {axis.chunk}"
+            )
+        if axis.storage % grid.storage[number]:
+            problems.append(
+                f"{prefix}storage_shards: {axis.storage} along axis {number} is not a multiple of "
+                f"the storage chunk ({grid.storage[number]}); use a multiple of "
+                f"{grid.storage[number]}"
             )
     return problems
 

@@ -85,9 +85,9 @@ def storage_edge(chunk: int, rank: int) -> int:
     return min(_divisors(chunk), key=lambda d: (abs(log(d / target)), -d))
 
 
-def largest_storage(chunk: int, rank: int) -> int:
-    """Return the default edge of a storage chunk in a chunk of a chosen length."""
-    return _largest_divisor(chunk, STORAGE_EDGE[rank])
+def inner_chunk(shard: Shape) -> Shape:
+    """Return the default shape of the storage chunks of a shard: divisors near the usual edge."""
+    return tuple(_largest_divisor(length, STORAGE_EDGE[len(shard)]) for length in shard)
 
 
 def _divisors(number: int) -> set[int]:
