@@ -215,7 +215,7 @@ def stored(
     return out
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(cases(), st.integers(0, 99))
 def test_every_output_equals_the_reference(case: Case, seed: int) -> None:
     volume = np.random.default_rng(seed).integers(0, 6, case.volume).astype(np.uint8)
@@ -244,7 +244,7 @@ def test_every_output_equals_the_reference(case: Case, seed: int) -> None:
             assert np.array_equal(out[is_clear], expected.labels[region][is_clear])
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(cases())
 def test_all_outputs_have_the_same_chunks_and_patches(case: Case) -> None:
     plan = case.plan
