@@ -346,6 +346,17 @@ class ImageOutput:
             for name, final in zip(self._names, finals, strict=True)
         )
 
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """The axes of level 0."""
+        plan = self._record.image_plan(self._image).of_output(self._number)
+        return output_axes(self._image, plan)
+
+    @property
+    def present_path(self) -> str:
+        """Path of the folder of level 0 now."""
+        return join(self.path, self._current_names[0])
+
     def array_folder(self, level: int = 0) -> str:
         """Return the name in the output of the folder of an array, while the job runs."""
         return _below(self._folder, self._names[level])
@@ -366,7 +377,7 @@ class ImageOutput:
 
     def open_present(self) -> Array:
         """Open the array of level 0 for reading, sealed or not. Raises StoreError."""
-        return ZarrFormat().open(join(self.path, self._current_names[0]), {})
+        return ZarrFormat().open(self.present_path, {})
 
     def check(self, name: str) -> None:
         """Raise StoreError unless the array's metadata are those that were created.
