@@ -339,6 +339,6 @@ def unsupported_problems(prefix: str, keys: Mapping[str, Any]) -> list[str]:
     """
     return [
         f"{prefix}{name}: unsupported in this version; remove it"
-        for name in ("head", "scale")
+        for name in ("head",)
         if keys.get(name) is not None
     ]

@@ -114,6 +114,16 @@ def test_integers_are_read_back_within_half_a_step_by_zarr_and_xarray(
     assert planned["outputs"][0]["range"] == list(span)
 
 
+def test_files_and_conversions_that_would_lose_a_range_are_refused(tmp_path: Path) -> None:
+    workspace = workspace_of(tmp_path, output_dtype="uint8", range=[-2, 6])
+    values = keys_of(workspace)
+    with pytest.raises(JobError, match="^output_dtype: uint8"):
+        run_inline(values | {"output": str(tmp_path / "out.h5")})
+    run(workspace)
+    converted = workspace.call("convert", workspace.output, tmp_path / "copy.h5")
+    assert (converted.code, (tmp_path / "copy.h5").exists()) == (2, False)
+
+
 def test_averages_are_activated_after_they_are_averaged(tmp_path: Path) -> None:
     stored, attributes, _ = run(workspace_of(tmp_path, activation_after="softmax"))
     assert np.abs(stored - expected(activation_after="softmax")).max() < 1e-5
