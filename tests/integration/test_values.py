@@ -117,7 +117,7 @@ def test_integers_are_read_back_within_half_a_step_by_zarr_and_xarray(
 def test_files_and_conversions_that_would_lose_a_range_are_refused(tmp_path: Path) -> None:
     workspace = workspace_of(tmp_path, output_dtype="uint8", range=[-2, 6])
     values = keys_of(workspace)
-    with pytest.raises(JobError, match="^output_dtype: uint8"):
+    with pytest.raises(JobError, match=r"^output_dtype: uint8"):
         run_inline(values | {"output": str(tmp_path / "out.h5")})
     run(workspace)
     converted = workspace.call("convert", workspace.output, tmp_path / "copy.h5")
