@@ -30,7 +30,15 @@ COMMANDS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
             "Merge overlaps and mark the output complete.",
         ),
         "report": ("chunkq_producer.commands.report:report", "Show timings of a finished job."),
+        "verify": (
+            "chunkq_producer.commands.verify:verify",
+            "Compare an output with its checksums; repair it.",
+        ),
         "run": ("chunkq_producer.commands.run:run", "Run a whole job on this machine."),
+        "convert": (
+            "chunkq_producer.commands.convert:convert",
+            "Write an image in another format.",
+        ),
         "retry": ("chunkq_producer.commands.retry:retry", "Queue failed chunks again."),
         "cancel": ("chunkq_producer.commands.cancel:cancel", "Remove a job from the queue."),
         "jobs": ("chunkq_producer.commands.jobs:jobs", "List the jobs on a queue."),

@@ -16,12 +16,14 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from chunkq import __version__
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.geometry.axes import Axis, channel_axis, cropped, with_unique_names
 from chunkq.job.items import Image
+from chunkq.job.output_documents import ATTRIBUTE, WrittenDocument, parsed, to_text
 from chunkq.job.parent_groups import unlisted_in_groups
 from chunkq.job.record import JobRecord
 from chunkq.job.tasks import EPOCH_DIGITS
@@ -29,11 +31,12 @@ from chunkq.paths import is_url, join, without_secret
 from chunkq.plan.plan import Plan
 from chunkq.storage.array import Array
 from chunkq.storage.formats.zarr import ZARR_FORMAT, ZarrFormat, array_metadata
+from chunkq.storage.formats.zarr_writing import WritableArray
+from chunkq.storage.object_grid import ObjectGrid
 from chunkq.storage.objects import LOCK, ObjectFolder
 from chunkq.storage.ome import image_metadata, is_image
 
 SEALED_NAME = "0"
-ATTRIBUTE = "chunkq"
 GROUP = {2: ".zattrs", 3: "zarr.json"}
 """Zarr format -> name of the document with a group's attributes."""
 ARRAY = {2: ".zarray", 3: "zarr.json"}
@@ -159,6 +162,16 @@ class Output:
         }
         return unlisted_in_groups(self._path, record.job.zarr_format, documents)
 
+    @property
+    def arrays(self) -> list[StoredArray]:
+        """The arrays of the output, where they are now."""
+        return [array for image in self._images for array in image.arrays]
+
+    def documents(self, state: str) -> list[WrittenDocument]:
+        """Return the metadata documents that an output in this state has."""
+        documents = [document for image in self._images for document in image.documents(state)]
+        return documents if self._group is None else [*documents, *self._group.documents(state)]
+
     def is_sealed(self) -> bool:
         """Return whether the group metadata mark this job as complete."""
         if self._group is not None:
@@ -223,11 +236,59 @@ class ImageOutput:
         if self.has_final_name:
             os.rename(join(self.path, SEALED_NAME), join(self.path, self._record.array))
 
-    def open(self) -> Array:
+    @property
+    def arrays(self) -> list[StoredArray]:
+        """The arrays of the image, where they are now."""
+        folder = _below(self._image, self._current_name)
+        return [StoredArray(self.array_folder, folder, self.grid)]
+
+    def documents(self, state: str) -> list[WrittenDocument]:
+        """Return the metadata documents that an image in this state has."""
+        name = self._current_name
+        group = _written_group(self._format, self._attributes(state, name))
+        created = f"{self._record.array}/"
+        arrays = {
+            f"{name}/{path.removeprefix(created)}": text for path, text in self._metadata.items()
+        }
+        return [
+            WrittenDocument(
+                _below(self._image, path),
+                text,
+                is_array=path in arrays and path.endswith(ARRAY[self._format]),
+            )
+            for path, text in (arrays | group).items()
+        ]
+
+    @property
+    def _current_name(self) -> str:
+        """Name of the folder of the array: another one than while the job runs once it is sealed.
+
+        Judged by the folders, because documents can be missing.
+        """
+        name = self._record.array
+        is_renamed = not self._objects.exists(name) and self._objects.exists(SEALED_NAME)
+        return SEALED_NAME if self._local and is_renamed else name
+
+    @property
+    def array_folder(self) -> str:
+        """Name in the output of the folder of the array, while the job runs."""
+        return _below(self._image, self._record.array)
+
+    @cached_property
+    def grid(self) -> ObjectGrid:
+        """The objects of the array."""
+        document = self._metadata[f"{self._record.array}/{ARRAY[self._format]}"]
+        return ObjectGrid.of_document(document, self._format)
+
+    def open(self) -> WritableArray:
         """Open the array of a running job for writing. Raises StoreError if it was changed."""
         self.check(self._record.array)
         path = join(self.path, self._record.array)
         return ZarrFormat().open_for_writing(path, {ZARR_FORMAT: self._format})
+
+    def open_present(self) -> Array:
+        """Open the array for reading, sealed or not. Raises StoreError."""
+        return ZarrFormat().open(join(self.path, self._current_name), {})
 
     def check(self, name: str) -> None:
         """Raise StoreError unless the array's metadata are those that were created.
@@ -235,7 +296,7 @@ class ImageOutput:
         Attributes are not compared, because users may add their own.
         """
         document = ARRAY[self._format]
-        stored = _parsed(self._objects.get(f"{name}/{document}"))
+        stored = parsed(self._objects.get(f"{name}/{document}"))
         created = json.loads(self._metadata[f"{self._record.array}/{document}"])
         differences = sorted(
             key
@@ -336,6 +397,17 @@ class ImageOutput:
         _put(self._objects, documents)
 
 
+class StoredArray(NamedTuple):
+    """An array of an output: its objects, and its folder.
+
+    `running` is the name of the folder while the job runs, `folder` the present one.
+    """
+
+    running: str
+    folder: str
+    grid: ObjectGrid
+
+
 class ImageGroup:
     """The group of a job with several images, laid out as bioformats2raw does (layout 3)."""
 
@@ -348,11 +420,21 @@ class ImageGroup:
         check_unchanged()
         for document in OTHER_FORMAT[self._format]:
             self._objects.delete(document)
-        series: dict[str, Any] = {"series": [image.name for image in self._record.images]}
-        if self._format == 3:
-            series = {"ome": {"version": "0.5", **series}}
-        _put(self._series, _group_documents(self._series, self._format, series))
+        series = _group_documents(self._series, self._format, self._series_attributes)
+        _put(self._series, series)
         self.write("incomplete", check_unchanged)
+
+    def documents(self, state: str) -> list[WrittenDocument]:
+        """Return the documents that the group has in this state."""
+        root = _written_group(self._format, self._attributes(state))
+        series = _written_group(self._format, self._series_attributes)
+        documents = root | {f"OME/{name}": text for name, text in series.items()}
+        return [WrittenDocument(name, text) for name, text in documents.items()]
+
+    @property
+    def _series_attributes(self) -> dict[str, Any]:
+        series: dict[str, Any] = {"series": [image.name for image in self._record.images]}
+        return {"ome": {"version": "0.5", **series}} if self._format == 3 else series
 
     def write(self, state: str, check_unchanged: Callable[[], None]) -> None:
         """Write the group metadata unless they are current; keep the user's attributes."""
@@ -385,7 +467,7 @@ def _status(record: JobRecord, state: str) -> dict[str, Any]:
 
 def _group_attributes(objects: ObjectFolder, zarr_format: int) -> dict[str, Any]:
     """Return the attributes of a group; empty if it has none or its document is damaged."""
-    stored = _parsed(objects.get(GROUP[zarr_format])) or {}
+    stored = parsed(objects.get(GROUP[zarr_format])) or {}
     attributes = stored.get("attributes") if zarr_format == 3 else stored
     return attributes if isinstance(attributes, dict) else {}
 
@@ -398,11 +480,15 @@ def _group_documents(
     ome = stored.get("ome")
     if isinstance(ome, dict) and "ome" in attributes:
         attributes = attributes | {"ome": ome | attributes["ome"]}
-    merged = stored | attributes
+    return _written_group(zarr_format, stored | attributes)
+
+
+def _written_group(zarr_format: int, attributes: dict[str, Any]) -> dict[str, str]:
+    """Return the documents of a group with these attributes."""
     if zarr_format == 2:
-        return {".zgroup": json.dumps({"zarr_format": 2}), ".zattrs": _to_text(merged)}
-    group = {"zarr_format": 3, "node_type": "group", "attributes": merged}
-    return {"zarr.json": _to_text(group)}
+        return {".zgroup": json.dumps({"zarr_format": 2}), ".zattrs": to_text(attributes)}
+    group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    return {"zarr.json": to_text(group)}
 
 
 def _put(objects: ObjectFolder, documents: dict[str, str]) -> None:
@@ -436,15 +522,3 @@ def _key_values(attributes: dict[str, Any]) -> tuple[Any, ...]:
     except (KeyError, IndexError, TypeError):
         path = None
     return path, *(status.get(key) for key in ("state", "array", "digest", "epoch"))
-
-
-def _parsed(content: bytes | None) -> dict[str, Any] | None:
-    try:
-        values = json.loads(content or b"")
-    except (ValueError, RecursionError):
-        return None
-    return values if isinstance(values, dict) else None
-
-
-def _to_text(values: dict[str, Any]) -> str:
-    return json.dumps(values, indent=2)
