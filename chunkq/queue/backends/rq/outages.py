@@ -53,9 +53,7 @@ class Outages:
             )
 
     def end(self) -> None:
-        """Log that the server answers again, if it did not."""
-        if self._since is None:
-            return
+        """Log that the server answers again, unless another thread has logged it."""
         with self._lock:
             since, self._since = self._since, None
         if since is not None:
@@ -64,6 +62,11 @@ class Outages:
                 self._server,
                 time.monotonic() - since,
             )
+
+    def forget(self) -> None:
+        """End an outage without a word: whoever waited for it has given up."""
+        with self._lock:
+            self._since = None
 
 
 class PatientRetry(Retry):
@@ -112,9 +115,14 @@ class PatientRetry(Retry):
 
         try:
             result = super().call_with_retry(attempt, report, *arguments, **options)
-        except _WriteRefusedError as error:
-            raise _original(error) from None
-        self._outages.end()
+        except Exception as error:
+            if has_failed:
+                self._outages.forget()
+            if isinstance(error, _WriteRefusedError):
+                raise _original(error) from None
+            raise
+        if has_failed:  # a new connection, or a request that only reads, says nothing of a write
+            self._outages.end()
         return result
 
 
