@@ -14,7 +14,7 @@ from chunkq.job.tasks import JobId, Task
 from chunkq.queue.backends.rq import executor as rq_executor
 from chunkq.queue.backends.rq.connect import PASSWORD_VARIABLE, connect
 from chunkq.queue.backends.rq.executor import RqExecutor
-from chunkq.queue.backends.rq.names import queue_name
+from chunkq.queue.backends.rq.names import queue_name, rq_id
 from chunkq.queue.contract.executor import WorkerOptions
 from tests.harness.servers.redis import RedisServer, redis_server
 from tests.harness.standard_job import StandardJob, StandardWorkspace
@@ -69,6 +69,17 @@ def test_submitting_again_queues_the_tasks_whose_keys_are_lost_in_part(
     kept = {lease.task for lease in running if lease and not has_lost_leases}
     assert queue.counts(JOB).running == len(kept)
     assert sorted(reserved(queue), key=id_of) == [task for task in TASKS if task not in kept]
+
+
+def test_submitting_again_queues_the_rest_when_the_list_and_most_tasks_are_lost(
+    queue: RqExecutor, server: RedisServer
+) -> None:
+    queue.submit(TASKS)
+    with server.client as client:
+        client.delete(f"rq:queue:{queue_name(TASKS[0].job_id)}")
+        client.delete(*(f"rq:job:{rq_id(task)}" for task in TASKS[:5]))
+    assert queue.submit(TASKS) == len(TASKS)
+    assert sorted(reserved(queue), key=id_of) == TASKS
 
 
 def test_waiting_tasks_whose_list_is_lost_wait_again(
