@@ -83,12 +83,13 @@ def measure_seams(job: JobHandle) -> list[Seam]:
 def _measure(job: JobHandle, number: int, output: OutputSpec, axis: int) -> Seam | None:
     """Return the differences along one axis of an output; None without a border."""
     rank = job.record.plan().rank
-    arrays = [job.output.image(image).open_present() for image in job.record.images]
+    arrays = [job.output.image(image, number).open_present() for image in job.record.images]
     totals = np.zeros(2)
     borders = pairs = 0
     for item, border in _selected(job, number, axis, MAX_BORDERS // rank):
         array = arrays[item.item.image.number]
-        layers = [item.read_output(array, box) for box in (border.at_border, border.inside)]
+        stored = item.outputs[number]
+        layers = [stored.read(array, box) for box in (border.at_border, border.inside)]
         at = layers[0].ndim - rank + axis
         totals += [_difference(values, at, is_labels=output.combine in LABELS) for values in layers]
         pairs += layers[0].size // 2

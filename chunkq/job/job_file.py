@@ -398,6 +398,7 @@ class Job(Section):
             },
             unit=None,
             omitted="one output, which is the image `output`",
+            see="guides/outputs.md",
         ),
     ] = None
     output_dtype: Annotated[
@@ -433,20 +434,25 @@ class Job(Section):
         PyramidConfig | None,
         key_doc(
             "Outputs",
-            "Resolution levels of the output.",
+            "Resolution levels of the output, which viewers need for large volumes. Workers write "
+            "them while the job runs.",
             example={"levels": 5, "method": "mode"},
             unit=None,
             omitted="the full resolution only",
+            see="guides/pyramids.md",
         ),
     ] = None
     storage_shards: Annotated[
         Shape | None,
         key_doc(
             "Outputs",
-            "Size of the Zarr shards of the output along each axis. Only for `zarr_format` 3.",
+            "Size of the Zarr shards of the output along each axis: files that hold many storage "
+            "chunks. A multiple of `storage_chunks` and a divisor of `chunksize`. Only for "
+            "`zarr_format` 3.",
             example=[256, 256, 256],
             unit="voxels",
             omitted="no shards",
+            see="guides/pyramids.md#shards",
         ),
     ] = None
     codec: Annotated[
@@ -1178,17 +1184,20 @@ def _input_problems(job: Job) -> list[str]:
 
 def _output_problems(job: Job) -> list[str]:
     """Return the problems of the outputs, whatever the network returns."""
-    keys: dict[str, Any] = {"pyramid": job.pyramid}
+    configs = job.output_configs()
+    if job.zarr_format == 2 and any(config.storage_shards for config in configs.values()):
+        return ["storage_shards: Zarr v2 has no shards; remove it, or set zarr_format: 3"]
     if job.outputs is None:
-        keys |= dict(job.output_configs()[""])
-        return unsupported_problems("", keys) or value_problems("", job.output_configs()[""])
-    problems = [*unsupported_problems("", keys), "outputs: unsupported in this version; remove it"]
+        keys = {**dict(configs[""]), "pyramid": job.pyramid}
+        return unsupported_problems("", keys) or value_problems("", configs[""])
+    common = {key: getattr(job, key) for key in ("pyramid", "storage_shards", "codec")}
+    problems = unsupported_problems("", common)
     for key in ("combine", "activation", "activation_after", "output_dtype", "range", "classes"):
         if getattr(job, key) != Job.model_fields[key].default:
             problems.append(f"{key}: unsupported beside outputs; move it into an output")
-    for name, one in job.output_configs().items():
+    for name, one in job.outputs.items():
         prefix = f"outputs.{name}."
-        problems += unsupported_problems(prefix, dict(one)) or value_problems(prefix, one)
+        problems += unsupported_problems(prefix, dict(one)) or value_problems(prefix, configs[name])
     return problems
 
 

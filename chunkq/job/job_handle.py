@@ -28,8 +28,11 @@ from chunkq.job.items import Image, Item
 from chunkq.job.job_folder import JobFolder
 from chunkq.job.known_empty import KnownEmpty, has_known_empty
 from chunkq.job.ledger import ItemLedger, Ledger
+from chunkq.job.level_arrays import LevelArray, level_box
 from chunkq.job.mask_source import mask_of, mask_time
 from chunkq.job.output import Output
+from chunkq.job.output_handle import OutputHandle
+from chunkq.job.pyramids import pyramids_of
 from chunkq.job.record import JobRecord
 from chunkq.job.resolve import empty_rule
 from chunkq.job.task_records import RecentCommits
@@ -38,6 +41,7 @@ from chunkq.paths import without_secret
 from chunkq.plan.item_tasks import ItemTasks
 from chunkq.plan.patch_selection import SkipRules
 from chunkq.plan.plan import Chunk, Costs, Index, Plan, total_costs
+from chunkq.plan.pyramid import Pyramid
 from chunkq.storage.array import Array
 from chunkq.storage.formats.zarr_writing import WritableArray
 from chunkq.storage.images import ImageSource
@@ -46,7 +50,6 @@ from chunkq.storage.padded_reading import read_padded
 from chunkq.storage.staged import Slabs, StagedCopy
 
 if TYPE_CHECKING:
-    from chunkq.blend.empty_patches import EmptyChunks
     from chunkq.blend.weights import Weights
 
 JOBS_CACHED = 8
@@ -199,10 +202,23 @@ class ImageHandle:
         return StagedCopy(self.job.ledger.staged, name, slabs, source.dtype)
 
     @cached_property
-    def target(self) -> WritableArray:
-        """The output array for writing. Raises MissingJobError if the job was replaced."""
+    def targets(self) -> tuple[WritableArray, ...]:
+        """The array of each output for writing. Raises MissingJobError if the job was replaced."""
         self.job.check_unchanged()
-        return self.job.output.image(self.image).open()
+        return tuple(output.open() for output in self.job.output.images_of(self.image))
+
+    def level(self, output: int, number: int) -> WritableArray:
+        """Return the array of a level of an output, to read and write. Raises as `targets`."""
+        key = output, number
+        if key not in self._levels:
+            self.job.check_unchanged()
+            image = self.job.output.image(self.image, output)
+            self._levels[key] = image.open(number) if number else self.targets[output]
+        return self._levels[key]
+
+    @cached_property
+    def _levels(self) -> dict[tuple[int, int], WritableArray]:
+        return {}
 
     def check_inputs(self) -> None:
         """Raise ChunkReadError if an input is missing or was replaced since the job was produced.
@@ -266,6 +282,24 @@ class ItemHandle:
         return ItemTasks(self.plan, None if known is None else known.counts)
 
     @cached_property
+    def pyramids(self) -> tuple[Pyramid, ...]:
+        """The pyramid of each output; empty if the job has none."""
+        return pyramids_of(self.job.record.job, self.item.image, self.tasks)
+
+    def level(self, output: int, number: int) -> LevelArray:
+        """The array of a level of an output, as the item reads and writes it."""
+        array, view = self.image.level(output, number), self.plan.of_output(output)
+        return LevelArray(array, self.item.point, view.channel_numbers, view.storage_chunks)
+
+    def level_object_names(
+        self, output: int, number: int, box: Box, channel: int | None
+    ) -> Iterator[str]:
+        """Yield the names in the output of the objects of a box of a level, as `object_names`."""
+        stored = self.job.output.image(self.item.image, output)
+        for name in stored.grids[number].names(level_box(self.item.point, box, channel)):
+            yield f"{stored.array_folder(number)}/{name}"
+
+    @cached_property
     def known_empty(self) -> KnownEmpty | None:
         """What is known of empty chunks since the job was created; None if nothing can be.
 
@@ -297,24 +331,10 @@ class ItemHandle:
         """Whether a chunk that is a task can turn out to be empty."""
         return empty_rule(self.job.record.job) is not None
 
-    def inside(self, box: Box) -> npt.NDArray[np.bool_] | None:
-        """Return which voxels of a box are inside the mask, None if all are."""
-        inside = self.skip_rules.inside
-        return None if inside is None else inside(box)
-
     @cached_property
-    def empty_chunks(self) -> EmptyChunks | None:
-        """The sums of empty chunks; None if the job has none that contribute.
-
-        Raises JobError if the user's weight function must be loaded, and this process does not
-        accept it or it has changed.
-        """
-        job = self.job.record.job
-        if job.skip_empty is None or not self.plan.output.nothing.any():
-            return None
-        from chunkq.blend.empty_patches import EmptyChunks  # array libraries
-
-        return EmptyChunks(self.plan, self.job.blend_weights(self.plan))
+    def outputs(self) -> tuple[OutputHandle, ...]:
+        """The outputs of the item, in the order of the plan."""
+        return tuple(OutputHandle(self, number) for number in range(len(self.plan.outputs)))
 
     @cached_property
     def ledger(self) -> ItemLedger:
@@ -344,39 +364,6 @@ class ItemHandle:
         return tuple(
             read_padded(source, chunk.halo, job.pad_mode, job.pad_value) for source in self.sources
         )
-
-    def write(self, box: Box, values: npt.NDArray[Any]) -> list[int]:
-        """Write the final voxels of whole storage chunks; return the checksums of their objects.
-
-        `values` has the shape ([C,] *box.shape). The checksums are in the order of `object_names`.
-        """
-        if not box.size:
-            return []
-        outer = self._stored_box(box)
-        return self.image.target.store(outer, values.reshape(outer.shape))
-
-    def read_output(self, array: Array, box: Box) -> npt.NDArray[Any]:
-        """Read final voxels ([C,] *box.shape) from the open output array of the item's image.
-
-        `box` is not empty. Raises ChunkReadError.
-        """
-        return array.read(self._stored_box(box)).reshape(self.plan.output_box(box).shape)
-
-    def object_names(self, box: Box) -> Iterator[str]:
-        """Yield the names in the output of the objects that hold a box of voxels, in a fixed order.
-
-        The array has the name that it has while the job runs.
-        """
-        if not box.size:
-            return
-        output = self.job.output.image(self.item.image)
-        for name in output.grid.names(self._stored_box(box)):
-            yield f"{output.array_folder}/{name}"
-
-    def _stored_box(self, box: Box) -> Box:
-        """Return the box of the stored array that has a box of voxels of the item."""
-        point, inner = self.item.point, self.plan.output_box(box)
-        return Box((*point, *inner.start), (*(n + 1 for n in point), *inner.stop))
 
 
 def _check_source(source: ImageSource, identity: str, key: str) -> None:

@@ -3,7 +3,8 @@
 On a local disk the array is named `0.<epoch>` while the job runs, and is renamed to `0` when the
 job is sealed. A suspended process of an earlier job on the same path therefore cannot write into
 the array of a later job. A bucket cannot rename objects. There the first job writes `0`, and a job
-that replaces another one writes `0.<epoch>` and keeps this name.
+that replaces another one writes `0.<epoch>` and keeps this name. The levels of a pyramid have the
+names `1`, `2`, …, and are handled alike.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
@@ -21,10 +22,11 @@ from typing import Any, NamedTuple
 
 from chunkq import __version__
 from chunkq.errors import ErrorCode, StoreError
-from chunkq.geometry.axes import Axis, channel_axis, cropped, with_unique_names
+from chunkq.geometry.axes import Axis, channel_axis, cropped, reduced, with_unique_names
 from chunkq.job.items import Image
 from chunkq.job.output_documents import ATTRIBUTE, WrittenDocument, parsed, to_text
 from chunkq.job.parent_groups import unlisted_in_groups
+from chunkq.job.pyramids import method_of
 from chunkq.job.record import JobRecord
 from chunkq.job.tasks import EPOCH_DIGITS
 from chunkq.paths import is_url, join, without_secret
@@ -34,7 +36,7 @@ from chunkq.storage.formats.zarr import ZARR_FORMAT, ZarrFormat, array_metadata
 from chunkq.storage.formats.zarr_writing import WritableArray
 from chunkq.storage.object_grid import ObjectGrid
 from chunkq.storage.objects import LOCK, ObjectFolder
-from chunkq.storage.ome import image_metadata, is_image
+from chunkq.storage.ome import image_metadata, is_image, label_metadata
 
 SEALED_NAME = "0"
 GROUP = {2: ".zattrs", 3: "zarr.json"}
@@ -45,7 +47,8 @@ OTHER_FORMAT = {2: ("zarr.json",), 3: (".zgroup", ".zattrs", ".zarray", ".zmetad
 """Zarr format -> documents of the other format in the root of a store."""
 LOCK_AGE = 120.0
 """Age (s) from which a temporary file of tensorstore belongs to a killed writer."""
-EPOCH_NAME = re.compile(rf"{SEALED_NAME}\.[0-9a-f]{{{EPOCH_DIGITS}}}")
+LEVEL_NAME = re.compile(rf"[0-9]+(\.[0-9a-f]{{{EPOCH_DIGITS}}})?")
+"""Name of the array of a level, with or without an epoch."""
 
 
 def new_record(record: JobRecord, *, replaces: bool) -> JobRecord:
@@ -58,27 +61,64 @@ def new_record(record: JobRecord, *, replaces: bool) -> JobRecord:
     name = SEALED_NAME if has_final_name else f"{SEALED_NAME}.{epoch}"
     metadata: dict[str, str] = {}
     for image, plan in zip(record.images, record.image_plans(), strict=True):
-        axes = output_axes(image, plan)
-        leading = (1,) * (len(axes) - plan.rank)
-        chunks = (min(u, v) for u, v in zip(plan.storage_chunks, plan.region.shape, strict=True))
-        documents = array_metadata(
-            name,
-            shape=[axis.size for axis in axes],
-            chunks=(*leading, *chunks),
-            dtype=plan.output_dtype,
-            fill_value=plan.output.fill.item(),
-            zarr_format=record.job.zarr_format,
-            axes=[axis.name for axis in axes] if is_image(axes) else None,
-        )
-        metadata |= {_below(image, path): text for path, text in documents.items()}
+        for number, view in enumerate(plan.views):
+            folder = image_folder(image, view.output.name)
+            for level, axes in enumerate(level_axes(record, image, number)):
+                documents = _array_documents(record, view, axes, level_name(name, level))
+                metadata |= {_below(folder, path): text for path, text in documents.items()}
     return replace(record, epoch=epoch, array=name, metadata=metadata)
 
 
-def output_axes(image: Image, plan: Plan) -> tuple[Axis, ...]:
-    """Return the axes of the output array of an image, whose items have this plan.
+def _array_documents(
+    record: JobRecord, plan: Plan, axes: Sequence[Axis], name: str
+) -> dict[str, str]:
+    """Return the metadata documents of the array of a level, which has these axes."""
+    leading, shape = (1,) * (len(axes) - plan.rank), [axis.size for axis in axes]
+    spatial = shape[len(leading) :]
+    chunks = [min(u, v) for u, v in zip(plan.storage_chunks, spatial, strict=True)]
+    shards = plan.storage_shards and [
+        min(s, -(-v // u) * u) for s, v, u in zip(plan.storage_shards, spatial, chunks, strict=True)
+    ]
+    return array_metadata(
+        name,
+        shape=shape,
+        chunks=(*leading, *chunks),
+        shards=shards and (*leading, *shards),
+        dtype=plan.output_dtype,
+        fill_value=plan.output.fill.item(),
+        zarr_format=record.job.zarr_format,
+        axes=[axis.name for axis in axes] if is_image(axes) else None,
+    )
 
-    These are the series axes of the image, the channels of the network if they are stored, and the
-    spatial axes, which begin and end with the region of the job.
+
+def level_name(name: str, level: int) -> str:
+    """Return the name of the array of a level, beside level 0 that has this name."""
+    return f"{level}{name.removeprefix(SEALED_NAME)}"
+
+
+def level_axes(record: JobRecord, image: Image, output: int) -> Iterator[tuple[Axis, ...]]:
+    """Yield the axes of the array of an output of an image, and of each level above it."""
+    axes = output_axes(image, record.image_plan(image).of_output(output))
+    yield axes
+    for level in record.levels(image, output):
+        spatial = iter(zip(level.shape, level.total, strict=True))
+        yield tuple(reduced(a, *next(spatial)) if a.kind == "space" else a for a in axes)
+
+
+def image_folder(image: Image, output: str) -> str:
+    """Return the name in the output of the OME-Zarr image of an image and one of its outputs.
+
+    It is empty if the output of the job is this image.
+    """
+    return "/".join(filter(None, (image.name, output)))
+
+
+def output_axes(image: Image, plan: Plan) -> tuple[Axis, ...]:
+    """Return the axes of the array of an output of an image, whose items have this plan.
+
+    `plan` is that of the output (`Plan.of_output`). The axes are the series axes of the image, the
+    channels of the network if they are stored, and the spatial axes, which begin and end with the
+    region of the job.
     """
     channels = [channel_axis(plan.channels)] if plan.channel_axis else []
     region = plan.region
@@ -86,13 +126,16 @@ def output_axes(image: Image, plan: Plan) -> tuple[Axis, ...]:
     return with_unique_names([*image.series_axes, *channels, *spatial])
 
 
-def _below(image: Image, name: str) -> str:
-    """Return the name in the output of a document of an image."""
-    return name if image.is_alone else f"{image.name}/{name}"
+def _below(folder: str, name: str) -> str:
+    """Return the name in the output of an object in a folder of it."""
+    return f"{folder}/{name}" if folder else name
 
 
 class Output:
     """The output store of a job: one image, or a group of images.
+
+    Several images of the input, and several outputs of each, are groups of images, one in the
+    other.
 
     Methods raise StoreError, and OSError if the storage fails. Methods that change the output call
     `check_unchanged`, which raises if the job was replaced, before each change.
@@ -100,13 +143,28 @@ class Output:
 
     def __init__(self, path: str, record: JobRecord) -> None:
         self._path, self._record = path, record
-        self._images = tuple(ImageOutput(path, record, image) for image in record.images)
-        is_group = not all(image.is_alone for image in record.images)
-        self._group = ImageGroup(path, record) if is_group else None
+        names = list(record.job.output_configs())
+        self._by_image = tuple(
+            tuple(ImageOutput(path, record, image, n) for n in range(len(names)))
+            for image in record.images
+        )
+        self._images = tuple(output for outputs in self._by_image for output in outputs)
+        folders = [image.name for image in record.images if image.name]
+        outputs = [name for name in names if name]
+        # Inner groups first: the outermost one decides whether the job is sealed.
+        groups = [(folder, outputs) for folder in folders if outputs]
+        members = [_below(folder, name) for folder in folders for name in outputs or [""]]
+        members = [name.rstrip("/") for name in members] or outputs
+        groups += [("", members)] if members else []
+        self._groups = tuple(ImageGroup(path, record, folder, names) for folder, names in groups)
 
-    def image(self, image: Image) -> ImageOutput:
-        """Return the output of an image."""
-        return self._images[image.number]
+    def image(self, image: Image, number: int = 0) -> ImageOutput:
+        """Return the output of an image, by its number among the outputs of the job."""
+        return self._by_image[image.number][number]
+
+    def images_of(self, image: Image) -> tuple[ImageOutput, ...]:
+        """Return all outputs of an image."""
+        return self._by_image[image.number]
 
     @property
     def has_final_name(self) -> bool:
@@ -119,8 +177,8 @@ class Output:
         Works from any interrupted state. Raises StoreError if the metadata of an array changed, or
         if an array is missing although chunks are committed (`anything_done`).
         """
-        if self._group is not None:
-            self._group.prepare(check_unchanged)
+        for group in reversed(self._groups):
+            group.prepare(check_unchanged)
         for image in self._images:
             image.prepare(anything_done=anything_done, check_unchanged=check_unchanged)
 
@@ -142,24 +200,21 @@ class Output:
         """Write the group metadata of an output that will be read before it is complete."""
         for image in self._images:
             image.mark_incomplete(check_unchanged=check_unchanged)
-        if self._group is not None:
-            self._group.write("incomplete", check_unchanged)
+        for group in self._groups:
+            group.write("incomplete", check_unchanged)
 
     def seal(self, *, check_unchanged: Callable[[], None]) -> None:
         """Mark the output as complete; rename local arrays to their final name. Idempotent."""
         for image in self._images:
             image.seal(check_unchanged=check_unchanged)
-        if self._group is not None:
-            self._group.write("complete", check_unchanged)
+        for group in self._groups:
+            group.write("complete", check_unchanged)
 
     def unlisted(self) -> list[str]:
         """Return warnings for groups that contain the output and whose readers do not find it."""
         record = self._record
-        final = record.array if is_url(self._path) else SEALED_NAME
-        documents = {
-            name.replace(f"{record.array}/", f"{final}/"): text
-            for name, text in record.metadata.items()
-        }
+        epoch = "" if is_url(self._path) else record.array.removeprefix(SEALED_NAME)
+        documents = {name.replace(f"{epoch}/", "/"): text for name, text in record.metadata.items()}
         return unlisted_in_groups(self._path, record.job.zarr_format, documents)
 
     @property
@@ -170,22 +225,24 @@ class Output:
     def documents(self, state: str) -> list[WrittenDocument]:
         """Return the metadata documents that an output in this state has."""
         documents = [document for image in self._images for document in image.documents(state)]
-        return documents if self._group is None else [*documents, *self._group.documents(state)]
+        return [*documents, *(one for group in self._groups for one in group.documents(state))]
 
     def is_sealed(self) -> bool:
         """Return whether the group metadata mark this job as complete."""
-        if self._group is not None:
-            return self._group.is_described("complete")
+        if self._groups:
+            return self._groups[-1].is_described("complete")
         return all(image.is_sealed() for image in self._images)
 
 
 class ImageOutput:
-    """The output of one image. Methods raise StoreError, and OSError if the storage fails."""
+    """One output of an image. Methods raise StoreError, and OSError if the storage fails."""
 
-    def __init__(self, path: str, record: JobRecord, image: Image) -> None:
-        self.path = path if image.is_alone else join(path, image.name)
-        self._record, self._image = record, image
-        prefix = _below(image, "")
+    def __init__(self, path: str, record: JobRecord, image: Image, number: int = 0) -> None:
+        """`number` is that of the output among those of the job."""
+        self._folder = image_folder(image, list(record.job.output_configs())[number])
+        self.path = join(path, self._folder) if self._folder else path
+        self._record, self._image, self._number = record, image, number
+        prefix = _below(self._folder, "")
         self._metadata = {
             name.removeprefix(prefix): text
             for name, text in record.metadata.items()
@@ -194,6 +251,9 @@ class ImageOutput:
         self._objects = ObjectFolder(self.path)
         self._local = not is_url(path)
         self._format = record.job.zarr_format
+        count = len({name.partition("/")[0] for name in self._metadata})
+        self._names = tuple(level_name(record.array, level) for level in range(count))
+        """Names of the arrays of all levels while the job runs."""
 
     def prepare(self, *, anything_done: bool, check_unchanged: Callable[[], None]) -> None:
         """Create the missing parts of the output of a running job; delete those of earlier jobs.
@@ -202,57 +262,68 @@ class ImageOutput:
         replaced, before each change. Raises StoreError if the array's metadata changed, or if the
         array is missing although chunks are committed (`anything_done`).
         """
-        name = self._record.array
-        if not self._exists(name):
+        absent = [name for name in self._names if not self._exists(name)]
+        if absent:
             if anything_done:
                 raise StoreError(
-                    f"output: {without_secret(self.path)}/{name}/{ARRAY[self._format]} is missing "
-                    "although chunks are committed; restore the file, or use --overwrite to start "
-                    "again",
+                    f"output: {without_secret(self.path)}/{absent[0]}/{ARRAY[self._format]} is "
+                    "missing although chunks are committed; restore the file, or use --overwrite "
+                    "to start again",
                     code=ErrorCode.OUTPUT_CHANGED,
                 )
             check_unchanged()
             for document in OTHER_FORMAT[self._format]:
                 self._objects.delete(document)
             self._put(self._metadata)
-        self.check(name)
+        for name in self._names:
+            self.check(name)
         self._delete_stray_arrays(check_unchanged)
         if self._local:
             delete_stale_locks(self.path, time.time() - LOCK_AGE)
         check_unchanged()
-        self._write_group("incomplete", name)
+        self._write_group("incomplete", self._names)
 
     @property
     def has_final_name(self) -> bool:
-        """Whether the array was renamed to its final name."""
-        return self._local and not self._exists(self._record.array) and self._exists(SEALED_NAME)
+        """Whether an array was renamed to its final name."""
+        return any(map(self._was_renamed, range(len(self._names))))
+
+    def _was_renamed(self, level: int) -> bool:
+        final = level_name(SEALED_NAME, level)
+        return self._local and not self._exists(self._names[level]) and self._exists(final)
 
     def unseal(self) -> None:
-        """Rename a sealed array back to the name it has while the job runs.
+        """Rename sealed arrays back to the names they have while the job runs.
 
         Only the process that holds the claim on the job's record may call this: the name `0` has
         no epoch, so the array could otherwise belong to a later job.
         """
-        if self.has_final_name:
-            os.rename(join(self.path, SEALED_NAME), join(self.path, self._record.array))
+        for level, name in enumerate(self._names):
+            if self._was_renamed(level):
+                # A late process of this job may have written under the old name.
+                self._objects.discard(name)
+                os.rename(join(self.path, level_name(SEALED_NAME, level)), join(self.path, name))
 
     @property
     def arrays(self) -> list[StoredArray]:
         """The arrays of the image, where they are now."""
-        folder = _below(self._image, self._current_name)
-        return [StoredArray(self.array_folder, folder, self.grid)]
+        names = (_below(self._folder, name) for name in self._current_names)
+        folders = map(self.array_folder, range(len(self._names)))
+        return list(map(StoredArray, folders, names, self.grids))
 
     def documents(self, state: str) -> list[WrittenDocument]:
         """Return the metadata documents that an image in this state has."""
-        name = self._current_name
-        group = _written_group(self._format, self._attributes(state, name))
-        created = f"{self._record.array}/"
+        names = self._current_names
+        group = _written_group(self._format, self._attributes(state, names))
+        current = dict(zip(self._names, names, strict=True))
         arrays = {
-            f"{name}/{path.removeprefix(created)}": text for path, text in self._metadata.items()
+            f"{current[name]}/{document}": text
+            for path, text in self._metadata.items()
+            for name, _, document in [path.partition("/")]
         }
         return [
             WrittenDocument(
-                _below(self._image, path),
+                _below(self._folder, path),
                 text,
                 is_array=path in arrays and path.endswith(ARRAY[self._format]),
             )
@@ -260,35 +331,51 @@ class ImageOutput:
         ]
 
     @property
-    def _current_name(self) -> str:
-        """Name of the folder of the array: another one than while the job runs once it is sealed.
+    def _current_names(self) -> tuple[str, ...]:
+        """Names of the folders of the arrays: others than while the job runs once it is sealed.
 
         Judged by the folders, because documents can be missing.
         """
-        name = self._record.array
-        is_renamed = not self._objects.exists(name) and self._objects.exists(SEALED_NAME)
-        return SEALED_NAME if self._local and is_renamed else name
+        finals = (level_name(SEALED_NAME, level) for level in range(len(self._names)))
+        return tuple(
+            final
+            if self._local and not self._objects.exists(name) and self._objects.exists(final)
+            else name
+            for name, final in zip(self._names, finals, strict=True)
+        )
 
     @property
-    def array_folder(self) -> str:
-        """Name in the output of the folder of the array, while the job runs."""
-        return _below(self._image, self._record.array)
+    def axes(self) -> tuple[Axis, ...]:
+        """The axes of level 0."""
+        plan = self._record.image_plan(self._image).of_output(self._number)
+        return output_axes(self._image, plan)
+
+    @property
+    def present_path(self) -> str:
+        """Path of the folder of level 0 now."""
+        return join(self.path, self._current_names[0])
+
+    def array_folder(self, level: int = 0) -> str:
+        """Return the name in the output of the folder of an array, while the job runs."""
+        return _below(self._folder, self._names[level])
 
     @cached_property
-    def grid(self) -> ObjectGrid:
-        """The objects of the array."""
-        document = self._metadata[f"{self._record.array}/{ARRAY[self._format]}"]
-        return ObjectGrid.of_document(document, self._format)
+    def grids(self) -> tuple[ObjectGrid, ...]:
+        """The objects of the array of each level."""
+        document = ARRAY[self._format]
+        texts = (self._metadata[f"{name}/{document}"] for name in self._names)
+        return tuple(ObjectGrid.of_document(text, self._format) for text in texts)
 
-    def open(self) -> WritableArray:
-        """Open the array of a running job for writing. Raises StoreError if it was changed."""
-        self.check(self._record.array)
-        path = join(self.path, self._record.array)
+    def open(self, level: int = 0) -> WritableArray:
+        """Open an array of a running job for writing. Raises StoreError if it was changed."""
+        name = self._names[level]
+        self.check(name)
+        path = join(self.path, name)
         return ZarrFormat().open_for_writing(path, {ZARR_FORMAT: self._format})
 
     def open_present(self) -> Array:
-        """Open the array for reading, sealed or not. Raises StoreError."""
-        return ZarrFormat().open(join(self.path, self._current_name), {})
+        """Open the array of level 0 for reading, sealed or not. Raises StoreError."""
+        return ZarrFormat().open(self.present_path, {})
 
     def check(self, name: str) -> None:
         """Raise StoreError unless the array's metadata are those that were created.
@@ -297,7 +384,8 @@ class ImageOutput:
         """
         document = ARRAY[self._format]
         stored = parsed(self._objects.get(f"{name}/{document}"))
-        created = json.loads(self._metadata[f"{self._record.array}/{document}"])
+        running = self._names[int(name.partition(".")[0])]
+        created = json.loads(self._metadata[f"{running}/{document}"])
         differences = sorted(
             key
             for key in (stored or {}).keys() | created.keys()
@@ -312,56 +400,66 @@ class ImageOutput:
             )
 
     def check_array(self) -> None:
-        """Raise StoreError unless the array, under its current name, is the one created."""
-        name = self._record.array
-        self.check(name if not self._local or self._exists(name) else SEALED_NAME)
+        """Raise StoreError unless every array, under its current name, is the one created."""
+        for level, name in enumerate(self._names):
+            is_current = not self._local or self._exists(name)
+            self.check(name if is_current else level_name(SEALED_NAME, level))
 
     def mark_incomplete(self, *, check_unchanged: Callable[[], None]) -> None:
         """Write the group metadata of an output that will be read before it is complete."""
         check_unchanged()
-        self._write_group("incomplete", self._record.array)
+        self._write_group("incomplete", self._names)
 
     def seal(self, *, check_unchanged: Callable[[], None]) -> None:
-        """Mark the output as complete; rename a local array to its final name. Idempotent."""
-        name = self._record.array
-        if self._local:
-            if self._exists(name):
+        """Mark the output as complete; rename local arrays to their final names. Idempotent."""
+        names = self._final_names
+        # Level 0 last. A suspended process that finds no voxels under the old name of a level
+        # then writes the next one under its old name, too.
+        for name, final in reversed(list(zip(self._names, names, strict=True))):
+            if self._local and self._exists(name):
                 self.check(name)
                 check_unchanged()
-                self._rename_to_final(name)
-            name = SEALED_NAME
-        self.check(name)
+                self._rename_to_final(name, final)
+            self.check(final)
         self._delete_stray_arrays(check_unchanged)
         if self._local:
-            delete_stale_locks(join(self.path, name))
+            for final in names:
+                delete_stale_locks(join(self.path, final))
         check_unchanged()
-        self._write_group("complete", name)
+        self._write_group("complete", names)
         check_unchanged()  # raises if this process was suspended above and the job was replaced
+
+    @property
+    def _final_names(self) -> tuple[str, ...]:
+        """Names of the arrays of all levels in the sealed output."""
+        if not self._local:
+            return self._names
+        return tuple(level_name(SEALED_NAME, level) for level in range(len(self._names)))
 
     def is_sealed(self) -> bool:
         """Return whether the group metadata mark this job as complete."""
-        return self._is_described("complete", SEALED_NAME if self._local else self._record.array)
+        return self._is_described("complete", self._final_names)
 
-    def _is_described(self, state: str, name: str) -> bool:
+    def _is_described(self, state: str, names: Sequence[str]) -> bool:
         """Return whether the group metadata are those of this job; other keys are ignored."""
         attributes = _group_attributes(self._objects, self._format)
-        return _key_values(attributes) == _key_values(self._attributes(state, name))
+        return _key_values(attributes) == _key_values(self._attributes(state, names))
 
     def _exists(self, name: str) -> bool:
         return self._objects.exists(f"{name}/{ARRAY[self._format]}")
 
-    def _rename_to_final(self, name: str) -> None:
-        final = join(self.path, SEALED_NAME)
-        if os.path.lexists(final) and self._exists(name):
+    def _rename_to_final(self, name: str, final: str) -> None:
+        path = join(self.path, final)
+        if os.path.lexists(path) and self._exists(name):
             raise StoreError(
-                f"output: {final} was created by another job or program; remove it, then run the "
+                f"output: {path} was created by another job or program; remove it, then run the "
                 "command again",
                 code=ErrorCode.OUTPUT_CHANGED,
             )
         try:
-            os.rename(join(self.path, name), final)
+            os.rename(join(self.path, name), path)
         except FileNotFoundError:
-            if not self._exists(SEALED_NAME):  # else another finalizer has renamed it
+            if not self._exists(final):  # else another finalizer has renamed it
                 raise
 
     def _delete_stray_arrays(self, check_unchanged: Callable[[], None]) -> None:
@@ -374,23 +472,32 @@ class ImageOutput:
         self._objects.delete_partial_files()
 
     def _is_stray(self, name: str) -> bool:
-        if name == self._record.array:
-            return self._local and self.has_final_name
-        if name == SEALED_NAME:  # on a local disk it may belong to a later job
-            return not self._local
-        return EPOCH_NAME.fullmatch(name) is not None
+        if name in self._names:
+            return self._local and self._was_renamed(self._names.index(name))
+        if LEVEL_NAME.fullmatch(name) is None:
+            return False
+        if "." in name:
+            return True
+        # On a local disk it may belong to a later job, and beside `0` to the user.
+        return not self._local and self._record.array != SEALED_NAME
 
-    def _write_group(self, state: str, name: str) -> None:
+    def _write_group(self, state: str, names: Sequence[str]) -> None:
         """Write the group metadata unless they are current; keep the user's attributes."""
-        if not self._is_described(state, name):
-            self._put(_group_documents(self._objects, self._format, self._attributes(state, name)))
+        if not self._is_described(state, names):
+            attributes = self._attributes(state, names)
+            self._put(_group_documents(self._objects, self._format, attributes))
 
-    def _attributes(self, state: str, name: str) -> dict[str, Any]:
+    def _attributes(self, state: str, names: Sequence[str]) -> dict[str, Any]:
         """Return the group attributes that chunkq writes: `chunkq` and OME-Zarr metadata."""
         record = self._record
-        status = _status(record, state) | {"array": name}
-        axes = output_axes(self._image, record.image_plan(self._image))
-        image = image_metadata(axes, self._format, name)
+        status = _status(record, state) | {"array": names[0]}
+        plan = record.image_plan(self._image).of_output(self._number)
+        axes = level_axes(record, self._image, self._number)
+        method = method_of(record.job, plan.output) if len(names) > 1 else None
+        image = image_metadata(dict(zip(names, axes, strict=True)), self._format, method)
+        if image and plan.output.class_names and not plan.output.is_average:
+            labels = label_metadata(plan.output.class_names, self._format)
+            image |= labels | {"ome": image["ome"] | labels["ome"]} if "ome" in image else labels
         return {**image, ATTRIBUTE: status}
 
     def _put(self, documents: dict[str, str]) -> None:
@@ -409,10 +516,12 @@ class StoredArray(NamedTuple):
 
 
 class ImageGroup:
-    """The group of a job with several images, laid out as bioformats2raw does (layout 3)."""
+    """A group of images, or of such groups, laid out as bioformats2raw does (layout 3)."""
 
-    def __init__(self, path: str, record: JobRecord) -> None:
-        self._record, self._format = record, record.job.zarr_format
+    def __init__(self, path: str, record: JobRecord, folder: str, members: Sequence[str]) -> None:
+        """`folder` is the path of the group in the output, `members` the images in the group."""
+        self._record, self._format, self._members = record, record.job.zarr_format, members
+        self._folder, path = folder, join(path, folder) if folder else path
         self._objects, self._series = ObjectFolder(path), ObjectFolder(join(path, "OME"))
 
     def prepare(self, check_unchanged: Callable[[], None]) -> None:
@@ -429,11 +538,13 @@ class ImageGroup:
         root = _written_group(self._format, self._attributes(state))
         series = _written_group(self._format, self._series_attributes)
         documents = root | {f"OME/{name}": text for name, text in series.items()}
-        return [WrittenDocument(name, text) for name, text in documents.items()]
+        return [
+            WrittenDocument(_below(self._folder, name), text) for name, text in documents.items()
+        ]
 
     @property
     def _series_attributes(self) -> dict[str, Any]:
-        series: dict[str, Any] = {"series": [image.name for image in self._record.images]}
+        series: dict[str, Any] = {"series": list(self._members)}
         return {"ome": {"version": "0.5", **series}} if self._format == 3 else series
 
     def write(self, state: str, check_unchanged: Callable[[], None]) -> None:
@@ -518,7 +629,7 @@ def _key_values(attributes: dict[str, Any]) -> tuple[Any, ...]:
     status = status if isinstance(status, dict) else {}
     ome = attributes.get("ome", attributes)
     try:
-        path = ome["multiscales"][0]["datasets"][0]["path"]
+        paths = [dataset["path"] for dataset in ome["multiscales"][0]["datasets"]]
     except (KeyError, IndexError, TypeError):
-        path = None
-    return path, *(status.get(key) for key in ("state", "array", "digest", "epoch"))
+        paths = []
+    return paths, *(status.get(key) for key in ("state", "array", "digest", "epoch"))

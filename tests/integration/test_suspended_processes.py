@@ -15,6 +15,7 @@ from chunkq.job import output as output_module
 from chunkq.job.job_handle import ItemHandle
 from chunkq.job.ledger import ItemLedger, Ledger
 from chunkq.job.output import ImageOutput, Output
+from chunkq.job.output_handle import OutputHandle
 from chunkq.job.tasks import Task
 from chunkq.queue.contract.executor import Attempt
 from chunkq.stages.finalize import FinalizeStage
@@ -94,7 +95,7 @@ def test_a_worker_whose_job_is_replaced_while_it_computes_writes_nothing(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, new_output: dict[str, bytes]
 ) -> None:
     earlier = workspace.epoch_folder
-    array = workspace.item.image.target.shape  # open the output before the replacement
+    array = workspace.item.outputs[0].target.shape  # open the output before the replacement
     with monkeypatch.context() as patch:
         replace_when_called(workspace, patch, ItemHandle, "read_halos")
         assert_replaced(lambda: infer(workspace))
@@ -102,14 +103,14 @@ def test_a_worker_whose_job_is_replaced_while_it_computes_writes_nothing(
     assert {path.name for path in workspace.output.iterdir()} == {
         "zarr.json", workspace.job.record.array
     }  # fmt: skip
-    assert workspace.item.image.target.shape == array
+    assert workspace.item.outputs[0].target.shape == array
     assert_new_job_unchanged(workspace, new_output)
 
 
 @pytest.mark.parametrize("is_open", [True, False], ids=["output-open", "output-not-yet-open"])
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(ItemHandle, "write"), (ItemLedger, "put_piece")],
+    [(OutputHandle, "write"), (ItemLedger, "put_piece")],
     ids=["write", "put_piece"],
 )
 def test_a_worker_suspended_before_it_writes_does_not_change_the_new_job(
@@ -122,7 +123,7 @@ def test_a_worker_suspended_before_it_writes_does_not_change_the_new_job(
 ) -> None:
     earlier = workspace.epoch_folder
     if is_open:
-        assert workspace.item.image.target.shape == (3, *SHAPE)
+        assert workspace.item.outputs[0].target.shape == (3, *SHAPE)
     with monkeypatch.context() as patch:
         replace_when_called(workspace, patch, owner, name)
         assert_replaced(lambda: infer(workspace))
@@ -132,7 +133,7 @@ def test_a_worker_suspended_before_it_writes_does_not_change_the_new_job(
 
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(ItemLedger, "get_piece"), (ItemHandle, "write")],
+    [(ItemLedger, "get_piece"), (OutputHandle, "write")],
     ids=["get_piece", "write"],
 )
 def test_a_finalizer_suspended_in_a_block_does_not_change_the_new_job(

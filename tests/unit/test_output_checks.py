@@ -45,7 +45,7 @@ DRAWS: list[Callable[[], Any]] = [random.random, np.random.rand, lambda: torch.r
 
 
 def begun() -> OutputChecks:
-    checks = OutputChecks(OutputSpec("", 1, False, "none", "soft"), is_stochastic=False)
+    checks = OutputChecks([OutputSpec("", 1, False, "none", "soft")], is_stochastic=False)
     checks.begin()
     return checks
 

@@ -22,6 +22,7 @@ from chunkq.blend.combine import (
     is_finite,
     label_votes,
     namespace,
+    pick_channels,
     to_numpy,
     to_votes,
 )
@@ -29,6 +30,7 @@ from chunkq.casts import Cast, cast_kind, misfit, proposed_dtype
 from chunkq.errors import ErrorCode, ModelError, PredictionError
 from chunkq.geometry.box import Box
 from chunkq.job.model_config import ModelConfig
+from chunkq.plan.outputs import OutputSpec
 from chunkq.plan.plan import Patch, Plan
 from chunkq_worker.batch_layout import BatchLayout
 from chunkq_worker.cancellation import check_stopped
@@ -162,8 +164,10 @@ class Batcher:
         origin: Sequence[int],
         uploaded: DeviceInput | None = None,
         flag: FiniteFlag | None = None,
-    ) -> Iterator[tuple[Sequence[Patch], Array]]:
-        """Yield each batch with its predictions (n, C, *output patch) after activation and voting.
+    ) -> Iterator[tuple[Sequence[Patch], tuple[Array, ...]]]:
+        """Yield each batch with its predictions after activation and voting, one per output.
+
+        The predictions of an output are (n, C, *output patch), with its own channels and patch.
 
         `halos` contain the inputs from voxel `origin` on, `uploaded` the same on the device.
         Predictions are on the device and valid until the next ones are requested. They are float32
@@ -352,44 +356,28 @@ class Batcher:
 
     def _to_predictions(
         self, outputs: Array, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]
-    ) -> Array:
+    ) -> tuple[Array, ...]:
         """Return activated predictions; raise PredictionError if the job requires finite ones."""
-        xp, raw, outputs = namespace(outputs), outputs, as_float32(outputs)
-        finite = None
-        if not is_finite(outputs):
-            finite = xp.isfinite(outputs)
-            self._check_overflow(xp.isfinite(raw) & ~finite, raw, batch)
-            if self._plan.output.nan == "fail" and not bool(xp.all(finite)):
-                self._raise_nonfinite(finite, batch, halos, origin)
-        if self._plan.output.from_labels:
-            self._check_labels(outputs, finite, batch)
-        return self._activate(outputs, finite)
+        predictions = []
+        for output in self._plan.outputs:
+            raw = pick_channels(outputs, output.picks)
+            xp, values, finite = namespace(raw), as_float32(raw), None
+            if not is_finite(values):
+                finite = xp.isfinite(values)
+                self._check_overflow(xp.isfinite(raw) & ~finite, raw, batch)
+                if output.nan == "fail" and not bool(xp.all(finite)):
+                    self._raise_nonfinite(finite, batch, halos, origin)
+            if output.from_labels:
+                self._check_labels(values, finite, batch, output.channels)
+            predictions.append(_activated(values, finite, output))
+        return tuple(predictions)
 
-    def _to_unchecked_predictions(self, outputs: Array, flag: FiniteFlag) -> Array:
+    def _to_unchecked_predictions(self, outputs: Array, flag: FiniteFlag) -> tuple[Array, ...]:
         """Return activated predictions without waiting for the device; see `predictions`."""
-        xp = namespace(outputs)
-        if self._plan.output.nan == "zero":
-            finite = xp.isfinite(outputs)
-            if outputs.dtype == xp.float64:
-                outputs = as_float32(xp.where(finite, outputs, xp.zeros_like(outputs)))
-                flag.add(outputs)  # the conversion can overflow
-            self._flag_invalid(outputs, finite, flag)
-            return self._activate(as_float32(outputs), finite)
-        if outputs.dtype == xp.float64:
-            outputs = as_float32(outputs)  # the conversion can overflow
-        flag.add(outputs)
-        self._flag_invalid(outputs, None, flag)
-        return self._activate(outputs, None)
-
-    def _flag_invalid(self, outputs: Array, finite: Array | None, flag: FiniteFlag) -> None:
-        """Set the flag if the job expects labels and some finite values are none."""
-        if not self._plan.output.from_labels:
-            return
-        xp, labels = namespace(outputs), as_float32(outputs)
-        invalid = invalid_labels(labels, self._plan.channels)
-        if finite is not None:
-            invalid = invalid & finite
-        flag.add(xp.where(invalid, xp.full_like(labels, xp.nan), xp.zeros_like(labels)))
+        return tuple(
+            _unchecked(pick_channels(outputs, output.picks), output, flag)
+            for output in self._plan.outputs
+        )
 
     def _attempt(
         self,
@@ -426,9 +414,10 @@ class Batcher:
         expected = {(count, *declared) for declared in self._declared_shapes}
         if shape not in expected:
             raise ModelError(self._texts.wrong_output(count, shape))
-        check_output_dtype(self._output_dtype, self._plan.output)
-        with_channels = (count, self._plan.output.network_channels, *self._plan.output_patch)
-        result = outputs.reshape(with_channels)[:used]
+        for output in self._plan.outputs:
+            check_output_dtype(self._output_dtype, output)
+        (head,) = self._plan.heads
+        result = outputs.reshape((count, head.channels, *head.patch))[:used]
         if self._watch is not None and used:
             self._watch.send(result)
         return result
@@ -455,21 +444,6 @@ class Batcher:
             _ceilings[self._network] = self.size
         log.warning("out of memory: batches have %d patches from here on", self.size)
 
-    def _activate(self, outputs: Array, finite: Array | None) -> Array:
-        """Return activated predictions, or votes; zeros where `finite` is not None and False."""
-        output, xp = self._plan.output, namespace(outputs)
-        if finite is not None:
-            outputs = xp.where(finite, outputs, xp.zeros_like(outputs))
-        if output.from_labels:
-            votes = label_votes(as_float32(outputs), output.channels)
-            return votes if finite is None else votes * xp.astype(finite, votes.dtype)
-        predictions = activate(outputs, output.activation)
-        if finite is not None:
-            predictions = xp.where(finite, predictions, xp.zeros_like(predictions))
-        if output.combine == "hard":
-            predictions = to_votes(predictions)
-        return predictions
-
     def _check_overflow(self, overflow: Array, raw: Array, batch: Sequence[Patch]) -> None:
         """Raise PredictionError for the first patch with finite values that float32 cannot hold."""
         row = next((row for row, part in enumerate(overflow) if bool(part.any())), None)
@@ -484,9 +458,10 @@ class Batcher:
             code=ErrorCode.DTYPE_UNSUITABLE,
         )
 
-    def _check_labels(self, labels: Array, finite: Array | None, batch: Sequence[Patch]) -> None:
+    def _check_labels(
+        self, labels: Array, finite: Array | None, batch: Sequence[Patch], classes: int
+    ) -> None:
         """Raise PredictionError for the first patch with values that are no labels."""
-        classes = self._plan.channels
         invalid = invalid_labels(labels, classes)
         if finite is not None:
             invalid &= finite
@@ -540,6 +515,59 @@ class Batcher:
             dtype = np.dtype(self._plan.volume.dtype).newbyteorder("=")
             self._feed = self._runtime.feed((self._size, *self._layout.item), dtype)
         return self._feed
+
+
+def _activated(values: Array, finite: Array | None, output: OutputSpec) -> Array:
+    """Return activated predictions of an output, or votes (n, C, *Q).
+
+    `values` are what the network returned for the output. Predictions are zero where `finite` is
+    not None and False.
+    """
+    xp = namespace(values)
+    if finite is not None:
+        values = xp.where(finite, values, xp.zeros_like(values))
+    if output.from_labels:
+        votes = label_votes(as_float32(values), output.channels)
+        return votes if finite is None else votes * xp.astype(finite, votes.dtype)
+    predictions = activate(values, output.activation)
+    if finite is not None:
+        predictions = xp.where(finite, predictions, xp.zeros_like(predictions))
+    if output.combine == "hard":
+        predictions = to_votes(predictions)
+    return predictions
+
+
+def _unchecked(values: Array, output: OutputSpec, flag: FiniteFlag) -> Array:
+    """Return activated predictions of an output without waiting for the device.
+
+    The flag is set if the job requires that values are finite, or labels, and some are not.
+    """
+    xp = namespace(values)
+    if output.nan == "zero":
+        finite = xp.isfinite(values)
+        if values.dtype == xp.float64:
+            values = as_float32(xp.where(finite, values, xp.zeros_like(values)))
+            flag.add(values)  # the conversion can overflow
+        _flag_invalid(values, finite, output, flag)
+        return _activated(as_float32(values), finite, output)
+    if values.dtype == xp.float64:
+        values = as_float32(values)  # the conversion can overflow
+    flag.add(values)
+    _flag_invalid(values, None, output, flag)
+    return _activated(values, None, output)
+
+
+def _flag_invalid(
+    values: Array, finite: Array | None, output: OutputSpec, flag: FiniteFlag
+) -> None:
+    """Set the flag if the job expects labels and some finite values are none."""
+    if not output.from_labels:
+        return
+    xp, labels = namespace(values), as_float32(values)
+    invalid = invalid_labels(labels, output.channels)
+    if finite is not None:
+        invalid = invalid & finite
+    flag.add(xp.where(invalid, xp.full_like(labels, xp.nan), xp.zeros_like(labels)))
 
 
 def _check_cast(values: npt.NDArray[Any], dtype: str, source: str) -> None:

@@ -120,7 +120,7 @@ def _restart_with_worker_env() -> None:
 
 def _run_batches(engine: InferenceEngine, record: JobRecord) -> ValueCheck:
     """Run a batch of patches, or of zeros if no patch could be read."""
-    watch = ValueWatch(engine.plan.output)
+    watch = ValueWatch(engine.plan.outputs)
     with engine.batcher.watched_by(watch):
         check_on_patches(record, engine.plan, engine.batcher)
     if not engine.batcher.has_run:

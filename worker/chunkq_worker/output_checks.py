@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chunkq.blend.combine import Array, as_float, to_numpy
+from chunkq.blend.combine import Array, as_float, pick_channels, to_numpy
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.plan.outputs import OutputSpec
 from chunkq_worker.label_outputs import LabelDetector
@@ -40,18 +40,21 @@ class OutputChecks:
     each of them.
     """
 
-    def __init__(self, output: OutputSpec, *, is_stochastic: bool, repeats: int = 1) -> None:
+    def __init__(
+        self, outputs: Sequence[OutputSpec], *, is_stochastic: bool, repeats: int = 1
+    ) -> None:
         self.repeats = repeats
         self.warnings: list[str] = []
         self.report: Callable[[str], None] = log.warning
         self.is_repeated = is_stochastic
-        self._output, self._labels = output, LabelDetector(output)
+        self._outputs = tuple(outputs)
+        self._labels = [LabelDetector(output) for output in outputs]
         self._states: tuple[Any, ...] = ()
 
     @property
     def are_done(self) -> bool:
         """Whether no further batch is examined."""
-        return self.is_repeated and self._labels.is_done
+        return self.is_repeated and all(labels.is_done for labels in self._labels)
 
     def begin(self) -> None:
         """Take note of the random states before a batch is computed."""
@@ -69,10 +72,11 @@ class OutputChecks:
 
         Raise ModelError if the outputs of the network are random, or labels.
         """
-        warning = self._labels.examine(outputs, inputs)
-        if warning is not None:
-            self.warnings.append(warning)
-            self.report(warning)
+        for labels, output in zip(self._labels, self._outputs, strict=True):
+            warning = labels.examine(pick_channels(outputs, output.picks), inputs)
+            if warning is not None:
+                self.warnings.append(warning)
+                self.report(warning)
         if not self.is_repeated and any(values.min() != values.max() for values in inputs):
             is_varied = inputs[0].min() != inputs[0].max()
             self.compare(outputs, repeat, repeat_first if is_varied else None)
@@ -113,10 +117,18 @@ class OutputChecks:
         return self._difference(first, to_numpy(as_float(again))) <= MAX_DIFFERENCE
 
     def _difference(self, first: Values, second: Values) -> float:
-        if self._output.from_labels:
-            is_equal = (first == second) | (np.isnan(first) & np.isnan(second))
-            return 1.0 - float(is_equal.mean())
-        return relative_difference(first, second)
+        return max(
+            _difference(pick_channels(first, o.picks), pick_channels(second, o.picks), o)
+            for o in self._outputs
+        )
+
+
+def _difference(first: Values, second: Values, output: OutputSpec) -> float:
+    """Return the difference of two results for one output; of labels, the share that differs."""
+    if output.from_labels:
+        is_equal = (first == second) | (np.isnan(first) & np.isnan(second))
+        return 1.0 - float(is_equal.mean())
+    return relative_difference(first, second)
 
 
 def relative_difference(first: Values, second: Values) -> float:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from chunkq.blend.combine import Array, as_float, to_numpy
+from chunkq.blend.combine import Array, as_float, pick_channels, to_numpy
 from chunkq.model_check import ValueCheck
 from chunkq.plan.outputs import OutputSpec
 from chunkq.plan.plan import Chunk, Plan
@@ -46,8 +46,8 @@ class Suspicion:
 class ValueWatch:
     """Collects the ranges of the first batch that a network computes after `start`."""
 
-    def __init__(self, output: OutputSpec) -> None:
-        self._output = output
+    def __init__(self, outputs: Sequence[OutputSpec]) -> None:
+        self._outputs = tuple(outputs)
         self._patches = 0
         self._has_received = False
         self._input: tuple[float, float] | None = None
@@ -75,7 +75,11 @@ class ValueWatch:
         if self._result is None:
             values = to_numpy(as_float(outputs))
             self._result = _range(values)
-            self._suspicions = [*_output_suspicions(values, self._output)]
+            self._suspicions = [
+                suspicion
+                for output in self._outputs
+                for suspicion in _output_suspicions(pick_channels(values, output.picks), output)
+            ]
 
     def result(self) -> ValueCheck:
         """Return the ranges, with one line for each property that can be a mistake."""
@@ -106,7 +110,7 @@ class ChunkWatch:
     def __init__(self, plan: Plan, batch: int, *, can_skip: bool = False) -> None:
         """`plan` is that of each item; `batch` is the number of patches in a batch."""
         self._index = fullest_chunk(plan, enough=batch).index
-        self._preferred, self._other = ValueWatch(plan.output), ValueWatch(plan.output)
+        self._preferred, self._other = ValueWatch(plan.outputs), ValueWatch(plan.outputs)
         self._takes_other = can_skip
 
     def of(self, item: int, chunk: Chunk) -> ValueWatch | None:

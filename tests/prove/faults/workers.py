@@ -65,7 +65,7 @@ FAULTS = (
     Fault(
         "integers-are-averaged",
         BATCHING,
-        "check_output_dtype(self._output_dtype, self._plan.output)",
+        "check_output_dtype(self._output_dtype, output)",
         "pass",
         "class numbers are averaged",
         named("tests/integration/test_label_networks.py", "integer"),
@@ -73,7 +73,7 @@ FAULTS = (
     Fault(
         "labels-beyond-the-classes-vote-for-nothing",
         BATCHING,
-        "self._check_labels(outputs, finite, batch)",
+        "self._check_labels(values, finite, batch, output.channels)",
         "pass",
         "labels that classes does not count disappear",
         named("tests/integration/test_label_networks.py", "no_label"),

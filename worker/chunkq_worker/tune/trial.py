@@ -237,7 +237,7 @@ class NetworkTrial(Trial):
     def _sample(self) -> npt.NDArray[Any]:
         """Return the network's raw outputs for patches in the middle of the chunk (n, C, *Q)."""
         size, plan = self.engine.batcher.size, self.engine.plan
-        number = SAMPLE_VALUES // (plan.channels * prod(plan.output_patch))
+        number = SAMPLE_VALUES // sum(head.channels * prod(head.patch) for head in plan.heads)
         number = max(MIN_SAMPLE_PATCHES, min(MAX_SAMPLE_PATCHES, number))
         middle = max(0, (len(self._patches) - number) // 2)
         patches, outputs = self._patches[middle : middle + number], []
