@@ -49,20 +49,24 @@ class ValueCheck:
     """Smallest and largest finite values of one batch of patches.
 
     `input_range` is that of what the network receives, after preprocessing, and `output_range` that
-    of what it returns, before any activation. They are None if there are no such values. `warnings`
-    are lines about what the values suggest.
+    of what it returns, before any activation. `output_ranges` has that of each output with a name.
+    Ranges are None if there are no such values. `warnings` are lines about what the values suggest.
     """
 
     input_range: tuple[float, float] | None = None
     output_range: tuple[float, float] | None = None
     warnings: tuple[str, ...] = ()
+    output_ranges: tuple[tuple[str, tuple[float, float] | None], ...] = ()
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the ranges as pairs of a label and a text."""
-        spans = (
+        spans = [
             ("input range", self.input_range, "after preprocessing"),
-            ("output range", self.output_range, "before any activation"),
-        )
+            *(
+                (f"output range{name and f' of {name}'}", span, "before any activation")
+                for name, span in self.output_ranges or (("", self.output_range),)
+            ),
+        ]
         return [
             (label, f"{span[0]:.4g} to {span[1]:.4g}, {when}")
             for label, span, when in spans

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from chunkq.job.fields import Dtype, NonNegative, Positive, Section, Shape, key_doc
+from chunkq.plan.outputs import HeadName
 
 STOCHASTIC = "the network is random, so another run gives other bytes (model_config.stochastic)"
 """What plan and report say of a job with `stochastic`."""
@@ -327,6 +328,10 @@ class ModelConfig(Section):
         The result is out of their range if `lost_dim` names no spatial axis.
         """
         return None if self.lost_dim is None else self.lost_dim - len(self.model_input_shape) + rank
+
+    def of_head(self, head: HeadName) -> ModelConfig:
+        """Return the keys with the output shape of one head of the network."""
+        return self
 
     def output_patch(self, rank: int) -> tuple[int, ...]:
         """Return the shape that the network returns along the `rank` spatial axes."""

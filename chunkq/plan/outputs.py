@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 Combine = Literal["weighted_avg", "soft", "hard"]
 Activation = Literal["none", "softmax", "sigmoid"]
+HeadName = str | int | None
+"""Key or index of an array in what the network returns; None if it returns one array."""
 
 
 def label_dtype(classes: int) -> np.dtype[Any]:
@@ -31,6 +33,10 @@ class OutputSpec:
     from_labels    whether the network returns labels in one channel; predictions are votes, one
                    channel per class
     fill_value     value of voxels without a prediction: an average, or a class
+    head           the array that the network returns for it
+    head_channels  number of channels of that array; 0 if the output uses all of them
+    picks          channels of that array that the output uses, in order; None for all
+    patch          shape of the output patch, if it differs from that of the plan
     """
 
     name: str
@@ -42,11 +48,20 @@ class OutputSpec:
     nan: Literal["fail", "zero"] = "fail"
     from_labels: bool = False
     fill_value: float = 0.0
+    head: HeadName = None
+    head_channels: int = 0
+    picks: tuple[int, ...] | None = None
+    patch: tuple[int, ...] = ()
 
     @property
     def network_channels(self) -> int:
         """Number of channels that the network returns."""
         return 1 if self.from_labels else self.channels
+
+    @property
+    def returned_channels(self) -> int:
+        """Number of channels of its head."""
+        return self.head_channels or self.network_channels
 
     @property
     def is_average(self) -> bool:

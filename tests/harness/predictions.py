@@ -12,5 +12,5 @@ def each_prediction(
     batcher: Batcher, patches: Sequence[Patch], halos: Halos, origin: Sequence[int]
 ) -> Iterator[tuple[Patch, Any]]:
     """Yield each patch with its prediction (C, *output patch)."""
-    for batch, predictions in batcher.predictions(patches, halos, origin):
+    for batch, (predictions,) in batcher.predictions(patches, halos, origin):
         yield from zip(batch, predictions, strict=True)

@@ -83,7 +83,7 @@ def test_a_function_gets_the_kwargs_as_keywords(tmp_path: Path) -> None:
         "def net(batch, *, gain): return batch * gain",
         **kwargs_file(tmp_path, "{'gain': 3}"),
     )
-    np.testing.assert_array_equal(runtime(batch()), batch() * 3)
+    np.testing.assert_array_equal(runtime(batch())[0], batch() * 3)
 
 
 def test_a_class_is_instantiated_once_with_the_kwargs_and_called(tmp_path: Path) -> None:
@@ -97,8 +97,8 @@ class Net:
         return batch * self.gain + self.calls
 """
     runtime = load(tmp_path, code, "Net", **kwargs_file(tmp_path, "{'gain': 3}"))
-    np.testing.assert_array_equal(runtime(batch()), batch() * 3 + 1)
-    np.testing.assert_array_equal(runtime(batch()), batch() * 3 + 2)
+    np.testing.assert_array_equal(runtime(batch())[0], batch() * 3 + 1)
+    np.testing.assert_array_equal(runtime(batch())[0], batch() * 3 + 2)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int8", "int64"])
@@ -345,11 +345,11 @@ def test_the_threads_of_a_job_apply_only_to_its_batches(tmp_path: Path, threads:
         load(tmp_path, RETURNS_THREADS, threads=1),
     )
     for _ in range(2):
-        assert runtime(batch()).max() == threads
+        assert runtime(batch())[0].max() == threads
         assert threads_of_process() == initial
         assert other(batch()).max() == 1
     with threadpoolctl.threadpool_limits(2):
-        assert runtime(batch()).max() == threads
+        assert runtime(batch())[0].max() == threads
         assert set(threads_of_process()) == {2}
         assert load(tmp_path, RETURNS_THREADS, threads=None)(batch()).max() == 2
 

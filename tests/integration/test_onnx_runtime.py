@@ -150,7 +150,7 @@ def test_a_graph_is_loaded_from_a_url(network: Path) -> None:
     fsspec.filesystem("memory").pipe("/models/net.onnx", network.read_bytes())
     batch = random_batch()
     runtime = load("memory://models/net.onnx")
-    np.testing.assert_array_equal(runtime(batch), load(network)(batch))
+    np.testing.assert_array_equal(runtime(batch)[0], load(network)(batch)[0])
 
 
 def test_a_missing_url_is_an_error() -> None:
@@ -203,14 +203,14 @@ def test_results_of_any_dtype_are_cast_to_float32_or_float64(tmp_path: Path, dty
 def test_values_outside_the_range_of_the_dtype_raise_no_warning(tmp_path: Path) -> None:
     model = identity(kind=TensorProto.FLOAT16, out=TensorProto.FLOAT16)
     runtime = load(save(tmp_path / "net.onnx", model), dtype="float16")
-    assert np.isinf(runtime(np.full((4, 1, *PATCH), 1e6, np.float32))).all()
+    assert np.isinf(runtime(np.full((4, 1, *PATCH), 1e6, np.float32))[0]).all()
 
 
 def test_a_prediction_does_not_depend_on_position_or_batch_size(network: Path) -> None:
     runtime, batch = load(network), random_batch(8)
-    expected = np.array(runtime(batch))
-    np.testing.assert_array_equal(runtime(batch[::-1])[::-1], expected)
-    np.testing.assert_allclose(runtime(batch[:1])[0], expected[0], rtol=0, atol=1e-4)
+    expected = np.array(runtime(batch)[0])
+    np.testing.assert_array_equal(runtime(batch[::-1])[0][::-1], expected)
+    np.testing.assert_allclose(runtime(batch[:1])[0][0], expected[0], rtol=0, atol=1e-4)
 
 
 def test_two_sessions_return_the_same_bytes(network: Path) -> None:
@@ -264,7 +264,7 @@ def test_a_step_that_works_in_place_does_not_change_the_batch(network: Path) -> 
     batch = random_batch()
     before = batch.copy()
     runtime = load(network, Steps(preprocessing_protected=in_place))
-    np.testing.assert_array_equal(runtime(batch), runtime(batch))
+    np.testing.assert_array_equal(runtime(batch)[0], runtime(batch)[0])
     np.testing.assert_array_equal(batch, before)
 
 
@@ -276,7 +276,7 @@ def test_a_step_can_change_the_batch_to_the_dtype_and_shape_of_the_graph(tmp_pat
     steps = Steps(preprocessing_protected=lambda b: np.repeat(b, 4, 1).astype(np.float32))
     runtime = load(save(tmp_path / "net.onnx", model), steps, dtype="int16")
     batch = random_batch(dtype="int16")
-    np.testing.assert_array_equal(runtime(batch), np.repeat(batch, 3, 1))
+    np.testing.assert_array_equal(runtime(batch)[0], np.repeat(batch, 3, 1))
 
 
 def test_a_step_that_returns_another_dtype_or_shape_than_the_graph_is_an_error(
@@ -418,7 +418,7 @@ def predictions_of(
     model = config(path, model_input_shape=shape, model_output_shape=output or [3, *PATCH])
     runtime = load_runtime(model, steps or Steps(), 1, ItemShapes.of(model, len(PATCH)))
     batch = random_batch()
-    return runtime(batch if len(shape) > len(PATCH) else batch[:, 0])
+    return runtime(batch if len(shape) > len(PATCH) else batch[:, 0])[0]
 
 
 @pytest.mark.parametrize("output", [[3, *PATCH], [*PATCH, 3]])
@@ -890,7 +890,7 @@ def test_bound_tensors_return_the_same_values_as_arrays(network: Path, bound: An
     runtime, plain = bound(network), load(network)
     for count in (4, 2, 4):
         batch = random_batch(count, "uint16", seed=count)
-        outputs = runtime(batch)
+        [outputs] = runtime(batch)
         assert isinstance(outputs, torch.Tensor)
         assert outputs.dtype == torch.float32
         np.testing.assert_array_equal(outputs.numpy(), plain(batch))
@@ -908,7 +908,7 @@ def test_bound_tensors_of_a_network_with_channels_last_are_moved(
 
 def test_results_of_a_bound_graph_share_no_memory(network: Path, bound: Any) -> None:
     runtime = bound(network)
-    first = runtime(random_batch(seed=1))
+    [first] = runtime(random_batch(seed=1))
     copy = first.clone()
     runtime(random_batch(seed=2))
     assert torch.equal(first, copy)
@@ -936,7 +936,7 @@ def test_bound_graphs_support_every_dtype(tmp_path: Path, bound: Any, dtype: str
 
 def test_a_bound_graph_takes_tensors(network: Path, bound: Any) -> None:
     runtime, batch = bound(network), random_batch()
-    assert torch.equal(runtime(torch.from_numpy(batch)), runtime(batch))
+    assert torch.equal(runtime(torch.from_numpy(batch))[0], runtime(batch)[0])
 
 
 def test_protected_steps_of_a_bound_graph_get_tensors_and_can_return_views(

@@ -354,8 +354,8 @@ def test_one_network_predicts_the_same_in_every_form(
     model_files: Path, expected: npt.NDArray[Any], keys: dict[str, Any]
 ) -> None:
     runtime = load(model_files, **keys)
-    assert_close(runtime(batch()), expected)
-    assert_close(runtime(batch()), expected)
+    assert_close(runtime(batch())[0], expected)
+    assert_close(runtime(batch())[0], expected)
 
 
 def test_weights_are_loaded_into_a_network_that_is_built_with_the_first_batch(
@@ -439,7 +439,7 @@ def test_the_network_gets_batches_in_the_dtype_of_the_job(
     values = np.random.default_rng(2).integers(0, 100, (4, *PATCH, 1))
     runtime = load(model_files, **keys)
     for batch_dtype in ("uint8", "int16", "uint16", "uint32", "float32", ">i2", ">f4"):
-        outputs = runtime(values.astype(batch_dtype))
+        [outputs] = runtime(values.astype(batch_dtype))
         assert outputs.dtype == np.float32
         assert_close(outputs, np.repeat(values / 2, 3, axis=-1))
 
@@ -452,7 +452,7 @@ def test_layers_of_a_class_compute_in_the_dtype_of_the_job(
     model_files: Path, name: str, dtype: str, output_dtype: type
 ) -> None:
     runtime = load(model_files, **class_of(name, dtype=dtype))
-    assert runtime(batch()).dtype == output_dtype
+    assert runtime(batch())[0].dtype == output_dtype
     assert {v.dtype for v in runtime._network._model.weights} == {dtype}  # type: ignore[attr-defined]
     assert keras.config.dtype_policy().name == "float32"
 
@@ -510,7 +510,7 @@ def predictions_of(
     model = config(folder, shape, model_output_shape=list(output), **keys)
     runtime = load_runtime(model, steps or Steps(), 1, ItemShapes.of(model, len(PATCH)))
     inputs = batch().transpose(0, 3, 1, 2)
-    return runtime(inputs if len(shape) > len(PATCH) else inputs[:, 0])
+    return runtime(inputs if len(shape) > len(PATCH) else inputs[:, 0])[0]
 
 
 @pytest.mark.parametrize("shape", [(*PATCH, 1), (1, *PATCH), PATCH])
@@ -554,7 +554,7 @@ def test_several_inputs_are_the_last_axis_of_a_network_with_channels_last(
         keys = class_of("sums_channels", join_dim=join_dim)
         model = config(model_files, shape, model_output_shape=list(PATCH), **keys)
         runtime = load_runtime(model, Steps(), 1, ItemShapes.of(model, len(PATCH), inputs=2))
-        assert_close(runtime(values), values.sum(1))
+        assert_close(runtime(values)[0], values.sum(1))
 
 
 def test_slices_of_a_volume_are_the_last_axis_of_a_2d_network(
@@ -567,7 +567,7 @@ def test_slices_of_a_volume_are_the_last_axis_of_a_2d_network(
         (model_files / "slices.py").write_text(f"kwargs = {{'count': {count}}}\n")
         model = model.model_copy(update={"kwargs_file": str(model_files / "slices.py")})
         runtime = load_runtime(model, Steps(), 1, ItemShapes.of(model, 3))
-        outputs = runtime(values[:, :count])
+        [outputs] = runtime(values[:, :count])
         assert_close(outputs.reshape(4, *PATCH), values[:, :count].sum(1))
 
 
@@ -635,7 +635,7 @@ def test_a_class_is_built_for_the_output_shape_of_the_steps_before_it(
     keys = class_of("Net", checkpoint="subclass.weights.h5")
     steps = Steps(preprocessing=lambda x: x[..., None])
     runtime = load(model_files, PATCH, steps, **keys)  # the batcher runs that step
-    assert_close(runtime(batch()), expected)
+    assert_close(runtime(batch())[0], expected)
     joined = load(model_files, (*PATCH, 1), join_dim=3, **class_of("Net"))
     assert joined(batch((*PATCH, 2))).shape == (4, *PATCH, 3)
 
@@ -662,7 +662,7 @@ def test_steps_can_return_numpy_arrays(model_files: Path, expected: npt.NDArray[
 def test_a_graph_is_traced_for_every_batch_size(model_files: Path) -> None:
     runtime = load(model_files, **class_of("AddsBatchSize"))
     for count in (4, 2, 1, 4):
-        assert_close(runtime(batch()[:count]), batch()[:count] + np.float32(count))
+        assert_close(runtime(batch()[:count])[0], batch()[:count] + np.float32(count))
 
 
 def test_a_list_with_one_output_is_accepted(model_files: Path) -> None:
@@ -968,7 +968,7 @@ try:
     runtime = load_runtime(model, Steps(), 2)
 except ModelError as error:
     sys.exit(str(error))
-assert runtime(np.zeros((4, 8, 8, 1))).shape == (4, 8, 8, 3)
+assert runtime(np.zeros((4, 8, 8, 1)))[0].shape == (4, 8, 8, 3)
 import os, keras, tensorflow as tf
 threading = tf.config.threading
 print(threading.get_intra_op_parallelism_threads(), threading.get_inter_op_parallelism_threads(),

@@ -118,7 +118,7 @@ class HostRun(ChunkRun):
     def add(self, patches: Sequence[Patch]) -> None:
         self._weights.prepare(patches)
         origin = self._chunk.halo.start
-        for batch, predictions in self._batcher.predictions(patches, self._halos, origin):
+        for batch, (predictions,) in self._batcher.predictions(patches, self._halos, origin):
             self._sums.add(batch, predictions)
 
     @override

@@ -165,7 +165,7 @@ class DeviceRun(ChunkRun):
             patches, self._halos, self._chunk.halo.start, self._uploaded, self._flag
         )
         try:
-            for batch, predictions in batches:
+            for batch, (predictions,) in batches:
                 self._sums.add(batch, predictions)
         finally:
             if self._uploaded is not None:

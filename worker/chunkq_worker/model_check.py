@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 from statistics import median
 from typing import Any, BinaryIO
 
@@ -30,6 +31,7 @@ from chunkq_worker.child_env import child_env
 from chunkq_worker.device import get_device
 from chunkq_worker.inference_engine import InferenceEngine
 from chunkq_worker.measure_memory import measure_memory
+from chunkq_worker.runtimes.returned_values import unused_note
 from chunkq_worker.trial_batch import TrialBatch, check_on_patches
 from chunkq_worker.value_watch import ValueWatch
 
@@ -98,7 +100,7 @@ def run_check(
         peak_bytes=peak_bytes(),
         device_bytes=engine.runtime.device_bytes(),
         tile_norms=tuple(engine.runtime.tile_norms()),
-        notes=tuple(engine.runtime.notes()),
+        notes=(*engine.runtime.notes(), *unused_note(engine.runtime.unused_heads)),
         output_warnings=tuple(engine.checks.warnings),
         values=values,
         patches=patches,
@@ -120,7 +122,7 @@ def _restart_with_worker_env() -> None:
 
 def _run_batches(engine: InferenceEngine, record: JobRecord) -> ValueCheck:
     """Run a batch of patches, or of zeros if no patch could be read."""
-    watch = ValueWatch(engine.plan.output)
+    watch = ValueWatch(engine.plan.outputs)
     with engine.batcher.watched_by(watch):
         check_on_patches(record, engine.plan, engine.batcher)
     if not engine.batcher.has_run:
@@ -152,13 +154,13 @@ def _time_and_compare(engine: InferenceEngine, batch: TrialBatch) -> PatchCheck:
     by_position = None
     if len(patches) > 1:
         rotated = batch.raw(engine.batcher, [*patches[1:], patches[0]])
-        by_position = _max_difference(np.roll(rotated, 1, axis=0), first)
+        by_position = _max_difference([np.roll(head, 1, axis=0) for head in rotated], first)
     other_size, by_batch_size = _compare_sizes(engine.batcher, batch, first)
     return PatchCheck(
         patches=len(patches),
         batch_seconds=median(seconds),
-        finite=bool(np.isfinite(first).all()),
-        largest=float(np.nanmax(np.abs(first), initial=0.0)),
+        finite=all(bool(np.isfinite(head).all()) for head in first),
+        largest=max(map(_largest, first)),
         by_position=by_position,
         by_batch_size=by_batch_size,
         other_size=other_size,
@@ -166,7 +168,7 @@ def _time_and_compare(engine: InferenceEngine, batch: TrialBatch) -> PatchCheck:
 
 
 def _compare_sizes(
-    batcher: Batcher, batch: TrialBatch, outputs: npt.NDArray[Any]
+    batcher: Batcher, batch: TrialBatch, outputs: Sequence[npt.NDArray[Any]]
 ) -> tuple[int, float] | tuple[None, None]:
     """Return half the batch size, and the largest difference of the outputs with it.
 
@@ -179,9 +181,19 @@ def _compare_sizes(
         smaller = batch.raw(smaller_batcher, batch.patches)
     except Exception:
         return None, None
-    return smaller_batcher.size, _max_difference(smaller, outputs[: len(smaller)])
+    return smaller_batcher.size, _max_difference(smaller, outputs)
 
 
-def _max_difference(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
-    count = min(len(a), len(b))
-    return float(np.nanmax(np.abs(a[:count] - b[:count]), initial=0.0))
+def _max_difference(first: Sequence[npt.NDArray[Any]], second: Sequence[npt.NDArray[Any]]) -> float:
+    """Return the largest difference of a head, as if all heads had the largest value of all."""
+    largest = max(map(_largest, second))
+    differences = []
+    for a, b in zip(first, second, strict=True):
+        count = min(len(a), len(b))
+        difference = float(np.nanmax(np.abs(a[:count] - b[:count]), initial=0.0))
+        differences.append(difference * largest / (_largest(b) or 1.0))
+    return max(differences)
+
+
+def _largest(values: npt.NDArray[Any]) -> float:
+    return float(np.nanmax(np.abs(values), initial=0.0))

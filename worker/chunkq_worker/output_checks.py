@@ -18,6 +18,7 @@ from chunkq.blend.combine import Array, as_float, to_numpy
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.plan.outputs import OutputSpec
 from chunkq_worker.label_outputs import LabelDetector
+from chunkq_worker.network_heads import head_names, head_of, source_of_output
 from chunkq_worker.random_state import random_states
 
 MAX_DIFFERENCE = 1e-3
@@ -28,30 +29,36 @@ PART_VALUES = 1 << 16
 """Values that are compared at a time; bounds the memory of a comparison."""
 log = logging.getLogger("chunkq.worker")
 Values = npt.NDArray[Any]
-Repeat = Callable[[], Array | None]
+Arrays = Sequence[Array]
+"""One array (n, C, *Q) per head."""
+Repeat = Callable[[], Arrays | None]
 """Computes a batch again; returns None if batches have to be smaller."""
 
 
 class OutputChecks:
     """Checks of one network in this process; all its batchers share them.
 
-    `repeats` is the number of repetitions of a batch. `is_stochastic` permits that outputs differ.
-    `warnings` collects what the checks found and a job may nevertheless do. `report` is called with
-    each of them.
+    `outputs` are those of the job; a batch has one array for each of their heads. `repeats` is the
+    number of repetitions of a batch. `is_stochastic` permits that outputs differ. `warnings`
+    collects what the checks found and a job may nevertheless do. `report` is called with each of
+    them.
     """
 
-    def __init__(self, output: OutputSpec, *, is_stochastic: bool, repeats: int = 1) -> None:
+    def __init__(
+        self, outputs: Sequence[OutputSpec], *, is_stochastic: bool, repeats: int = 1
+    ) -> None:
         self.repeats = repeats
         self.warnings: list[str] = []
         self.report: Callable[[str], None] = log.warning
         self.is_repeated = is_stochastic
-        self._output, self._labels = output, LabelDetector(output)
+        self._outputs, self._heads = tuple(outputs), head_names(outputs)
+        self._labels = [LabelDetector(output, source_of_output(output)) for output in outputs]
         self._states: tuple[Any, ...] = ()
 
     @property
     def are_done(self) -> bool:
         """Whether no further batch is examined."""
-        return self.is_repeated and self._labels.is_done
+        return self.is_repeated and all(detector.is_done for detector in self._labels)
 
     def begin(self) -> None:
         """Take note of the random states before a batch is computed."""
@@ -60,7 +67,7 @@ class OutputChecks:
 
     def examine(
         self,
-        outputs: Array,
+        outputs: Arrays,
         inputs: Sequence[Values],
         repeat: Repeat,
         repeat_first: Repeat | None = None,
@@ -69,15 +76,18 @@ class OutputChecks:
 
         Raise ModelError if the outputs of the network are random, or labels.
         """
-        warning = self._labels.examine(outputs, inputs)
-        if warning is not None:
-            self.warnings.append(warning)
-            self.report(warning)
+        for output, detector in zip(self._outputs, self._labels, strict=True):
+            if detector.is_done:
+                continue
+            warning = detector.examine(head_of(output, outputs, self._heads), inputs)
+            if warning is not None:
+                self.warnings.append(warning)
+                self.report(warning)
         if not self.is_repeated and any(values.min() != values.max() for values in inputs):
             is_varied = inputs[0].min() != inputs[0].max()
             self.compare(outputs, repeat, repeat_first if is_varied else None)
 
-    def compare(self, outputs: Array, repeat: Repeat, repeat_first: Repeat | None = None) -> None:
+    def compare(self, outputs: Arrays, repeat: Repeat, repeat_first: Repeat | None = None) -> None:
         """Repeat a batch; raise ModelError if its outputs differ.
 
         `repeat_first` computes its first patch alone, in memory of its own. It is None if a runtime
@@ -86,20 +96,23 @@ class OutputChecks:
         because arithmetic depends on the batch size.
         """
         started = time.perf_counter()
-        first = np.array(to_numpy(as_float(outputs)))
+        first = [np.array(to_numpy(as_float(output))) for output in outputs]
         if repeat_first is not None and self._states == random_states():
             again = repeat_first()
-            if again is not None and self._agrees(first[:1], again):
+            if again is not None and self._agrees([values[:1] for values in first], again):
                 self.is_repeated = True
                 return
         for _ in range(self.repeats):
             again = repeat()
             if again is None:  # out of memory: batches are smaller from here on
                 return
-            difference = self._difference(first, to_numpy(as_float(again)))
+            differences = self._differences(first, again)
+            difference = max(differences)
             if difference > MAX_DIFFERENCE:
+                head = self._heads[differences.index(difference)]
+                where = "" if head is None else f" in head {head!r}"
                 raise ModelError(
-                    "the network returned different outputs for one batch, by "
+                    f"the network returned different outputs{where} for one batch, by "
                     f"{difference:.3g} of their range: dropout or another random layer is active; "
                     "save it in inference mode (network.eval()) and remove random operations, or "
                     "set model_config.stochastic: true if results need not be reproducible",
@@ -109,14 +122,24 @@ class OutputChecks:
                 break
         self.is_repeated = True
 
-    def _agrees(self, first: Values, again: Array) -> bool:
-        return self._difference(first, to_numpy(as_float(again))) <= MAX_DIFFERENCE
+    def _agrees(self, first: Sequence[Values], again: Arrays) -> bool:
+        return max(self._differences(first, again)) <= MAX_DIFFERENCE
 
-    def _difference(self, first: Values, second: Values) -> float:
-        if self._output.from_labels:
-            is_equal = (first == second) | (np.isnan(first) & np.isnan(second))
-            return 1.0 - float(is_equal.mean())
-        return relative_difference(first, second)
+    def _differences(self, first: Sequence[Values], again: Arrays) -> list[float]:
+        """Return the difference of each head."""
+        labels = [
+            all(output.from_labels for output in self._outputs if output.head == head)
+            for head in self._heads
+        ]
+        pairs = zip(first, again, labels, strict=True)
+        return [_difference(a, to_numpy(as_float(b)), are) for a, b, are in pairs]
+
+
+def _difference(first: Values, second: Values, are_labels: bool) -> float:
+    if are_labels:
+        is_equal = (first == second) | (np.isnan(first) & np.isnan(second))
+        return 1.0 - float(is_equal.mean())
+    return relative_difference(first, second)
 
 
 def relative_difference(first: Values, second: Values) -> float:
