@@ -51,7 +51,7 @@ class WrittenOrders:
         both ends, the one without which the output has the size of the input patch is used, else
         the one of the input, else the first.
         """
-        shape, output = model.model_input_shape, model.model_output_shape
+        shape, output = model.model_input_shape, model.output_shape
         lengths = {len(shape), len(output or shape)}
         if model.runtime not in EITHER_ORDER or not lengths <= {rank, rank + 1}:
             return cls(_default(shape, rank), _default(output, rank))
@@ -119,8 +119,8 @@ def channels_first(model: ModelConfig, rank: int, channels: int = 1) -> ModelCon
             axis = getattr(model, key)
             if axis is not None and first <= axis < length + first:
                 changes[key] = (axis - first + 1) % length + first
-    if orders.output is LAST and model.model_output_shape is not None:
-        changes["model_output_shape"] = join(*split(model.model_output_shape, LAST), FIRST)
+    if orders.output is LAST and model.output_shape is not None:
+        changes["model_output_shape"] = join(*split(model.output_shape, LAST), FIRST)
     return model.model_copy(update=changes) if changes else model
 
 
@@ -148,7 +148,7 @@ def _input_orders(shape: Sequence[int], rank: int, channels: int = 1) -> list[Ax
 
 def _output_orders(model: ModelConfig, rank: int, order: AxisOrder | None) -> list[Any]:
     """Return the orders in which the output fits the input patch that `order` gives."""
-    output = model.model_output_shape
+    output = model.output_shape
     if output is None:
         return [None]
     patch = split(model.model_input_shape, order)[1]

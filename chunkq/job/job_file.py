@@ -23,6 +23,8 @@ from chunkq.errors import ArgumentError, ErrorCode, JobError
 from chunkq.geometry.grids import Edge
 from chunkq.geometry.padding import PadMode
 from chunkq.job.fields import (
+    BY_HEAD,
+    ONE_SHAPE,
     Classes,
     Fill,
     InferenceType,
@@ -508,6 +510,7 @@ class Job(Section):
             *_weight_problems(self),
             *model_problems(self.model),
             *_input_problems(self),
+            *_head_problems(self),
             *_fill_value_problems(self),
             *_path_problems(self),
             *_credential_problems(self),
@@ -913,7 +916,7 @@ def _without_branches(
     if location[:1] == ("input",):
         first = 1 if has_one_input else 2
         location = (*location[:first], *location[3:])
-    return tuple(part for part in location if part not in ("int", "float"))
+    return tuple(part for part in location if part not in ("int", "float", ONE_SHAPE, BY_HEAD))
 
 
 def _message(error: Any) -> str:
@@ -1062,6 +1065,16 @@ def _input_problems(job: Job) -> list[str]:
             f"model_input_shape; expected 1, because the {len(job.input)} inputs are stacked there"
         ]
     return []
+
+
+def _head_problems(job: Job) -> list[str]:
+    """Return a line if shapes are declared for heads that no output names."""
+    if not isinstance(job.model.model_output_shape, dict):
+        return []
+    return [
+        "model_config.model_output_shape: a mapping of heads is unsupported for a job with one "
+        "output; use one shape"
+    ]
 
 
 def _fill_value_problems(job: Job) -> list[str]:

@@ -257,7 +257,7 @@ class _Shapes:
         model = channels_first(job.model, rank, channels)
         self.orders = WrittenOrders.of(job.model, rank, channels)
         model_input = model.model_input_shape
-        model_output = model.model_output_shape or model_input
+        model_output = model.output_shape or model_input
         self.input_channels = model_input[0] if len(model_input) > rank else 1
         self.patch = model_input[-rank:]
         self.output = model.output_patch(rank)
@@ -330,7 +330,7 @@ class _Shapes:
         if len(shape) > rank and shape[-1] == 1 < shape[0]:
             problems.append(_channels_last("model_input_shape", shape, "preprocessing_protected"))
             patch = shape[:-1]
-        shape = model.model_output_shape or ()
+        shape = model.output_shape or ()
         if len(shape) > rank and shape[:-1] == patch != shape[1:]:
             problems.append(_channels_last("model_output_shape", shape, "postprocessing_protected"))
         return problems

@@ -150,4 +150,4 @@ class InferenceEngine:
 def _network_key(record: JobRecord, plan: Plan) -> Hashable:
     """Return a key that is equal for networks whose batches need the same memory."""
     model = record.job.model.model_copy(update={"max_batch_size": 1})
-    return model, plan.volume.inputs, tuple(sorted(record.file_hashes.items()))
+    return model.model_dump_json(), plan.volume.inputs, tuple(sorted(record.file_hashes.items()))

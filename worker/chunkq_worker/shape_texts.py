@@ -52,7 +52,7 @@ class ShapeTexts:
         expected = self.outputs[0] if self._has_steps_after else written
         first = "" if expected == written else " with channels first"
         key = f"model_config.{self._key}"
-        if self.model.model_output_shape is not None:
+        if self.model.output_shape is not None:
             reason = f"the batch and {key}{first}"
         else:
             lost = "" if self.model.lost_dim is None else " with 1 at lost_dim"
@@ -82,8 +82,8 @@ class ShapeTexts:
         return Move.TO_LAST.after(item) if is_last else item
 
     def _written_output(self) -> Shape:
-        if self.model.model_output_shape is not None:
-            return self.model.model_output_shape
+        if self.model.output_shape is not None:
+            return self.model.output_shape
         return self._written(self.outputs[0])
 
     def _remedy(self, count: int, shape: Shape) -> str:

@@ -95,14 +95,14 @@ def _head_shapes(
     """Return the shapes of a head; `model` declares the shape of this head alone."""
     outputs = output_shapes(channels_first(model, rank, channels), rank)
     orders = WrittenOrders.of(model, rank, channels)
-    is_known = are_known or model.model_output_shape is not None
+    is_known = are_known or model.output_shape is not None
     return HeadShapes(
         head,
         outputs if is_known else (),
         len(outputs[0]) > rank,
         orders.output,
         orders.is_output_ambiguous,
-        model.model_output_shape or model.model_input_shape,
+        model.output_shape or model.model_input_shape,
     )
 
 
@@ -111,7 +111,7 @@ def output_shapes(model: ModelConfig, rank: int) -> tuple[tuple[int, ...], ...]:
 
     The shapes of the model have channels first.
     """
-    declared = model.model_output_shape or model.model_input_shape
+    declared = model.output_shape or model.model_input_shape
     lost_axis = model.lost_axis(rank)
     if lost_axis is None:
         return (declared,)

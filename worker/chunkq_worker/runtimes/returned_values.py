@@ -66,7 +66,7 @@ class HeadReader:
         self.unused = tuple(
             name
             for number, (name, part) in enumerate(parts.items())
-            if not {name, _alias(returned, number)} & {*self.heads} and part is not None
+            if not {name, _alias(returned, number)} & {*self.heads} and self._has_array(part)
         )
         return tuple(self._array(returned, parts, head, source) for head in self.heads)
 
@@ -81,10 +81,13 @@ class HeadReader:
             returned, source = part, f"{source}, in head {head!r},"
         return prediction_in(returned, self._is_array, self._kind, has_step=False, source=source)
 
+    def _has_array(self, part: Any) -> bool:
+        return any(self._is_array(value) for _, value in _values(part, NAME))
+
     def _missing(
         self, returned: Any, parts: Mapping[HeadName, Any], head: HeadName, source: str
     ) -> ModelError:
-        names = [name for name, part in parts.items() if part is not None]
+        names = [name for name, part in parts.items() if self._has_array(part)]
         if names:
             problem = f"no head {head!r} in what {source} returned, which has {listed(names)}"
             return missing_head(f"{problem}; use one of these as head, or fix the network")

@@ -155,7 +155,7 @@ class SearchSpace:
         orders = WrittenOrders.of(model, rank, channels)
         shapes = {
             "model_input_shape": (model.model_input_shape, orders.input, patch),
-            "model_output_shape": (model.model_output_shape, orders.output, outputs),
+            "model_output_shape": (model.output_shape, orders.output, outputs),
         }
         changes: Changes = {
             ("model_config", key): list(join(split(shape, order)[0], lengths, order))
