@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
+from math import ceil
 
 from chunkq.geometry.box import Box
 from chunkq.geometry.grids import AxisGeometry, AxisGrid, Edge
@@ -17,6 +20,8 @@ class GridSpec:
     """Where the patches, chunks and storage chunks of an image lie.
 
     All tuples have one entry per spatial axis, in voxels. See docs/design.md, section "Geometry".
+    Where a job has several outputs, the grid of the plan is that of the widest one, in voxels of
+    the input. `of_output` returns that of each output, in its own voxels.
 
     shape          shape of the image
     patch          shape of the input patch
@@ -31,6 +36,11 @@ class GridSpec:
     region         voxels of the output; None for the whole image
     batch          patches in a batch; a chunk that needs some of its patches for the region runs
                    whole batches
+    reach          voxels by which the widest output extends beyond the kept ones on each side; it
+                   decides which block owns a patch. None for 0
+    alignment      a region that starts at multiples of these has the blocks of the whole image;
+                   None for the storage chunks
+    unit           the last patch that `edge` `shift` moves starts at a multiple of this; None for 1
     """
 
     shape: Shape
@@ -46,6 +56,9 @@ class GridSpec:
     storage: Shape
     region: Box | None = None
     batch: int = 1
+    reach: Shape | None = None
+    alignment: Shape | None = None
+    unit: Shape | None = None
 
     @property
     def rank(self) -> int:
@@ -73,7 +86,49 @@ class GridSpec:
         """
         if self.region is None:
             return True
-        return not any(n % s for n, s in zip(self.region.start, self.storage, strict=True))
+        return not any(n % s for n, s in zip(self.region.start, self.aligned_steps, strict=True))
+
+    @property
+    def aligned_steps(self) -> Shape:
+        """Multiples at which a region starts that has the blocks of the whole image."""
+        return self.alignment or self.storage
+
+    def of_output(self, scale: Sequence[Fraction], patch: Shape, storage: Shape) -> GridSpec:
+        """Return the same patches and blocks in voxels of an output, of which each is `scale` long.
+
+        `patch` is the output patch and `storage` a storage chunk, in voxels of the output. The
+        patches, chunks, margins, steps and the starts of regions of this grid are multiples of
+        `scale`.
+        """
+
+        def scaled(lengths: Shape) -> Shape:
+            return tuple(_exact(n / s) for n, s in zip(lengths, scale, strict=True))
+
+        def rounded_up(lengths: Shape) -> Shape:
+            return tuple(ceil(n / s) for n, s in zip(lengths, scale, strict=True))
+
+        region, inner = self.region, scaled(self.patch)
+        if region is not None:
+            region = Box(scaled(region.start), rounded_up(region.stop))
+        margin, widest = scaled(self.margin), scaled(self.output_patch)
+        return GridSpec(
+            shape=rounded_up(self.shape),
+            patch=inner,
+            output_patch=patch,
+            margin=margin,
+            strides=scaled(self.strides),
+            pads=scaled(self.pads),
+            offsets=tuple(map(scaled, self.offsets)),
+            edge=self.edge,
+            pad_mode=self.pad_mode,
+            chunk=scaled(self.chunk),
+            storage=storage,
+            region=region,
+            batch=self.batch,
+            reach=tuple((w - q) // 2 for w, q in zip(widest, patch, strict=True)),
+            alignment=scaled(self.aligned_steps),
+            unit=scaled(self.unit or (1,) * self.rank),
+        )
 
     @cached_property
     def axes(self) -> tuple[AxisGeometry, ...]:
@@ -95,9 +150,18 @@ class GridSpec:
                 offset=offset[a],
                 edge=self.edge,
                 part=None if self.is_aligned else (low, high),
+                reach=self.reach[a] if self.reach else 0,
+                unit=self.unit[a] if self.unit else 1,
             )
             for offset in self.offsets
         )
         return AxisGeometry(
             self.shape[a], self.chunk[a], self.storage[a], grids, self.pad_mode, low, high
         )
+
+
+def _exact(length: Fraction | float) -> int:
+    """Return a length that is a whole number. Raises ValueError if it is not."""
+    if length != int(length):
+        raise ValueError(f"{length} is no whole number of voxels of the output")
+    return int(length)

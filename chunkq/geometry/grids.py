@@ -27,8 +27,9 @@ class AxisGrid:
     """The patches of one grid along one axis, by ascending start.
 
     Patch k reads `[start(k), start(k) + patch)` and predicts the `kept` voxels from
-    `start(k) + lead` on. Blocks cover the part `[low, high)` of the volume `[0, volume)`. Only
-    patches `[first_kept, end_kept)` predict voxels of that part.
+    `start(k) + lead` on. Blocks cover the part `[low, high)` of the volume `[0, volume)`. The
+    widest output of the job has `reach` voxels more on both sides. It decides which block owns a
+    patch. Only patches `[first_kept, end_kept)` predict voxels of that part, of the widest output.
     """
 
     volume: int
@@ -41,6 +42,7 @@ class AxisGrid:
     count: int
     low: int
     high: int
+    reach: int = 0
 
     @classmethod
     def create(
@@ -55,20 +57,22 @@ class AxisGrid:
         offset: int,
         edge: Edge,
         part: tuple[int, int] | None = None,
+        reach: int = 0,
+        unit: int = 1,
     ) -> AxisGrid:
         """Return the grid whose first patch starts at `offset - pad`.
 
         Its last patch is the first one that reaches `volume + pad`. With `edge == "shift"` the last
-        patch is moved back to end exactly there, unless it is also the first. Blocks cover the
-        range `part` of the volume, by default all of it.
+        patch is moved back to end exactly there, or at the next multiple of `unit`, unless it is
+        also the first. Blocks cover the range `part` of the volume, by default all of it.
         """
         first = offset - pad
         count = max(0, -(-(volume + pad - patch - first) // stride)) + 1
         last = first + (count - 1) * stride
         if edge == "shift" and count > 1:
-            last = volume + pad - patch
+            last = -(-(volume + pad - patch) // unit) * unit
         low, high = part or (0, volume)
-        return cls(volume, patch, kept, lead, stride, first, last, count, low, high)
+        return cls(volume, patch, kept, lead, stride, first, last, count, low, high, reach)
 
     @overload
     def start(self, number: int) -> int: ...
@@ -81,33 +85,36 @@ class AxisGrid:
         regular = self.first + number * self.stride
         return np.where(number == self.count - 1, self.last, regular).astype(np.int64)
 
-    def count_below(self, position: IntArray) -> IntArray:
-        """Return the number of patches whose kept voxels start before `position`."""
-        origin = self.first + self.lead
-        regular = np.clip(-(-(position - origin) // self.stride), 0, self.count - 1)
-        return regular + (self.last + self.lead < position)
+    def count_below(self, position: IntArray, reach: int = 0) -> IntArray:
+        """Return the number of patches whose kept voxels start before `position`.
+
+        With `reach`, as many voxels before the kept ones count as kept.
+        """
+        lead = self.lead - reach
+        regular = np.clip(-(-(position - self.first - lead) // self.stride), 0, self.count - 1)
+        return regular + (self.last + lead < position)
 
     @property
     def first_kept(self) -> int:
-        """Number of the first patch whose kept voxels intersect `[low, high)`."""
-        return self.touching(self.low, self.high).start
+        """Number of the first patch that predicts voxels of `[low, high)`, of the widest output."""
+        return self.reaching(self.low, self.high).start
 
     @property
     def end_kept(self) -> int:
-        """One past the number of the last patch whose kept voxels intersect `[low, high)`."""
-        return self.touching(self.low, self.high).stop
+        """One past the number of the last patch that predicts voxels of `[low, high)`."""
+        return self.reaching(self.low, self.high).stop
 
     def owned(self, block: IntArray, size: int | IntArray) -> tuple[IntArray, IntArray]:
         """Return the range of patches that block `block` owns.
 
-        A block owns the patches whose kept voxels, clipped to `[low, high)`, start in it. Blocks
-        are `size` voxels long, the first starts at `low`. The ranges of all blocks partition
-        `[first_kept, end_kept)`.
+        A block owns the patches whose kept voxels of the widest output, clipped to `[low, high)`,
+        start in it. Blocks are `size` voxels long, the first starts at `low`. The ranges of all
+        blocks partition `[first_kept, end_kept)`.
         """
-        kept, start = self.touching(self.low, self.high), self.low + block * size
-        low = np.where(block == 0, kept.start, self.count_below(start))
+        kept, start = self.reaching(self.low, self.high), self.low + block * size
+        low = np.where(block == 0, kept.start, self.count_below(start, self.reach))
         low = np.clip(low, kept.start, kept.stop)
-        high = np.clip(self.count_below(start + size), low, kept.stop)
+        high = np.clip(self.count_below(start + size, self.reach), low, kept.stop)
         return low, high
 
     def owners(self, size: int, numbers: range | None = None) -> range:
@@ -118,17 +125,25 @@ class AxisGrid:
         the kept voxels.
         """
         if numbers is None:
-            numbers = self.touching(self.low, self.high)
+            numbers = self.reaching(self.low, self.high)
         if not numbers:
             return range(0)
-        first = max(0, self.start(numbers[0]) + self.lead - self.low)
-        last = max(0, self.start(numbers[-1]) + self.lead - self.low)
+        lead = self.lead - self.reach
+        first = max(0, self.start(numbers[0]) + lead - self.low)
+        last = max(0, self.start(numbers[-1]) + lead - self.low)
         return range(first // size, last // size + 1)
 
     def touching(self, start: int, stop: int) -> range:
         """Return the numbers of the patches whose kept voxels intersect `[start, stop)`."""
-        low = int(self.count_below(np.asarray(start - self.kept + 1)))
-        high = int(self.count_below(np.asarray(stop)))
+        return self._intersecting(start, stop, 0)
+
+    def reaching(self, start: int, stop: int) -> range:
+        """Return the patches whose kept voxels of the widest output intersect `[start, stop)`."""
+        return self._intersecting(start, stop, self.reach)
+
+    def _intersecting(self, start: int, stop: int, reach: int) -> range:
+        low = int(self.count_below(np.asarray(start - self.kept - 2 * reach + 1), reach))
+        high = int(self.count_below(np.asarray(stop), reach))
         return range(low, max(low, high))
 
     def gap(self, start: int = 0, stop: int | None = None) -> int | None:
@@ -226,7 +241,7 @@ class AxisGeometry:
     def active(self) -> range:
         """Blocks from the first to the last that owns a patch which the region needs."""
         owners = [
-            grid.owners(self.chunk, grid.touching(self.low, self.high)) for grid in self.grids
+            grid.owners(self.chunk, grid.reaching(self.low, self.high)) for grid in self.grids
         ]
         starts, stops = [o.start for o in owners if o], [o.stop for o in owners if o]
         return range(min(starts), max(stops)) if starts else range(0)
@@ -234,15 +249,15 @@ class AxisGeometry:
     def needed(self, grid: AxisGrid, block: IntArray) -> tuple[IntArray, IntArray]:
         """Return the range of the patches owned by each block that predict voxels of the region."""
         low, high = grid.owned(block, self.chunk)
-        touching = grid.touching(self.low, self.high)
-        low = np.clip(low, touching.start, touching.stop)
-        return low, np.clip(high, low, touching.stop)
+        reaching = grid.reaching(self.low, self.high)
+        low = np.clip(low, reaching.start, reaching.stop)
+        return low, np.clip(high, low, reaching.stop)
 
     @property
     def all_needed(self) -> bool:
         """Whether all patches that blocks own predict voxels of the region."""
         return all(
-            grid.touching(self.low, self.high) == range(grid.first_kept, grid.end_kept)
+            grid.reaching(self.low, self.high) == range(grid.first_kept, grid.end_kept)
             for grid in self.grids
         )
 

@@ -24,6 +24,7 @@ Group = Literal[
     "Patches",
     "Empty space",
     "Combination",
+    "Outputs",
     "Chunks and workers",
     "Network",
     "Batches",
@@ -79,9 +80,6 @@ MAX_INTEGER = 1 << 40
 
 
 Positive = Annotated[int, Field(gt=0, le=MAX_INTEGER)]
-
-
-Classes = Annotated[int, Field(ge=2, le=1 << 16)]
 
 
 NonNegative = Annotated[int, Field(ge=0, le=MAX_INTEGER)]

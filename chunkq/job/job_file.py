@@ -22,10 +22,10 @@ from chunkq.access import BUCKET_SCHEMES
 from chunkq.errors import ArgumentError, ErrorCode, JobError
 from chunkq.geometry.grids import Edge
 from chunkq.geometry.padding import PadMode
+from chunkq.job.class_names import with_class_names
 from chunkq.job.fields import (
     BY_HEAD,
     ONE_SHAPE,
-    Classes,
     Fill,
     InferenceType,
     InputConfig,
@@ -44,6 +44,18 @@ from chunkq.job.fields import (
 )
 from chunkq.job.job_path import canonical
 from chunkq.job.model_config import ModelConfig, model_problems
+from chunkq.job.output_config import (
+    Classes,
+    Codec,
+    CodecConfig,
+    OutputConfig,
+    OutputDtype,
+    Outputs,
+    PyramidConfig,
+    ValueRange,
+    unsupported_problems,
+    value_problems,
+)
 from chunkq.job.output_name import check_new_output
 from chunkq.paths import absolute, absolute_input, split_format, without_secret
 from chunkq.plan.outputs import Activation, Combine
@@ -214,8 +226,9 @@ class Job(Section):
         key_doc(
             "Combination",
             "How overlapping predictions become one value. `weighted_avg`: the averaged scores. "
-            "`soft`: labels of the averaged scores. `hard`: labels by majority vote. Averages and "
-            "votes are weighted by `weight_function`.",
+            "`soft`: labels of the averaged scores. `hard`: labels by majority vote. `std`: the "
+            "standard deviation between overlapping predictions. `entropy`: that of the averaged "
+            "probabilities. Averages and votes are weighted by `weight_function`.",
             example="soft",
             unit=None,
             see="concepts.md#combination",
@@ -339,6 +352,16 @@ class Job(Section):
             unit=None,
         ),
     ] = "none"
+    activation_after: Annotated[
+        Activation | None,
+        key_doc(
+            "Combination",
+            "Function that is applied to the averages. Only for `combine` `weighted_avg`.",
+            example="softmax",
+            unit=None,
+            omitted="none",
+        ),
+    ] = None
     nan: Annotated[
         Literal["fail", "zero"],
         key_doc(
@@ -353,18 +376,34 @@ class Job(Section):
         Classes | None,
         key_doc(
             "Combination",
-            "Number of classes of a network that returns labels: class numbers from 0 in one "
-            "channel. Each prediction is then a vote. `soft` and `hard` store the label with the "
-            "largest weighted share of votes, `weighted_avg` the shares, one channel per class. "
-            "If the network returns one channel per class, it must be their number.",
+            "Number of classes, a list of their names, or a file with one name per line. If the "
+            "network returns labels, class numbers from 0 in one channel, each prediction is a "
+            "vote. `soft` and `hard` store the label with the largest weighted share of votes, "
+            "`weighted_avg` the shares, one channel per class. If the network returns one channel "
+            "per class, it must be their number.",
             example=5,
             unit="classes",
             omitted="the network returns scores",
             see="guides/models.md#networks-that-return-labels",
         ),
     ] = None
+    outputs: Annotated[
+        Outputs | None,
+        key_doc(
+            "Outputs",
+            "Named outputs of one pass of the network, instead of the keys `combine`, "
+            "`activation`, `output_dtype` and `classes` of a job with one output. `output` is then "
+            "a group with one OME-Zarr image per name.",
+            example={
+                "tissue": {"channels": "0:3", "activation": "softmax", "combine": "soft"},
+                "distance": {"channels": 3},
+            },
+            unit=None,
+            omitted="one output, which is the image `output`",
+        ),
+    ] = None
     output_dtype: Annotated[
-        Literal["float32", "float16"] | None,
+        OutputDtype | None,
         key_doc(
             "Input and output",
             "Dtype of the output. Only for `combine` `weighted_avg`.",
@@ -382,6 +421,47 @@ class Job(Section):
             unit=None,
         ),
     ] = 3
+    range: Annotated[
+        ValueRange | None,
+        key_doc(
+            "Input and output",
+            "Values that become the smallest and the largest of an integer `output_dtype`.",
+            example=[0, 20],
+            unit="value of the prediction",
+            omitted="[0, 1] after softmax and sigmoid; else required for an integer dtype",
+        ),
+    ] = None
+    pyramid: Annotated[
+        PyramidConfig | None,
+        key_doc(
+            "Outputs",
+            "Resolution levels of the output.",
+            example={"levels": 5, "method": "mode"},
+            unit=None,
+            omitted="the full resolution only",
+        ),
+    ] = None
+    storage_shards: Annotated[
+        Shape | None,
+        key_doc(
+            "Outputs",
+            "Size of the Zarr shards of the output along each axis. Only for `zarr_format` 3.",
+            example=[256, 256, 256],
+            unit="voxels",
+            omitted="no shards",
+        ),
+    ] = None
+    codec: Annotated[
+        Codec | None,
+        key_doc(
+            "Outputs",
+            "How the storage chunks of the output are compressed: `lz4`, `zstd`, `none`, or a "
+            "mapping with name and level.",
+            example="zstd",
+            unit=None,
+            omitted="lz4",
+        ),
+    ] = None
     storage_chunks: Annotated[
         Shape | None,
         key_doc(
@@ -511,7 +591,7 @@ class Job(Section):
             *model_problems(self.model),
             *_input_problems(self),
             *_head_problems(self),
-            *_fill_value_problems(self),
+            *_output_problems(self),
             *_path_problems(self),
             *_credential_problems(self),
             *_access_problems(self),
@@ -529,6 +609,34 @@ class Job(Section):
     def input_paths(self) -> tuple[str, ...]:
         """The path of each input."""
         return tuple(config.path for config in self.inputs)
+
+    def output_configs(self) -> dict[str, OutputConfig]:
+        """Return the outputs by name, with the keys of the job where they have none of their own.
+
+        The only output of a job without the key `outputs` has the name "".
+        """
+        common = {
+            "fill_value": self.fill_value,
+            "storage_chunks": self.storage_chunks,
+            "storage_shards": self.storage_shards,
+            "codec": self.codec,
+        }
+        if self.outputs is None:
+            only = OutputConfig(
+                combine=self.combine,
+                activation=self.activation,
+                activation_after=self.activation_after,
+                output_dtype=self.output_dtype,
+                range=self.range,
+                classes=self.classes,
+            )
+            return {"": only.model_copy(update=common)}
+        return {
+            name: one.model_copy(
+                update={key: v for key, v in common.items() if getattr(one, key) is None}
+            )
+            for name, one in self.outputs.items()
+        }
 
     @property
     def step_edge(self) -> Edge:
@@ -608,7 +716,7 @@ def job_values(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
             f"{type(source).__name__}"
         )
     _make_absolute(values, base)
-    return values
+    return with_class_names(values, base)
 
 
 def _parse_with_output(values: Mapping[str, Any]) -> Job:
@@ -860,6 +968,9 @@ SECTIONS: Mapping[str, type[Section]] = MappingProxyType(
         "mask": MaskConfig,
         "dask_config": DaskConfig,
         "ray_config": RayConfig,
+        "outputs": OutputConfig,
+        "pyramid": PyramidConfig,
+        "codec": CodecConfig,
     }
 )
 """Key of a section, '' for the top level -> its model."""
@@ -872,6 +983,8 @@ def _names(section: type[Section]) -> list[str]:
 def _key_of(location: Sequence[int | str]) -> tuple[str, str]:
     """Return the section and the key of a value of the job file."""
     names = [part for part in location if isinstance(part, str)]
+    if names[:1] == ["outputs"]:
+        del names[1:2]  # the name of an output
     is_inner = len(names) > 1 and names[0] in SECTIONS
     return (names[0], names[1]) if is_inner else ("", names[0] if names else "")
 
@@ -916,7 +1029,10 @@ def _without_branches(
     if location[:1] == ("input",):
         first = 1 if has_one_input else 2
         location = (*location[:first], *location[3:])
-    return tuple(part for part in location if part not in ("int", "float", ONE_SHAPE, BY_HEAD))
+    kept = 2 if location[:1] == ("outputs",) else 0  # an output can have any name
+    branches = ("int", "float", ONE_SHAPE, BY_HEAD)
+    rest = (part for part in location[kept:] if part not in branches)
+    return (*location[:kept], *rest)
 
 
 def _message(error: Any) -> str:
@@ -951,6 +1067,8 @@ def _message(error: Any) -> str:
         hint = hints.picks_hint(value, has_labels=key == "channels")
     elif kind == "letters":
         hint = hints.letters_hint(value)
+    elif kind == "classes" and isinstance(value, (str, float)):
+        hint = hints.number_hint(value, is_integer=True)
     hint = hint or _example(location)
     return f"{path}: {message[0].lower()}{message[1:]}, found {found}{hint}"
 
@@ -1010,11 +1128,6 @@ def _geometry_problems(job: Job) -> list[str]:
         )
     if kind != "crop_margin" and job.margin is not None:
         problems.append(_wrong_inference_type("margin", "crop_margin", kind))
-    if job.combine != "weighted_avg" and job.output_dtype is not None:
-        problems.append(
-            f"output_dtype: unsupported for combine {job.combine}, whose output has labels; "
-            "remove it, or use combine weighted_avg"
-        )
     return problems
 
 
@@ -1077,18 +1190,20 @@ def _head_problems(job: Job) -> list[str]:
     ]
 
 
-def _fill_value_problems(job: Job) -> list[str]:
-    """Return the problems of a fill value that the output cannot hold, whatever its classes."""
-    value = float(job.fill_value)
-    if job.combine != "weighted_avg":
-        is_label = value.is_integer() and 0 <= value < 1 << 16
-        legal = "a class, an integer from 0"
-    else:
-        dtype = job.output_dtype or "float32"
-        largest = 65504.0 if dtype == "float16" else float.fromhex("0x1.fffffep127")
-        is_label = abs(value) <= largest
-        legal = f"a value from {-largest:g} to {largest:g}, which {dtype} can hold"
-    return [] if is_label else [f"fill_value: expected {legal}, found {value:g}"]
+def _output_problems(job: Job) -> list[str]:
+    """Return the problems of the outputs, whatever the network returns."""
+    keys: dict[str, Any] = {"pyramid": job.pyramid}
+    if job.outputs is None:
+        keys |= dict(job.output_configs()[""])
+        return unsupported_problems("", keys) or value_problems("", job.output_configs()[""])
+    problems = [*unsupported_problems("", keys), "outputs: unsupported in this version; remove it"]
+    for key in ("combine", "activation", "activation_after", "output_dtype", "range", "classes"):
+        if getattr(job, key) != Job.model_fields[key].default:
+            problems.append(f"{key}: unsupported beside outputs; move it into an output")
+    for name, one in job.output_configs().items():
+        prefix = f"outputs.{name}."
+        problems += unsupported_problems(prefix, dict(one)) or value_problems(prefix, one)
+    return problems
 
 
 def _paths(job: Job) -> dict[str, str]:

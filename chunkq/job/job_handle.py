@@ -39,6 +39,7 @@ from chunkq.plan.item_tasks import ItemTasks
 from chunkq.plan.patch_selection import SkipRules
 from chunkq.plan.plan import Chunk, Costs, Index, Plan, total_costs
 from chunkq.storage.array import Array
+from chunkq.storage.formats.zarr_writing import WritableArray
 from chunkq.storage.images import ImageSource
 from chunkq.storage.mask import Mask
 from chunkq.storage.padded_reading import read_padded
@@ -198,7 +199,7 @@ class ImageHandle:
         return StagedCopy(self.job.ledger.staged, name, slabs, source.dtype)
 
     @cached_property
-    def target(self) -> Array:
+    def target(self) -> WritableArray:
         """The output array for writing. Raises MissingJobError if the job was replaced."""
         self.job.check_unchanged()
         return self.job.output.image(self.image).open()
@@ -344,17 +345,31 @@ class ItemHandle:
             read_padded(source, chunk.halo, job.pad_mode, job.pad_value) for source in self.sources
         )
 
-    def write(self, box: Box, values: npt.NDArray[Any]) -> int:
-        """Write the final voxels of whole storage chunks; return their size (bytes).
+    def write(self, box: Box, values: npt.NDArray[Any]) -> list[int]:
+        """Write the final voxels of whole storage chunks; return the checksums of their objects.
 
-        `values` has the shape ([C,] *box.shape).
+        `values` has the shape ([C,] *box.shape). The checksums are in the order of `object_names`.
         """
         if not box.size:
-            return 0
+            return []
+        outer = self._stored_box(box)
+        return self.image.target.store(outer, values.reshape(outer.shape))
+
+    def object_names(self, box: Box) -> Iterator[str]:
+        """Yield the names in the output of the objects that hold a box of voxels, in a fixed order.
+
+        The array has the name that it has while the job runs.
+        """
+        if not box.size:
+            return
+        output = self.job.output.image(self.item.image)
+        for name in output.grid.names(self._stored_box(box)):
+            yield f"{output.array_folder}/{name}"
+
+    def _stored_box(self, box: Box) -> Box:
+        """Return the box of the stored array that has a box of voxels of the item."""
         point, inner = self.item.point, self.plan.output_box(box)
-        outer = Box((*point, *inner.start), (*(n + 1 for n in point), *inner.stop))
-        self.image.target.write(outer, values.reshape(outer.shape))
-        return values.nbytes
+        return Box((*point, *inner.start), (*(n + 1 for n in point), *inner.stop))
 
 
 def _check_source(source: ImageSource, identity: str, key: str) -> None:

@@ -15,8 +15,14 @@ from chunkq.errors import JobError
 from chunkq.job.fields import GROUP, MAX_INTEGER, OMITTED, SEE, UNIT, Group
 from chunkq.job.hints import meant_key
 from chunkq.job.job_file import job_schema
+from chunkq.job.output_config import NAME_PLACEHOLDER
 
-_WORDS = {"string": "text", "number": "number", "boolean": "true or false"}
+_WORDS = {
+    "object": "mapping by name",
+    "string": "text",
+    "number": "number",
+    "boolean": "true or false",
+}
 _PLURALS = {"integer": "integers", "text": "texts", "list": "lists", "mapping": "mappings"}
 
 
@@ -111,9 +117,10 @@ def _section(schema: Mapping[str, Any], content: Mapping[str, Any], prefix: str)
         inner = _definition(schema, value)
         yield _key(f"{prefix}{name}", value, inner, is_required=name in required)
     for name, value in values:
-        inner = _definition(schema, value)
-        if inner is not None:
+        if (inner := _definition(schema, value)) is not None:
             yield from _section(schema, inner, f"{prefix}{name}.")
+        if (inner := _definition(schema, _named(value))) is not None:
+            yield from _section(schema, inner, f"{prefix}{name}.{NAME_PLACEHOLDER}.")
 
 
 def _position(value: Mapping[str, Any]) -> int:
@@ -146,6 +153,13 @@ def _definition(schema: Mapping[str, Any], value: Mapping[str, Any]) -> Mapping[
         return definition
     inner = [*value.get("anyOf", ()), *value.get("oneOf", ()), value.get("items", {})]
     return next(filter(None, (_definition(schema, part) for part in inner if part)), None)
+
+
+def _named(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the schema of the values of a mapping whose keys are names; empty for others."""
+    branches = [value, *value.get("anyOf", ())]
+    values = (branch.get("additionalProperties") for branch in branches)
+    return next((one for one in values if isinstance(one, Mapping)), {})
 
 
 def _reference(value: Mapping[str, Any]) -> str | None:
@@ -202,6 +216,9 @@ def _example(path: str, examples: list[Any], inner: Mapping[str, Any] | None) ->
         return ""
     value = examples[0]
     lines = [f"{'  ' * depth}{part}:" for depth, part in enumerate(path.split("."))]
+    if isinstance(value, dict) and all(isinstance(one, dict) for one in value.values()):
+        nested = yaml.safe_dump(value, default_flow_style=False).splitlines()
+        return "\n".join([*lines, *(f"{'  ' * len(lines)}{line}" for line in nested)])
     if inner is None or not isinstance(value, dict):
         return "\n".join([*lines[:-1], f"{lines[-1]} {_yaml(value)}"])
     indent = "  " * len(lines)

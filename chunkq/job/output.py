@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from chunkq import __version__
@@ -27,8 +28,9 @@ from chunkq.job.record import JobRecord
 from chunkq.job.tasks import EPOCH_DIGITS
 from chunkq.paths import is_url, join, without_secret
 from chunkq.plan.plan import Plan
-from chunkq.storage.array import Array
 from chunkq.storage.formats.zarr import ZARR_FORMAT, ZarrFormat, array_metadata
+from chunkq.storage.formats.zarr_writing import WritableArray
+from chunkq.storage.object_grid import ObjectGrid
 from chunkq.storage.objects import LOCK, ObjectFolder
 from chunkq.storage.ome import image_metadata, is_image
 
@@ -223,7 +225,18 @@ class ImageOutput:
         if self.has_final_name:
             os.rename(join(self.path, SEALED_NAME), join(self.path, self._record.array))
 
-    def open(self) -> Array:
+    @property
+    def array_folder(self) -> str:
+        """Name in the output of the folder of the array, while the job runs."""
+        return _below(self._image, self._record.array)
+
+    @cached_property
+    def grid(self) -> ObjectGrid:
+        """The objects of the array."""
+        document = self._metadata[f"{self._record.array}/{ARRAY[self._format]}"]
+        return ObjectGrid.of_document(document, self._format)
+
+    def open(self) -> WritableArray:
         """Open the array of a running job for writing. Raises StoreError if it was changed."""
         self.check(self._record.array)
         path = join(self.path, self._record.array)

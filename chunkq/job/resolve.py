@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import prod
+from math import lcm, prod
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from chunkq.casts import REAL, misfit
 from chunkq.errors import JobError
 from chunkq.geometry.axes import color_letters, starts_like_color
 from chunkq.geometry.box import Box
-from chunkq.geometry.grid_spec import GridSpec
+from chunkq.geometry.grid_spec import GridSpec, Shape
 from chunkq.job.axis_order import (
     EITHER_ORDER,
     FIRST,
@@ -25,14 +25,11 @@ from chunkq.job.axis_order import (
 )
 from chunkq.job.fields import MAX_INTEGER, Below, bounds_of, printed_bounds
 from chunkq.job.job_file import Job
+from chunkq.job.output_specs import MAX_PATCH_VALUES, NetworkOutput, ResolvedOutput
 from chunkq.plan.chunk_choice import choose_chunks, storage_edge
 from chunkq.plan.empty_rule import EmptyRule
-from chunkq.plan.outputs import OutputSpec
 from chunkq.plan.plan import Plan, Volume
 from chunkq.storage.remedies import JOB_FILE, Remedies
-
-MAX_PATCH_VALUES = 1 << 31
-"""Upper limit for the values of one patch, channels included."""
 
 
 def resolve(
@@ -58,11 +55,20 @@ def resolve(
     shapes = _Shapes(job, volume, paths, remedies, by_channel=by_channel)
     if problems := shapes.problems():
         raise JobError(shapes.channels_last_problems() or problems)
-    grid = shapes.grid(_region(job, volume))
+    plan = shapes.plan(_region(job, volume))
     source = shapes.source
-    if problems := [*_coverage_problems(grid, source), *_chunk_problems(grid, source)]:
-        raise JobError(shapes.channels_last_problems() or problems)
-    return Plan(volume, grid, (shapes.output_spec(),))
+    problems = [
+        line
+        for output, view in zip(shapes.outputs, plan.views, strict=True)
+        for lines in (
+            _coverage_problems(view.grid, source),
+            _chunk_problems(view.grid, source, output.prefix),
+        )
+        for line in lines
+    ]
+    if problems:
+        raise JobError(shapes.channels_last_problems() or [*dict.fromkeys(problems)])
+    return plan
 
 
 def empty_rule(job: Job) -> EmptyRule | None:
@@ -157,6 +163,9 @@ def _length_problems(job: Job, volume: Volume, path: str, remedies: Remedies) ->
         "roi": job.roi,
     }
     lists |= {f"offsets.{i}": offset for i, offset in enumerate(job.offsets)}
+    for name, output in (job.outputs or {}).items():
+        for key in ("storage_chunks", "storage_shards", "scale"):
+            lists[f"outputs.{name}.{key}"] = getattr(output, key)
     problems = [
         f"{key}: found {len(value)} entries; expected {rank}; set one per spatial axis of "
         f"{path}, whose lengths are {list(volume.shape)}{hint if len(value) < rank else ''}"
@@ -262,11 +271,17 @@ class _Shapes:
         self.patch = model_input[-rank:]
         self.output = model.output_patch(rank)
         self.lost_axis = model.lost_axis(rank)
-        self.network_channels = model_output[0] if len(model_output) > rank else 1
-        self.from_labels = job.classes is not None and self.network_channels == 1
-        self.channels = job.classes if job.classes and self.from_labels else self.network_channels
-        has_channels = len(model_output) > rank or self.from_labels
-        self.channel_axis = has_channels and job.combine == "weighted_avg"
+        head = NetworkOutput(
+            name=None,
+            channels=model_output[0] if len(model_output) > rank else 1,
+            patch=self.output,
+            has_channels=len(model_output) > rank,
+            key=self.output_key,
+        )
+        self.outputs = [
+            ResolvedOutput(job, name, config, head, by_channel)
+            for name, config in job.output_configs().items()
+        ]
         self.margin = job.margin or (0,) * rank
         self.kept = tuple(q - 2 * m for q, m in zip(self.output, self.margin, strict=True))
         self.lead = tuple(
@@ -295,11 +310,9 @@ class _Shapes:
         problems = order_problems(self.job.model, len(self.volume.shape), found)
         problems += [
             *self._lost_axis_problems(),
-            *self._class_problems(),
-            *self._activation_problems(),
-            *self._fill_value_problems(),
-            *self._channel_problems(found),
+            *(line for output in self.outputs for line in output.problems()),
         ]
+        problems += self._channel_problems(found)
         for axis, (p, q) in enumerate(zip(self.patch, self.output, strict=True)):
             if axis == self.lost_axis:
                 continue
@@ -341,10 +354,13 @@ class _Shapes:
         shape, path = list(job.model.model_input_shape), self.paths[0]
         is_joined = job.model.join_dim is not None
         if self.input_channels == found:
-            if self.by_channel and self.channel_axis and self.channels > 1:
+            valid = (output for output in self.outputs if not list(output.problems()))
+            several = (o.channels for o in valid if o.channel_axis and o.channels > 1)
+            returned = next(several, None) if self.by_channel else None
+            if returned is not None:
                 return [
                     f"input: {path} has several channels, and the network takes one and returns "
-                    f"{self.channels} for it; {self.remedies.set_channels()} to select one of them"
+                    f"{returned} for it; {self.remedies.set_channels()} to select one of them"
                 ]
             return []
         count = f" in {len(self.job.input)} inputs" if len(self.job.input) > 1 else ""
@@ -352,54 +368,6 @@ class _Shapes:
         return [
             f"model_config.model_input_shape: {shape} has {self.input_channels} input channels, "
             f"but {each} {found}{count}; fix the shape, or {self.remedies.set_channels_or_axes()}"
-        ]
-
-    def _class_problems(self) -> list[str]:
-        job = self.job
-        if job.classes is None:
-            return []
-        if not self.from_labels:
-            if job.classes == self.network_channels:
-                return []
-            advice = f"use {self.network_channels}, or remove classes"
-            if job.model.model_output_shape is None:
-                advice = "set model_output_shape, which is model_input_shape by default"
-            return [
-                f"classes: {job.classes}, but model_config.{self.output_key} has "
-                f"{self.network_channels} channels; {advice}"
-            ]
-        problems = []
-        if job.activation != "none":
-            problems.append(
-                f"activation: {job.activation} is unsupported for labels in one channel, which "
-                "classes declares; remove activation, or remove classes if the network returns "
-                "logits"
-            )
-        if job.classes * prod(self.output) > MAX_PATCH_VALUES:
-            problems.append(
-                f"classes: {job.classes} votes for each of {prod(self.output)} voxels of a patch "
-                f"are unsupported; use at most {MAX_PATCH_VALUES} values per patch"
-            )
-        return problems
-
-    def _activation_problems(self) -> list[str]:
-        """Return a line if the activation makes every prediction the same."""
-        if self.job.activation != "softmax" or self.channels > 1:
-            return []
-        several = f"[CHANNELS, {', '.join(map(str, self.output))}]"
-        return [
-            "activation: softmax of one channel is 1 everywhere; use sigmoid, or if the network "
-            f"returns several channels, set model_config.model_output_shape: {several}"
-        ]
-
-    def _fill_value_problems(self) -> list[str]:
-        """Return a line if the output has labels and the fill value is none of them."""
-        value, classes = self.job.fill_value, max(2, self.channels)
-        if self.job.combine == "weighted_avg" or value < classes:
-            return []
-        return [
-            f"fill_value: {value:g} is not a class; use an integer from 0 to {classes - 1}, "
-            f"because the output has {classes} classes"
         ]
 
     def _lost_axis_problems(self) -> list[str]:
@@ -426,8 +394,8 @@ class _Shapes:
             )
         return problems
 
-    def grid(self, region: Box | None) -> GridSpec:
-        """Return the geometry of the region, with one grid per offset."""
+    def plan(self, region: Box | None) -> Plan:
+        """Return the plan of the region, with one grid per offset."""
         job, rank = self.job, len(self.volume.shape)
         pads = job.pad_width
         if pads is None:
@@ -453,37 +421,49 @@ class _Shapes:
         # are not skipped, so with such patches a chunk computes all of its batches.
         skips = job.mask is not None or job.skip_empty is not None
         batch = MAX_INTEGER if skips else job.model.max_batch_size
-        return replace(self._with_chunks(spec), region=region, batch=batch)
+        grid, storages = self._with_chunks(spec)
+        grid = replace(grid, region=region, batch=batch)
+        specs = [output.spec() for output in self.outputs]
+        if len(specs) > 1:
+            specs = [
+                spec if storage == grid.storage else replace(spec, storage=storage)
+                for spec, storage in zip(specs, storages, strict=True)
+            ]
+        return Plan(self.volume, grid, tuple(specs))
 
-    def output_spec(self) -> OutputSpec:
-        """Return the job's only output."""
-        job = self.job
-        return OutputSpec(
-            name="",
-            channels=self.channels,
-            channel_axis=self.channel_axis and not self.by_channel,
-            activation=job.activation,
-            combine=job.combine,
-            average_dtype=job.output_dtype or "float32",
-            nan=job.nan,
-            from_labels=self.from_labels,
-            fill_value=job.fill_value,
-        )
+    def _with_chunks(self, spec: GridSpec) -> tuple[GridSpec, list[Shape]]:
+        """Return the geometry with the shapes of chunks, and the storage chunks of each output.
 
-    def _with_chunks(self, spec: GridSpec) -> GridSpec:
-        """Return the geometry with the shapes of chunks and storage chunks, chosen if not set."""
-        chunks, storage = self.job.chunksize, self.job.storage_chunks
+        They are chosen where they are not set. Storage chunks of the geometry are the smallest that
+        all those of the outputs divide.
+        """
+        chunks, set_storages = self.job.chunksize, [o.config.storage_chunks for o in self.outputs]
+        common = _common_multiple([one for one in set_storages if one is not None])
+        chosen = common
         if chunks is None:
             # Not the input's dtype: the same voxels in another format have the same chunks.
-            voxel_bytes = 4 * self.volume.channels * self.volume.inputs + 8 * (self.channels + 1)
-            chunks, storage = choose_chunks(spec, storage, voxel_bytes)
-        elif storage is None:
-            storage = tuple(storage_edge(c, spec.rank) for c in chunks)
-        return replace(spec, chunk=chunks, storage=storage)
+            output_bytes = sum(8 * (output.channels + 1) for output in self.outputs)
+            voxel_bytes = 4 * self.volume.channels * self.volume.inputs + output_bytes
+            chunks, chosen = choose_chunks(spec, common, voxel_bytes)
+        if chosen is None or chosen == common:
+            default = tuple(storage_edge(c, spec.rank) for c in chunks)
+        else:
+            default = chosen
+        storages = [default if one is None else one for one in set_storages]
+        storage = _common_multiple(storages) or chunks
+        return replace(spec, chunk=chunks, storage=storage), storages
 
 
-def _chunk_problems(grid: GridSpec, source: str) -> list[str]:
-    """Return one line per mistake; `source` says where the output patch comes from."""
+def _common_multiple(shapes: Sequence[Shape]) -> Shape | None:
+    """Return the smallest shape that is a multiple of all, None without any."""
+    return tuple(lcm(*along) for along in zip(*shapes, strict=True)) or None
+
+
+def _chunk_problems(grid: GridSpec, source: str, prefix: str) -> list[str]:
+    """Return one line per mistake; `source` says where the output patch comes from.
+
+    `prefix` is that of the keys of the output.
+    """
     problems = []
     for number, axis in enumerate(grid.axes):
         kept = axis.grids[0].kept
@@ -494,8 +474,8 @@ def _chunk_problems(grid: GridSpec, source: str) -> list[str]:
             )
         if axis.chunk < axis.volume and axis.chunk % axis.storage:
             problems.append(
-                f"storage_chunks: {axis.storage} along axis {number} does not divide the chunk "
-                f"({axis.chunk}); use a divisor of {axis.chunk}"
+                f"{prefix}storage_chunks: {axis.storage} along axis {number} does not divide the "
+                f"chunk ({axis.chunk}); use a divisor of {axis.chunk}"
             )
     return problems
 

@@ -24,7 +24,9 @@ class Commit:
     and `checksums` each piece to its CRC-32. `requests` counts what the process fetched of inputs
     since its last record. `started` and `finished` are Unix times (s). `patches` were run,
     `skipped` were found to be empty. `empty` says that the network ran for none of a chunk, which
-    then has no pieces.
+    then has no pieces. `stored` has the checksums of the objects in the output that the task wrote
+    (`encode_checksums`), in the order of `Stage.stored_objects`; None if an earlier version of
+    chunkq wrote the record.
     """
 
     kind: str
@@ -42,6 +44,7 @@ class Commit:
     peak_rss: int = 0
     skipped: int = 0
     empty: bool = False
+    stored: str | None = None
 
     def to_json(self, epoch: str) -> bytes:
         """Encode the record for an epoch of the job."""

@@ -15,6 +15,8 @@ CHUNK_NAME = re.compile(r"(0|[1-9][0-9]{0,17})(\.(0|[1-9][0-9]{0,17}))*")
 KIND = re.compile(r"[a-z]+")
 EPOCH_DIGITS = 8
 EPOCH = re.compile(f"[0-9a-f]{{{EPOCH_DIGITS}}}")
+encode_message = json.JSONEncoder(separators=(",", ":")).encode
+"""Encode a message as compact JSON. `json.dumps` creates an encoder for each message."""
 
 
 class JobId(NamedTuple):
@@ -59,7 +61,7 @@ class Task:
 
     def to_json(self) -> str:
         """Encode the task as a message."""
-        return json.dumps(self.as_dict(), separators=(",", ":"))
+        return encode_message(self.as_dict())
 
     @classmethod
     def from_json(cls, message: str) -> Task:

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
-from chunkq.geometry.box import Box
 from chunkq.plan.plan import Chunk, Plan
 from chunkq.plan.sample_chunks import sample_chunks
 
@@ -41,7 +40,7 @@ class Footprint:
 @lru_cache(maxsize=8)
 def footprint(plan: Plan) -> Footprint:
     """Return the largest value of each stage over the sample chunks of a plan."""
-    one_per_shape = {_shapes(chunk): chunk for chunk in sample_chunks(plan)}
+    one_per_shape = {_shapes(plan, chunk): chunk for chunk in sample_chunks(plan)}
     footprints = [chunk_footprint(plan, chunk) for chunk in one_per_shape.values()]
     return Footprint(
         max(chunk.waiting for chunk in footprints),
@@ -61,40 +60,62 @@ def largest_footprint(plans: Iterable[Plan]) -> Footprint:
 
 def extra_device_bytes(plan: Plan) -> int:
     """Return the bytes on an accelerator of one more chunk in flight: its input and its results."""
-    results_voxel = 4 * plan.channels
-    return max(
-        chunk.halo.size * plan.volume.voxel_bytes + chunk.region.size * results_voxel
-        for chunk in sample_chunks(plan)
-    )
+    sizes = []
+    for chunk in sample_chunks(plan):
+        results = sum(
+            view.chunk(chunk.index).region.size * view.output.sums_bytes for view in plan.views
+        )
+        sizes.append(chunk.halo.size * plan.volume.voxel_bytes + results)
+    return max(sizes)
 
 
-def _shapes(chunk: Chunk) -> tuple[tuple[int, ...], ...]:
+def _shapes(plan: Plan, chunk: Chunk) -> tuple[tuple[int, ...], ...]:
     """Return the shapes of a chunk's boxes, which determine its footprint."""
-    boxes: tuple[Box, ...] = (chunk.block, chunk.interior, chunk.core, chunk.region, chunk.halo)
-    return tuple(box.shape for box in boxes)
+    parts = [chunk if view is plan else view.chunk(chunk.index) for view in plan.views]
+    boxes = (box for part in parts for box in (part.block, part.interior, part.core, part.region))
+    return (chunk.halo.shape, *(box.shape for box in boxes))
 
 
 def chunk_footprint(plan: Plan, chunk: Chunk) -> Footprint:
     """Return the footprint of one chunk."""
-    output_voxel = plan.output.voxel_bytes
-    sums_voxel = 4 * plan.channels
+    waiting = chunk.halo.size * plan.volume.voxel_bytes
+    parts = [_output_footprint(view, view.chunk(chunk.index)) for view in plan.views]
+    kept, written, pieces, largest = zip(*parts, strict=True)
+    return Footprint(
+        waiting,
+        waiting + sum(kept),
+        sum(written),
+        sum(pieces) + max(largest) if chunk.has_band else 0,
+    )
+
+
+def _output_footprint(plan: Plan, chunk: Chunk) -> tuple[int, int, int, int]:
+    """Return the bytes of the arrays of one output, which has this plan.
+
+    These are the arrays of a chunk while it is computed and while its results are written, those of
+    a block that stay in memory while it is finalized, and those of one output at a time.
+    """
+    output = plan.output
+    output_voxel, sums_voxel = output.voxel_bytes, output.sums_bytes
     sums = sums_voxel * chunk.region.size
-    labels = not plan.output.is_average
+    labels = not output.is_average
     # A float32 average is stored as it is, so the output is a view of the sums.
-    is_view = not labels and plan.output_dtype == "float32"
+    is_view = not labels and output.dtype == output.sums_dtype
     interior = 0 if is_view else chunk.interior.size * output_voxel
     # A chunk without patches stores no sums; its whole block is band.
     bands = sum(box.size for box in chunk.band_boxes) * sums_voxel if chunk.is_active else 0
     outgoing = sum(piece.box.size for piece in plan.outgoing_pieces(chunk)) * sums_voxel
-    waiting = chunk.halo.size * plan.volume.voxel_bytes
     # The argmax holds the largest value before and after a channel, and two arrays of winners.
-    argmax = chunk.interior.size * (4 + 4 + 1 + 1) if labels and plan.channels > 1 else 0
+    argmax = chunk.interior.size * (4 + 4 + 1 + 1) if labels and output.channels > 1 else 0
     results = interior + bands + outgoing
-    computing = waiting + sums + max(argmax, results)
     rest = sum(box.size for box in chunk.rest_boxes) * output_voxel
     writing = (sums if is_view else 0) + results + max(chunk.core.size * output_voxel, rest)
     incoming = sum(piece.box.size for piece in plan.incoming_pieces(chunk)) * sums_voxel
     largest_band = max((box.size for box in chunk.band_boxes), default=0)
     adding = min(largest_band * (sums_voxel + output_voxel), 2 * SLAB_BYTES)
-    completing = bands + rest + incoming + adding + chunk.block.size * output_voxel
-    return Footprint(waiting, computing, writing, completing if chunk.has_band else 0)
+    return (
+        sums + max(argmax, results),
+        writing,
+        bands + rest + incoming,
+        adding + chunk.block.size * output_voxel,
+    )

@@ -60,25 +60,41 @@ class ItemTasks:
         """Exact totals over all tasks, as `Plan.costs`."""
         if self.counts is None:
             return self.plan.costs
-        plan, tasks, finalized = self.plan, self._is_task, self._is_finalized
-        rank = plan.rank
-        sums_bytes, stored_bytes = 4 * plan.channels, plan.output.voxel_bytes
+        tasks, finalized = self._is_task, self._is_finalized
+        views = (
+            self if view is self.plan else ItemTasks(view, self.counts) for view in self.plan.views
+        )
+        stored = [view.stored(tasks, finalized) for view in views]
+        finalized_voxels, output_bytes, piece_bytes = map(sum, zip(*stored, strict=True))
+        return Costs(
+            chunks=int(tasks.sum()),
+            blocks=self.plan.block_indices.size,
+            finalized_blocks=int(finalized.sum()),
+            finalized_voxels=finalized_voxels,
+            patches=int(self.counts.sum(dtype=np.int64)),
+            input_bytes=self._total(tasks, "read") * self.plan.volume.voxel_bytes,
+            output_bytes=output_bytes,
+            piece_bytes=piece_bytes,
+        )
+
+    def stored(self, tasks: Bools, finalized: Bools) -> tuple[int, int, int]:
+        """Return what is stored of the only output of the plan, as `Costs` count it.
+
+        These are the voxels that are finalized, the bytes of the output and those of its pieces.
+        `tasks` are the chunks that are tasks, `finalized` the blocks that are.
+        """
+        rank, output = self.plan.rank, self.plan.output
         length, core = self._total(tasks, "length"), self._total(tasks, "core")
         interior = self._total(tasks, "interior")
         outgoing = sum(
             self._total(tasks, *("upper_overlap" if up else "length" for up in ups))
             for ups in list(product((0, 1), repeat=rank))[1:]
         )
-        pieces = (outgoing + length - interior) * sums_bytes + (interior - core) * stored_bytes
-        return Costs(
-            chunks=int(tasks.sum()),
-            blocks=plan.block_indices.size,
-            finalized_blocks=int(finalized.sum()),
-            finalized_voxels=self._total(finalized, "length") - self._total(finalized, "core"),
-            patches=int(self.counts.sum(dtype=np.int64)),
-            input_bytes=self._total(tasks, "read") * plan.volume.voxel_bytes,
-            output_bytes=self._total(tasks | finalized, "length") * stored_bytes,
-            piece_bytes=pieces,
+        pieces = (outgoing + length - interior) * output.sums_bytes
+        return (
+            self._total(finalized, "length") - self._total(finalized, "core"),
+            self._total(tasks | finalized, "length") * output.voxel_bytes,
+            pieces + (interior - core) * output.voxel_bytes,
         )
 
     @cached_property

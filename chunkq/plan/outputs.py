@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-Combine = Literal["weighted_avg", "soft", "hard"]
+Combine = Literal["weighted_avg", "soft", "hard", "std", "entropy"]
 Activation = Literal["none", "softmax", "sigmoid"]
 HeadName = str | int | None
 """Key or index of an array in what the network returns; None if it returns one array."""
@@ -20,23 +21,44 @@ def label_dtype(classes: int) -> np.dtype[Any]:
 
 
 @dataclass(frozen=True)
+class Head:
+    """One array that the network returns: (n, channels, *patch), and which one it is.
+
+    `patch` is the output patch in voxels of the outputs that are made of it.
+    """
+
+    name: HeadName
+    channels: int
+    patch: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class OutputSpec:
     """One output of a job.
 
-    name           name of the output; empty for the only output of a job without names
-    channels       number of channels of its predictions
-    channel_axis   whether the stored array has the channels as its first axis
-    activation     applied to each prediction
-    combine        how overlapping predictions are combined
-    average_dtype  dtype of averages; labels have the smallest dtype that holds them
-    nan            whether a non-finite prediction fails the chunk or counts as zero
-    from_labels    whether the network returns labels in one channel; predictions are votes, one
-                   channel per class
-    fill_value     value of voxels without a prediction: an average, or a class
-    head           the array that the network returns for it
-    head_channels  number of channels of that array; 0 if the output uses all of them
-    picks          channels of that array that the output uses, in order; None for all
-    patch          shape of the output patch, if it differs from that of the plan
+    name              name of the output; empty for the only output of a job without names
+    channels          number of channels of its predictions
+    channel_axis      whether the stored array has the channels as its first axis
+    activation        applied to each prediction
+    combine           how overlapping predictions are combined
+    average_dtype     dtype of averages; labels have the smallest dtype that holds them
+    nan               whether a non-finite prediction fails the chunk or counts as zero
+    from_labels       whether the network returns labels in one channel; predictions are votes, one
+                      channel per class
+    fill_value        value of voxels without a prediction: an average, or a class
+    head              the array that the network returns for it
+    head_channels     number of channels of that array; 0 if the output uses all of them
+    picks             channels of that array that the output uses, in order; None for all
+    activation_after  applied to averages
+    range             values that become the smallest and the largest of an integer dtype
+    class_names       names of the classes; empty without any
+
+    The rest is set only if it differs from the grid of the plan, for outputs that have a grid of
+    their own (`Plan.of_output`), else empty. There is one entry per spatial axis.
+
+    patch             shape of the output patch, in voxels of the output
+    storage           shape of a storage chunk, in voxels of the output
+    scale             voxels of the input per voxel of the output
     """
 
     name: str
@@ -51,11 +73,16 @@ class OutputSpec:
     head: HeadName = None
     head_channels: int = 0
     picks: tuple[int, ...] | None = None
+    activation_after: Activation = "none"
+    range: tuple[float, float] | None = None
+    class_names: tuple[str, ...] = ()
     patch: tuple[int, ...] = ()
+    storage: tuple[int, ...] = ()
+    scale: tuple[Fraction, ...] = ()
 
     @property
     def network_channels(self) -> int:
-        """Number of channels that the network returns."""
+        """Number of channels that the output has of its head, before labels become votes."""
         return 1 if self.from_labels else self.channels
 
     @property
@@ -94,6 +121,21 @@ class OutputSpec:
     def label_dtype(self) -> np.dtype[Any]:
         """Dtype of labels of the output's channels."""
         return label_dtype(max(2, self.channels))
+
+    @property
+    def sums_dtype(self) -> np.dtype[Any]:
+        """Dtype of the weighted sums of its predictions, and of pieces."""
+        return np.dtype(np.float32)
+
+    @property
+    def sums_channels(self) -> int:
+        """Number of weighted sums per voxel."""
+        return self.channels
+
+    @property
+    def sums_bytes(self) -> int:
+        """Bytes of the weighted sums per voxel."""
+        return self.sums_channels * self.sums_dtype.itemsize
 
     @property
     def stored_channels(self) -> int:

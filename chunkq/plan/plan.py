@@ -3,14 +3,16 @@
 A chunk owns the patches whose kept voxels, clipped to the volume, start in its block. Each patch is
 therefore computed exactly once, and a chunk's patches end in its block or in the next block along
 each axis. The band of a block is the part at its low sides that lower neighbors also predict.
-Blocks are clipped to the region of the job, if it has one.
+Blocks are clipped to the region of the job, if it has one. A plan of several outputs has the
+geometry of the widest one, in voxels of the input; `Plan.of_output` has that of each.
 See docs/design.md, sections "Geometry" and "Blocks and pieces".
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
+from fractions import Fraction
 from functools import cache, cached_property
 from itertools import islice, product
 from math import prod
@@ -23,7 +25,7 @@ from chunkq.geometry.grid_spec import GridSpec
 from chunkq.geometry.grids import AxisBlock, AxisGeometry
 from chunkq.geometry.padding import IntArray
 from chunkq.plan.batches import NeededBatches, along, needed_batches, needed_totals, window
-from chunkq.plan.outputs import OutputSpec
+from chunkq.plan.outputs import Head, OutputSpec
 from chunkq.summaries import html_table, lengths, one_line
 
 Index = tuple[int, ...]
@@ -201,6 +203,10 @@ class Plan:
 
     `grid` determines the geometry, `outputs` what is stored of each prediction. `volume` has the
     shape of the grid. If the grid has a region, the output has only its voxels.
+
+    Chunks, blocks, patches and who owns them are the same for all outputs. What an output stores of
+    them, in its own voxels, is that of the plan `of_output`: the boxes of chunks and pieces, the
+    targets of patches, the shapes and boxes of the stored array, the blend weights.
     """
 
     volume: Volume
@@ -221,7 +227,12 @@ class Plan:
             "strides": lengths(self.grid.strides),
             "chunks": f"{self.costs.chunks} of {lengths(self.chunksize)}",
             "patches": str(self.costs.patches),
-            "output": f"{lengths(self.output_shape)} {self.output_dtype}",
+            **{
+                f"output {view.output.name}".rstrip(): (
+                    f"{lengths(view.output_shape)} {view.output_dtype}"
+                )
+                for view in self.views
+            },
         }
 
     @property
@@ -236,8 +247,49 @@ class Plan:
 
     @property
     def output(self) -> OutputSpec:
-        """The only output; several outputs are refused in this version."""
+        """The only output. Raises ValueError if there are several; see `of_output`."""
+        if len(self.outputs) != 1:
+            raise ValueError("the plan has several outputs")
         return self.outputs[0]
+
+    def of_output(self, number: int) -> Plan:
+        """Return the plan of one output, in voxels of that output.
+
+        It has the same chunks and patches, with the same indices and numbers. It is this plan if
+        the output is the only one and has no grid of its own.
+        """
+        return self.views[number]
+
+    @cached_property
+    def views(self) -> tuple[Plan, ...]:
+        """The plan of each output; see `of_output`."""
+        return tuple(map(self._view, self.outputs))
+
+    def _view(self, output: OutputSpec) -> Plan:
+        is_own = bool(output.patch or output.storage or output.scale)
+        if len(self.outputs) == 1 and not is_own:
+            return self
+        grid = self.grid.of_output(
+            output.scale or (Fraction(1),) * self.rank,
+            output.patch or self.output_patch,
+            output.storage or self.storage_chunks,
+        )
+        volume = replace(self.volume, shape=grid.shape)
+        return Plan(volume, grid, (replace(output, patch=(), storage=(), scale=()),))
+
+    @cached_property
+    def heads(self) -> tuple[Head, ...]:
+        """The different arrays of the network's return value that the outputs use, in order."""
+        heads = {
+            output.head: Head(output.head, output.returned_channels, view.output_patch)
+            for output, view in zip(self.outputs, self.views, strict=True)
+        }
+        return tuple(heads.values())
+
+    @property
+    def stored_voxels(self) -> int:
+        """Number of voxels of all outputs."""
+        return sum(view.region.size for view in self.views)
 
     @property
     def input_patch(self) -> tuple[int, ...]:
@@ -256,7 +308,7 @@ class Plan:
 
     @property
     def channels(self) -> int:
-        """Number of channels of a prediction."""
+        """Number of channels of a prediction of the only output."""
         return self.output.channels
 
     @property
@@ -338,7 +390,7 @@ class Plan:
         by_grid = []
         for g in range(len(self.axes[0].grids)):
             owners = [
-                axis.grids[g].owners(axis.chunk, axis.grids[g].touching(axis.low, axis.high))
+                axis.grids[g].owners(axis.chunk, axis.grids[g].reaching(axis.low, axis.high))
                 for axis in self.axes
             ]
             by_grid.append(Box(tuple(o.start for o in owners), tuple(o.stop for o in owners)))
@@ -589,40 +641,66 @@ def _ends(numbers: range) -> tuple[int, int]:
     return numbers.start, numbers.stop
 
 
-def _costs(plan: Plan) -> Costs:
-    totals = cache(_AxisTotals)
+class _Totals:
+    """Exact totals over the blocks of a plan."""
 
-    def over(boxes: Iterable[Box], *keys: str) -> int:
+    def __init__(self, plan: Plan) -> None:
+        self._plan, self._totals = plan, cache(_AxisTotals)
+
+    def over(self, boxes: Iterable[Box], *keys: str) -> int:
         """Return the total over boxes of blocks of the product of one sum per axis."""
         return sum(
             prod(
-                totals(axis, low, high).sums[key]
-                for axis, low, high, key in zip(plan.axes, box.start, box.stop, keys, strict=True)
+                self._totals(axis, low, high).sums[key]
+                for axis, low, high, key in zip(
+                    self._plan.axes, box.start, box.stop, keys, strict=True
+                )
             )
             for box in boxes
         )
 
-    every, active, rank = (plan.block_indices,), plan.active, plan.rank
-    interior, length = over(every, *["interior"] * rank), over(every, *["length"] * rank)
-    core = over(every, *["core"] * rank)
-    piece_voxels = sum(
-        over(active, *("upper_overlap" if u else "length" for u in up)) for up in _subsets(rank)
-    )
-    band_voxels = over(active, *["length"] * rank) - interior
-    sums_bytes, stored_bytes = 4 * plan.channels, plan.output.voxel_bytes
+    def patches(self) -> int:
+        """Return the number of patches that all blocks own."""
+        axes = self._plan.axes
+        per_axis = [self._totals(axis, *_ends(axis.numbers)).patches for axis in axes]
+        return sum(map(prod, zip(*per_axis, strict=True)))
+
+
+def _costs(plan: Plan) -> Costs:
+    totals, rank = _Totals(plan), plan.rank
+    every, active = (plan.block_indices,), plan.active
     if plan.is_whole:
-        per_axis = [totals(axis, *_ends(axis.numbers)).patches for axis in plan.axes]
-        patches = sum(map(prod, zip(*per_axis, strict=True)))
-        voxels_read = over(active, *["read"] * rank)
+        patches, voxels_read = totals.patches(), totals.over(active, *["read"] * rank)
     else:
         patches, voxels_read = needed_totals(plan.axes, plan.grid.batch)
+    stored = [_stored(view, totals if view is plan else _Totals(view)) for view in plan.views]
+    finalized_voxels, output_bytes, piece_bytes = map(sum, zip(*stored, strict=True))
     return Costs(
         chunks=sum(box.size for box in active),
         blocks=plan.block_indices.size,
-        finalized_blocks=plan.block_indices.size - over(every, *["without_band"] * rank),
-        finalized_voxels=length - core,
+        finalized_blocks=plan.block_indices.size - totals.over(every, *["without_band"] * rank),
+        finalized_voxels=finalized_voxels,
         patches=patches,
         input_bytes=voxels_read * plan.volume.voxel_bytes,
-        output_bytes=plan.region.size * stored_bytes,
-        piece_bytes=(piece_voxels + band_voxels) * sums_bytes + (interior - core) * stored_bytes,
+        output_bytes=output_bytes,
+        piece_bytes=piece_bytes,
+    )
+
+
+def _stored(plan: Plan, totals: _Totals) -> tuple[int, int, int]:
+    """Return what is stored of one output: voxels that are finalized, bytes, bytes of pieces."""
+    every, active, rank = (plan.block_indices,), plan.active, plan.rank
+    interior = totals.over(every, *["interior"] * rank)
+    length = totals.over(every, *["length"] * rank)
+    core = totals.over(every, *["core"] * rank)
+    piece_voxels = sum(
+        totals.over(active, *("upper_overlap" if u else "length" for u in up))
+        for up in _subsets(rank)
+    )
+    band_voxels = totals.over(active, *["length"] * rank) - interior
+    sums_bytes, stored_bytes = plan.output.sums_bytes, plan.output.voxel_bytes
+    return (
+        length - core,
+        plan.region.size * stored_bytes,
+        (piece_voxels + band_voxels) * sums_bytes + (interior - core) * stored_bytes,
     )

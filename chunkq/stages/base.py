@@ -55,6 +55,14 @@ class Stage(ABC):
         """Return the chunks of the stage's tasks that wait for a task; inverse of `waits_for`."""
         return ()
 
+    def stored_objects(self, item: ItemHandle, chunk: Index) -> Iterator[str]:
+        """Yield the names in the output of the objects that a task writes, in a fixed order.
+
+        `Commit.stored` has their checksums. Arrays have the names that they have while the job
+        runs. No other task writes one of these objects.
+        """
+        return iter(())
+
     @abstractmethod
     def run(self, item: ItemHandle, chunk: Index, attempt: Attempt) -> bool:
         """Run one task and commit it; return whether the network ran.

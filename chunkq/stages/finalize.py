@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from chunkq.errors import PieceError
 from chunkq.job.job_handle import ItemHandle
+from chunkq.job.object_checksums import encode_checksums
 from chunkq.job.task_records import Commit
 from chunkq.plan.plan import Chunk, Index, Piece
 from chunkq.queue.contract.executor import Attempt
@@ -49,6 +50,11 @@ class FinalizeStage(Stage):
         return [block for block in (index, *targets) if plan.has_band(block)]
 
     @override
+    def stored_objects(self, item: ItemHandle, chunk: Index) -> Iterator[str]:
+        for box in item.plan.chunk(chunk).touched_boxes:
+            yield from item.object_names(box)
+
+    @override
     def run(self, item: ItemHandle, chunk: Index, attempt: Attempt) -> bool:
         """Add up the pieces of a block, write its voxels, commit it and delete the pieces.
 
@@ -68,7 +74,7 @@ def _finalize(item: ItemHandle, index: Index, attempt: Attempt) -> None:
         read_end = time.time()
         item.job.check_unchanged()
         is_empty = own_block is None and not any(sums is not None for sums in pieces.values())
-        bytes_written = 0 if is_empty else _write(item, chunk, own_block, pieces)
+        bytes_written, checksums = (0, []) if is_empty else _write(item, chunk, own_block, pieces)
         finished = time.time()
         item.job.check_unchanged()
     except (PieceError, OSError):
@@ -88,6 +94,7 @@ def _finalize(item: ItemHandle, index: Index, attempt: Attempt) -> None:
             seconds={"read": read_end - started, "write": finished - read_end},
             moved={"pieces_read": bytes_read, "output": bytes_written},
             peak_rss=peak_bytes(),
+            stored=encode_checksums(checksums),
         )
     )
     item.ledger.delete_pieces(index)
@@ -95,14 +102,21 @@ def _finalize(item: ItemHandle, index: Index, attempt: Attempt) -> None:
 
 def _write(
     item: ItemHandle, chunk: Chunk, own_block: OwnBlock | None, pieces: dict[Piece, Any]
-) -> int:
-    """Add up the pieces of a block and write its voxels; return their size (bytes)."""
+) -> tuple[int, list[int]]:
+    """Add up the pieces of a block and write its voxels.
+
+    Return their size (bytes), and the checksums of their objects.
+    """
     # Imported here, because commands that only count blocks do no arithmetic.
     from chunkq.blend.sums import finalize_sums
 
     inside = item.inside(chunk.block)
     finished = finalize_sums(item.plan, chunk, own_block, pieces, item.empty_chunks, inside)
-    return sum(item.write(box, values) for box, values in finished)
+    size, checksums = 0, list[int]()
+    for box, values in finished:
+        checksums += item.write(box, values)
+        size += values.nbytes
+    return size, checksums
 
 
 def _gather(item: ItemHandle, chunk: Chunk) -> tuple[OwnBlock | None, dict[Piece, Any], int]:

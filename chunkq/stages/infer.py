@@ -34,5 +34,9 @@ class InferStage(Stage):
         return item.tasks.costs.chunks
 
     @override
+    def stored_objects(self, item: ItemHandle, chunk: Index) -> Iterator[str]:
+        return item.object_names(item.plan.chunk(chunk).core)
+
+    @override
     def run(self, item: ItemHandle, chunk: Index, attempt: Attempt) -> bool:
         raise ChunkqError("only a worker process runs the network; start `chunkq work`")

@@ -14,6 +14,7 @@ from chunkq.errors import JobError
 from chunkq.job.fields import GROUP, OMITTED, UNIT
 from chunkq.job.job_file import SCHEMA_FILE, job_schema
 from chunkq.job.key_reference import Key, all_keys, find_key
+from chunkq.job.output_config import NAME_PLACEHOLDER
 
 DOCS = Path(__file__).parents[2] / "docs"
 SCHEMA = job_schema()
@@ -34,9 +35,18 @@ def definition(path: str) -> dict[str, Any]:
     content = SCHEMA
     value: dict[str, Any] = {}
     for part in path.split("."):
+        if part == NAME_PLACEHOLDER:
+            content = section_of(named(value)) or {}
+            continue
         value = content["properties"][part]
         content = section_of(value) or {}
     return value
+
+
+def named(value: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of the values of a mapping by name."""
+    branches = [value, *value.get("anyOf", ())]
+    return next(b["additionalProperties"] for b in branches if "additionalProperties" in b)
 
 
 def section_of(value: dict[str, Any]) -> dict[str, Any] | None:
@@ -62,6 +72,8 @@ def test_every_key_has_a_description_a_default_a_unit_and_an_example(path: str) 
 
 
 def definition_of_section(path: str) -> dict[str, Any]:
+    if path.endswith(f".{NAME_PLACEHOLDER}"):
+        return section_of(named(definition(path))) or {}
     return section_of(definition(path)) or {} if path else SCHEMA
 
 

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from chunkq.errors import ChunkReadError, ErrorCode, GateClosedError, QueueError
 from chunkq.job.job_handle import ItemHandle
+from chunkq.job.object_checksums import encode_checksums
 from chunkq.job.task_records import Commit
 from chunkq.paths import without_secret
 from chunkq.plan.plan import Chunk, Index
@@ -75,7 +76,7 @@ def _compute(item: ItemHandle, chunk: Chunk, attempt: Attempt) -> bool:
         return True  # another worker committed it first; the output may be sealed
     item.check_inputs()
     job.check_unchanged()
-    _write_results(item, chunk, computed, bytes_moved, checksums)
+    stored = _write_results(item, chunk, computed, bytes_moved, checksums)
     seconds["write"] = time.time() - write_started
     if ledger.is_committed("infer", chunk.index):
         # Another worker also had this chunk and committed it first; its blocks may be final.
@@ -101,6 +102,7 @@ def _compute(item: ItemHandle, chunk: Chunk, attempt: Attempt) -> bool:
             peak_rss=peak_bytes(),
             skipped=selection.skipped,
             empty=computed is None,
+            stored=encode_checksums(stored),
         )
     )
     return computed is not None
@@ -112,13 +114,17 @@ def _write_results(
     computed: ComputedChunk | None,
     bytes_moved: dict[str, int],
     checksums: dict[str, int],
-) -> None:
-    """Write the voxels and pieces of a chunk; an empty one, None, has neither."""
+) -> list[int]:
+    """Write the voxels and pieces of a chunk; an empty one, None, has neither.
+
+    Return the checksums of the objects with its voxels.
+    """
     if computed is None:
         bytes_moved |= {"output": 0, "pieces": 0}
-        return
+        return []
     result, pieces = computed.contribution, 0
-    bytes_moved["output"] = item.write(chunk.core, result.core)
+    stored = item.write(chunk.core, result.core)
+    bytes_moved["output"] = result.core.nbytes
     if result.own_block is not None:
         arrays = (*result.own_block.band, *result.own_block.rest)
         info = item.ledger.put_piece(chunk.index, OWN_PIECE, arrays)
@@ -129,6 +135,7 @@ def _write_results(
         pieces += info.size
         checksums[piece.name] = info.crc32
     bytes_moved["pieces"] = pieces
+    return stored
 
 
 def _delete_late_pieces(item: ItemHandle, chunk: Chunk) -> None:

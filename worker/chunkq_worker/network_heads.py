@@ -77,10 +77,10 @@ def network_heads(
     of an item of a batch.
     """
     heads = []
-    for name in head_names(plan.outputs):
-        outputs = tuple(output for output in plan.outputs if output.head == name)
-        declared = output_shapes(model.of_head(name), plan.rank)
-        texts = ShapeTexts(written.of_head(name), plan, item, declared, steps, name)
-        channels, patch = outputs[0].returned_channels, outputs[0].patch or plan.output_patch
-        heads.append(NetworkHead(name, outputs, declared, (channels, *patch), texts))
+    for head in plan.heads:
+        outputs = tuple(output for output in plan.outputs if output.head == head.name)
+        declared = output_shapes(model.of_head(head.name), plan.rank)
+        texts = ShapeTexts(written.of_head(head.name), plan, item, declared, steps, head.name)
+        shape = (head.channels, *head.patch)
+        heads.append(NetworkHead(head.name, outputs, declared, shape, texts))
     return tuple(heads)

@@ -56,6 +56,7 @@ from chunkq.storage.formats.zarr_nodes import (
     read_node,
     require_parts,
 )
+from chunkq.storage.formats.zarr_writing import WritableArray
 from chunkq.storage.ome import MultiscaleImage, channel_labels, first_image
 from chunkq.storage.stored_chunks import StoredChunks
 
@@ -125,16 +126,12 @@ class ZarrFormat(Format):
         return array
 
     @override
-    def open_for_writing(self, path: str, options: Options) -> Array:
-        if kvstore(path) is None:
-            from chunkq.storage.formats.zarr_python import open_array, open_store
-
-            node = _require_node(path, DEFAULT_ACCESS)
-            store = open_store(path, DEFAULT_ACCESS, write=True)
-            return ZarrPythonArray(path, open_array(store, node.metadata))
+    def open_for_writing(self, path: str, options: Options) -> WritableArray:
+        node = _require_node(path, DEFAULT_ACCESS)
+        array, _ = _open_node(node, options)
         try:
-            return TensorStoreArray(path, int(options[ZARR_FORMAT]), write=True)
-        except ValueError as error:
+            return WritableArray(array, node.metadata, node.zarr_format)
+        except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"output: {without_secret(path)}: {_reason(error)}") from error
 
     @override

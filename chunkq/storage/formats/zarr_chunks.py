@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -75,9 +75,14 @@ class ChunkKeys:
 
 def stored_keys(node: ZarrNode) -> ChunkKeys:
     """Return the keys that the metadata of an array name, or imply."""
-    if node.zarr_format == 2:
-        return ChunkKeys("v2", node.document.get("dimension_separator") or ".")
-    encoding = node.document.get("chunk_key_encoding")
+    return document_keys(node.document, node.zarr_format)
+
+
+def document_keys(document: Mapping[str, Any], zarr_format: int) -> ChunkKeys:
+    """Return the keys that the metadata document of an array names, or implies."""
+    if zarr_format == 2:
+        return ChunkKeys("v2", document.get("dimension_separator") or ".")
+    encoding = document.get("chunk_key_encoding")
     encoding = encoding if isinstance(encoding, dict) else {"name": encoding}
     name = "v2" if encoding.get("name") == "v2" else "default"
     configuration = encoding.get("configuration") or encoding

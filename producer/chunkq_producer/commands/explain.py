@@ -21,6 +21,10 @@ HEADINGS = {
     "model_config": "Keys of model_config: {group}",
     "dask_config": "Keys of dask_config",
     "ray_config": "Keys of ray_config",
+    "pyramid": "Keys of pyramid",
+    "codec": "Keys of codec",
+    "outputs.NAME": "Keys of each output in outputs",
+    "outputs.NAME.codec": "Keys of codec in an output",
 }
 
 

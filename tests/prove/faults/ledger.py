@@ -88,8 +88,8 @@ FAULTS = (
     Fault(
         "pieces-deleted-before-the-write",
         FINALIZE_STAGE,
-        "for box, values in finished)",
-        "for box, values in item.ledger.delete_pieces(chunk.index) or finished)",
+        "for box, values in finished:",
+        "for box, values in item.ledger.delete_pieces(chunk.index) or finished:",
         "a finalizer killed in the middle costs a second run of all contributors",
         named(RESUME, "killed_at_any_point"),
     ),

@@ -101,8 +101,8 @@ FAULTS = (
     Fault(
         "replaced-before-the-write",
         INFER,
-        "    job.check_unchanged()\n    _write",
-        "    _write",
+        "    job.check_unchanged()\n    stored = _write",
+        "    stored = _write",
         "workers of a replaced job write an array that no reader uses",
         named(SUSPENDED, "while_it_computes"),
     ),

@@ -89,8 +89,9 @@ FAULTS = (
     Fault(
         "commit-before-the-write",
         INFER,
-        "    job.check_unchanged()\n    _write",
-        '    ledger.commit(Commit("infer", 0, chunk.index, 1, "", started, started))\n    _write',
+        "    job.check_unchanged()\n    stored = _write",
+        '    ledger.commit(Commit("infer", 0, chunk.index, 1, "", started, started))\n'
+        "    stored = _write",
         "a worker that is killed while it writes leaves a hole in the output",
         named(RESUME, "killed_while_it_writes"),
     ),

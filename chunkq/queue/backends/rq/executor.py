@@ -28,7 +28,7 @@ from rq.utils import now, utcformat, utcparse
 from rq.worker_registration import clean_worker_registry, register
 
 from chunkq.errors import QueueError
-from chunkq.job.tasks import JobId, Task
+from chunkq.job.tasks import JobId, Task, encode_message
 from chunkq.queue.backends.rq.connect import (
     check_server,
     connect,
@@ -350,7 +350,7 @@ class RqExecutor(LeaseQueue):
 def _message(task: Task) -> bytes:
     """Encode a task like a function call of RQ. The function name is for display only."""
     message: list[Any] = [f"chunkq.{task.kind}", None, [task.as_dict()], {}]
-    return json.dumps(message, separators=(",", ":")).encode()
+    return encode_message(message).encode()
 
 
 def _task(message: bytes | None) -> Task | None:

@@ -1,0 +1,190 @@
+"""Resolve the outputs of a job: which channels of the network each has, and how it is combined."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+from chunkq.job.job_file import Job
+from chunkq.job.output_config import OutputConfig, class_count, class_names
+from chunkq.plan.outputs import HeadName, OutputSpec
+from chunkq.storage.selection import RANGE
+
+MAX_PATCH_VALUES = 1 << 31
+"""Upper limit for the values of one patch, channels included."""
+
+
+@dataclass(frozen=True)
+class NetworkOutput:
+    """One array that the network returns for a patch: ([channels,] *patch).
+
+    `name` is its key or index; None if the network returns one array. `has_channels` says whether
+    its first axis is the channels. `key` is the key of the job from which its shape comes.
+    """
+
+    name: HeadName
+    channels: int
+    patch: tuple[int, ...]
+    has_channels: bool
+    key: str
+
+
+@dataclass(frozen=True)
+class ResolvedOutput:
+    """One output of a job, and the array of the network of which it is made.
+
+    `name` is that of the output, `head` that array. If `by_channel`, the network sees one channel
+    of an image at a time.
+    """
+
+    job: Job
+    name: str
+    config: OutputConfig
+    head: NetworkOutput
+    by_channel: bool = False
+
+    @property
+    def prefix(self) -> str:
+        """Prefix of the paths of its keys in the job file."""
+        return f"outputs.{self.name}." if self.name else ""
+
+    @cached_property
+    def picks(self) -> tuple[int, ...] | None:
+        """Channels of the array that it uses, None for all. Raises ValueError if there are none."""
+        picks, size = self.config.channels, self.head.channels
+        if picks is None:
+            return None
+        if isinstance(picks, str):
+            match = RANGE.fullmatch(picks)
+            bounds = match.groups() if match else ()
+            start, stop, step = (int(part) if part else None for part in bounds)
+            positions = tuple(range(size))[start : stop : step or 1]
+            if (stop or 0) > size or not positions:
+                raise ValueError(f"{picks!r} is not in 0:{size}")
+            return positions
+        for pick in (entries := (picks,) if isinstance(picks, int) else picks):
+            if not isinstance(pick, int) or not 0 <= pick < size:
+                raise ValueError(f"expected positions from 0 to {size - 1}, found {pick!r}")
+        return tuple(int(pick) for pick in entries)
+
+    @property
+    def network_channels(self) -> int:
+        """Number of channels that it uses of the array."""
+        return self.head.channels if self.picks is None else len(self.picks)
+
+    @property
+    def classes(self) -> int | None:
+        """Number of classes that the job declares."""
+        return class_count(self.config.classes)
+
+    @property
+    def from_labels(self) -> bool:
+        """Whether the network returns labels in one channel."""
+        return self.classes is not None and self.network_channels == 1
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of its predictions."""
+        return self.classes if self.classes and self.from_labels else self.network_channels
+
+    @property
+    def channel_axis(self) -> bool:
+        """Whether its stored values have a channel axis.
+
+        As with NumPy, picking one channel by its number removes the axis.
+        """
+        has_channels = self.head.has_channels and not isinstance(self.config.channels, int)
+        return (has_channels or self.from_labels) and self.config.combine == "weighted_avg"
+
+    def problems(self) -> Iterator[str]:
+        """Yield one line per mistake."""
+        try:
+            _ = self.picks
+        except ValueError as error:
+            yield (
+                f"{self.prefix}channels: {error}, the channels that the network returns; fix it, "
+                "or the shape of the output"
+            )
+            return
+        yield from self._class_problems()
+        yield from self._activation_problems()
+        yield from self._fill_value_problems()
+
+    def _class_problems(self) -> Iterator[str]:
+        classes, prefix = self.classes, self.prefix
+        if classes is None:
+            return
+        if not self.from_labels:
+            if classes == self.network_channels:
+                return
+            advice = f"use {self.network_channels}, or remove classes"
+            if self.job.model.model_output_shape is None:
+                advice = "set model_output_shape, which is model_input_shape by default"
+            subject = f"model_config.{self.head.key}"
+            if self.picks is not None:
+                subject = f"{prefix}channels"
+            yield (
+                f"{prefix}classes: {classes}, but {subject} has {self.network_channels} channels; "
+                f"{advice}"
+            )
+            return
+        if self.config.activation != "none":
+            yield (
+                f"{prefix}activation: {self.config.activation} is unsupported for labels in one "
+                "channel, which classes declares; remove activation, or remove classes if the "
+                "network returns logits"
+            )
+        if classes * prod(self.head.patch) > MAX_PATCH_VALUES:
+            yield (
+                f"{prefix}classes: {classes} votes for each of {prod(self.head.patch)} voxels of a "
+                f"patch are unsupported; use at most {MAX_PATCH_VALUES} values per patch"
+            )
+
+    def _activation_problems(self) -> Iterator[str]:
+        """Yield a line if the activation makes every prediction the same."""
+        if self.config.activation != "softmax" or self.channels > 1:
+            return
+        several = f"[CHANNELS, {', '.join(map(str, self.head.patch))}]"
+        yield (
+            f"{self.prefix}activation: softmax of one channel is 1 everywhere; use sigmoid, or if "
+            f"the network returns several channels, set model_config.model_output_shape: {several}"
+        )
+
+    def _fill_value_problems(self) -> Iterator[str]:
+        """Yield a line if the output has labels and the fill value is none of them."""
+        value, classes = self.fill_value, max(2, self.channels)
+        if self.config.combine == "weighted_avg" or value < classes:
+            return
+        yield (
+            f"{self.prefix}fill_value: {value:g} is not a class; use an integer from 0 to "
+            f"{classes - 1}, because the output has {classes} classes"
+        )
+
+    @property
+    def fill_value(self) -> float:
+        """Value of voxels without a prediction."""
+        return self.config.fill_value or 0.0
+
+    def spec(self) -> OutputSpec:
+        """Return the output; it has no problems."""
+        config, head = self.config, self.head
+        uses_all = self.picks is None and head.channels == self.network_channels
+        return OutputSpec(
+            name=self.name,
+            channels=self.channels,
+            channel_axis=self.channel_axis and not self.by_channel,
+            activation=config.activation,
+            combine=config.combine,
+            average_dtype=config.output_dtype or "float32",
+            nan=self.job.nan,
+            from_labels=self.from_labels,
+            fill_value=self.fill_value,
+            head=head.name,
+            head_channels=0 if uses_all else head.channels,
+            picks=self.picks,
+            activation_after=config.activation_after or "none",
+            range=config.range,
+            class_names=class_names(config.classes),
+        )

@@ -1,0 +1,124 @@
+"""Zarr arrays that are written object by object, with a checksum of each stored object."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import Any
+
+from typing_extensions import override
+from zlib_ng import zlib_ng
+
+from chunkq.geometry.box import Box
+from chunkq.paths import join, open_filesystem
+from chunkq.storage.array import Array, Voxels, box_error
+from chunkq.storage.formats.tensorstore_arrays import kvstore
+from chunkq.storage.formats.zarr_arrays import METADATA_KEYS
+from chunkq.storage.object_grid import ObjectGrid
+
+NOT_STORED = 0
+"""In place of a checksum: the object does not exist, because all its voxels are the fill value."""
+SLAB_BYTES = 32 << 20
+"""Bytes of voxels that are encoded at a time. Their objects are in memory until they are stored."""
+PUTS_AT_ONCE = 16
+"""Objects that are stored concurrently where tensorstore does not access the storage."""
+
+
+def object_checksum(crc32: int) -> int:
+    """Return the checksum of an object that has this CRC-32: the same, but never `NOT_STORED`."""
+    return crc32 or 1
+
+
+class WritableArray(Array):
+    """An open Zarr array for reading and writing. `metadata` is its document.
+
+    tensorstore encodes voxels into memory. The objects are stored from there, so their checksums
+    are those of what was to be stored.
+    """
+
+    def __init__(self, array: Array, metadata: Mapping[str, Any], zarr_format: int) -> None:
+        self.path, self.shape, self.dtype = array.path, array.shape, array.dtype
+        self._array, self._format = array, zarr_format
+        self._grid = ObjectGrid.of_document(json.dumps(metadata), zarr_format)
+        known = METADATA_KEYS[zarr_format]
+        self._metadata = {key: metadata[key] for key in known if key in metadata}
+
+    @override
+    def read(self, box: Box) -> Voxels:
+        return self._array.read(box)
+
+    @override
+    def write(self, box: Box, values: Voxels) -> None:
+        self.store(box, values)
+
+    def store(self, box: Box, values: Voxels) -> list[int]:
+        """Write whole storage chunks, each atomically; return the checksum of each object.
+
+        They are in C order. The objects of a shard must be written together. An object whose
+        voxels are all the fill value is not stored: `NOT_STORED`. Raises OSError.
+        """
+        checksums: list[int] = []
+        finish: Callable[[], None] = lambda: None  # noqa: E731
+        try:
+            for part in self._grid.slabs(box, SLAB_BYTES // self.dtype.itemsize):
+                objects = self._encode(part, values[part.slices(box.start)])
+                finish()  # the objects of one slab are stored while the next one is encoded
+                finish = self._put([(name, c) for name, c in objects if c is not None])
+                checksums += (
+                    NOT_STORED if c is None else object_checksum(zlib_ng.crc32(c))
+                    for _, c in objects
+                )
+            finish()
+        except (ValueError, RuntimeError) as error:
+            raise OSError(box_error(self.path, box, "written", error)) from error
+        return checksums
+
+    def _encode(self, box: Box, values: Voxels) -> list[tuple[str, bytes | None]]:
+        """Return the names of the objects of a box and their contents, None where not stored."""
+        import tensorstore as ts
+
+        store = ts.open(
+            {
+                "driver": "zarr3" if self._format == 3 else "zarr",
+                "kvstore": {"driver": "memory"},
+                "metadata": self._metadata,
+            },
+            context=ts.Context(),  # a memory of its own
+            open=True,
+            write=True,
+            assume_metadata=True,
+        ).result()
+        # Without can_reference_source_data_indefinitely, which loses chunks of arrays that have
+        # an axis of length 1 (tensorstore 0.1.86).
+        store[box.slices((0,) * len(self.shape))].write(values).result()
+        memory: Any = store.kvstore
+        reads = [(name, memory.read(name)) for name in self._grid.names(box)]
+        results = ((name, read.result()) for name, read in reads)
+        return [(name, r.value if r.state == "value" else None) for name, r in results]
+
+    def _put(self, objects: Sequence[tuple[str, bytes]]) -> Callable[[], None]:
+        """Begin to store objects; return a function that waits until they are stored."""
+        if self._kvstore is not None:
+            writes = [self._kvstore.write(name, content) for name, content in objects]
+
+            def finish() -> None:
+                for write in writes:
+                    write.result()
+
+            return finish
+        filesystem, inner = open_filesystem(self.path)
+        with ThreadPoolExecutor(PUTS_AT_ONCE) as pool:
+            puts = [pool.submit(filesystem.pipe_file, join(inner, n), c) for n, c in objects]
+        for put in puts:
+            put.result()
+        return lambda: None
+
+    @cached_property
+    def _kvstore(self) -> Any:
+        """tensorstore's access to the storage, or None if it has none."""
+        import tensorstore as ts
+
+        spec = kvstore(self.path)
+        return None if spec is None else ts.KvStore.open(spec).result()
