@@ -123,6 +123,18 @@ class ErrorCode(StrEnum):
     """None of an input's storage chunks exists."""
     INPUT_CHANGED = auto()
     """An input was replaced since the job was produced."""
+    IMAGE_MISSING = auto()
+    """An image of a list does not exist, or is not a file."""
+    IMAGE_DAMAGED = auto()
+    """An image of a list cannot be decoded."""
+    IMAGE_TOO_LARGE = auto()
+    """An image of a list, or its file, is larger than chunkq decodes as a whole."""
+    IMAGE_UNSUITABLE = auto()
+    """An image of a list does not have the shape that the network needs."""
+    IMAGE_LIST_INVALID = auto()
+    """A list of images cannot be read, has no column `path`, or names no image."""
+    TOO_MANY_ERRORS = auto()
+    """More images failed than `max_errors` allows."""
     PIECE_DAMAGED = auto()
     """A piece is missing or damaged."""
     RESULTS_LOST = auto()

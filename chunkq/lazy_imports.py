@@ -31,6 +31,10 @@ COMMANDS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
         ),
         "report": ("chunkq_producer.commands.report:report", "Show timings of a finished job."),
         "run": ("chunkq_producer.commands.run:run", "Run a whole job on this machine."),
+        "convert": (
+            "chunkq_producer.commands.convert:convert",
+            "Write an image in another format.",
+        ),
         "retry": ("chunkq_producer.commands.retry:retry", "Queue failed chunks again."),
         "cancel": ("chunkq_producer.commands.cancel:cancel", "Remove a job from the queue."),
         "jobs": ("chunkq_producer.commands.jobs:jobs", "List the jobs on a queue."),

@@ -56,6 +56,45 @@ ZARR_SCHEMES = frozenset({"zarr", "zarr2", "zarr3"})
 """Schemes with which Neuroglancer names Zarr arrays."""
 
 
+EXPORTS = MappingProxyType({"a NIfTI file": "nifti", "a TIFF file": "tiff", "an HDF5 file": "hdf5"})
+"""What a suffix promises -> name of the writer."""
+WRITTEN_SUFFIXES = ("nii", "tif", "tiff", "btf", "tf8", "h5", "hdf5", "hdf")
+"""Suffixes of files that can be written."""
+PRECOMPUTED = "precomputed://"
+
+
+def export_target(target: str, base: Path) -> tuple[str, str, str]:
+    """Return the format that the path of a converted image names, the path, and a dataset in it.
+
+    A path without a suffix that names a format is that of OME-Zarr. Raises JobError for formats
+    that cannot be written, and for paths that are not those of an output (`output_path`).
+    """
+    if target.startswith(PRECOMPUTED):
+        return "precomputed", output_path(target.removeprefix(PRECOMPUTED), base), ""
+    file, dataset = _dataset(target)
+    path = output_path(file, base)
+    _, suffixes = _split(path.rstrip("/").rpartition("/")[2])
+    last = suffixes[-1] if suffixes else ""
+    if last == "gz" and suffixes[-2:-1] == ["nii"]:
+        last = "nii"
+    if last in WRITTEN_SUFFIXES:
+        return EXPORTS[FORMATS[last]], path, dataset
+    if problem := format_problem(path):
+        raise JobError(
+            f"output: {printable_path(path)} {problem}", code=ErrorCode.STORE_UNSUPPORTED
+        )
+    return "zarr", path, ""
+
+
+def _dataset(target: str) -> tuple[str, str]:
+    """Return the file and the path inside it of a target such as `out.h5/labels`."""
+    for suffix in (".h5", ".hdf5", ".hdf"):
+        file, separator, dataset = target.partition(f"{suffix}/")
+        if separator:
+            return file + suffix, dataset.strip("/")
+    return target, ""
+
+
 def check_new_output(output: str, base: Path) -> None:
     """Raise JobError if a path, relative to `base`, cannot be that of a new output.
 

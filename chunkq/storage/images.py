@@ -212,6 +212,14 @@ def find_source(
     `allow_empty` if none of its storage chunks exists. Raises JobError if the selection does not
     fit the array or its axes have no clear meaning.
     """
+    name, array = find_array(path, selection, access, allow_empty=allow_empty)
+    return source_of(array, selection, path, name, remedies)
+
+
+def find_array(
+    path: str, selection: Selection, access: Access, *, allow_empty: bool = False
+) -> tuple[str, ArrayInfo]:
+    """Return the format of an input path, and the array. Raises StoreError, see `find_source`."""
     options: Options = access.options
     level = selection.level
     if selection.orientation is not None:
@@ -226,7 +234,7 @@ def find_source(
             "voxel would be the fill value; fix the path, or set allow_empty: true",
             code=ErrorCode.INPUT_EMPTY,
         )
-    return source_of(array, selection, path, name, remedies)
+    return name, array
 
 
 def source_of(

@@ -15,6 +15,8 @@ AXISTAGS = "axistags"
 """Attribute in which vigra and ilastik describe the axes, as JSON."""
 ELEMENT_SIZE = "element_size_um"
 """Attribute with the size of a voxel in micrometers along the spatial axes."""
+ELEMENT_START = "element_start_um"
+"""Attribute with the position of the first voxel in micrometers along the spatial axes."""
 MAX_COORDINATES = 1 << 20
 """Length up to which the coordinates of a dimension scale are read."""
 TOLERANCE = 1e-3
@@ -35,6 +37,11 @@ def described_axes(dataset: Any) -> tuple[tuple[Axis, ...], str]:
     sizes = _element_size(dataset, len(spatial))
     for number, size in zip(spatial, sizes, strict=False):
         scales[number], units[number] = size, "micrometer"
+    if sizes:
+        for number, start in zip(
+            spatial, _numbers(dataset, ELEMENT_START, len(spatial)), strict=False
+        ):
+            starts[number] = start
     return named_axes(names, dataset.shape, scales, starts, units), source
 
 
@@ -91,8 +98,14 @@ def _coordinates(dataset: Any, number: int) -> tuple[float, float, str | None] |
 
 def _element_size(dataset: Any, count: int) -> list[float]:
     """Return the sizes of voxels along `count` spatial axes; empty if there are not so many."""
+    sizes = _numbers(dataset, ELEMENT_SIZE, count)
+    return sizes if all(size > 0 for size in sizes) else []
+
+
+def _numbers(dataset: Any, name: str, count: int) -> list[float]:
+    """Return an attribute of `count` finite numbers; empty if it is another one."""
     try:
-        sizes = [float(size) for size in np.ravel(dataset.attrs[ELEMENT_SIZE])]
+        numbers = [float(number) for number in np.ravel(dataset.attrs[name])]
     except (KeyError, TypeError, ValueError):
         return []
-    return sizes if len(sizes) == count and all(0 < s < float("inf") for s in sizes) else []
+    return numbers if len(numbers) == count and all(map(np.isfinite, numbers)) else []

@@ -45,6 +45,8 @@ AFFINE = "affine"
 """Option: the affine (4, 4) of voxel indices x, y, z, as JSON."""
 CODES = ("sform_code", "qform_code")
 """Options: what the affine stands for, as in the header."""
+QFORM = "qform"
+"""Option: the affine (4, 4) of the qform, as JSON, if the file has a sform and another qform."""
 PRESENTED_AFFINE = "presented_affine"
 """Option of an image that is presented in an orientation: the affine of its presented indices."""
 COMPRESSED = "it is compressed with gzip"
@@ -89,6 +91,7 @@ class NiftiHeader:
     axes     the axes of `shape`
     affine   (4, 4) of voxel indices x, y, z
     codes    sform_code and qform_code
+    qform    (4, 4) of the qform, if the affine is that of a sform and differs
     """
 
     shape: tuple[int, ...]
@@ -100,6 +103,7 @@ class NiftiHeader:
     labels: tuple[str, ...]
     affine: npt.NDArray[np.float64]
     codes: tuple[int, int]
+    qform: npt.NDArray[np.float64] | None = None
 
     def scaled(self, values: Voxels) -> Voxels:
         """Return values * slope + inter as nibabel does; the values if the header has no slope."""
@@ -236,6 +240,8 @@ class NiftiFormat(Format):
         if (codes := options.get(ORIENTATION)) is not None:
             axes, orientation, affine = _presented(header, str(codes), path)
             oriented = {ORIENTATION: codes, PRESENTED_AFFINE: json.dumps(affine.tolist())}
+        if header.qform is not None:
+            oriented = {**oriented, QFORM: json.dumps(header.qform.tolist())}
         return ArrayInfo(
             path,
             axes,
@@ -269,6 +275,16 @@ class NiftiFormat(Format):
 def affine_of(options: Options) -> npt.NDArray[np.float64]:
     """Return the affine (4, 4) in the options of a NIfTI image, for presented indices x, y, z."""
     return np.array(json.loads(str(options.get(PRESENTED_AFFINE, options[AFFINE]))), np.float64)
+
+
+def affines_of(options: Options) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return the affines (4, 4) of a NIfTI file for its indices x, y, z: of sform and of qform.
+
+    They are equal if the file has one of them.
+    """
+    affine = json.loads(str(options[AFFINE]))
+    qform = json.loads(str(options[QFORM])) if QFORM in options else affine
+    return np.array(affine, np.float64), np.array(qform, np.float64)
 
 
 def orientation_of(options: Options) -> str | None:
@@ -375,7 +391,16 @@ def _described(header: Any, file: SingleFile) -> NiftiHeader:
         labels,
         affine,
         (int(header["sform_code"]), int(header["qform_code"])),
+        _other_qform(header, affine),
     )
+
+
+def _other_qform(header: Any, affine: npt.NDArray[np.float64]) -> npt.NDArray[np.float64] | None:
+    """Return the affine of the qform if the header has another sform, which comes first."""
+    if not (header["sform_code"] and header["qform_code"]):
+        return None
+    qform = np.asarray(header.get_qform(), np.float64)
+    return None if np.allclose(qform, affine, rtol=1e-5, atol=1e-4) else qform
 
 
 def _presented(

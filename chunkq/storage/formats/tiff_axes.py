@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from chunkq.geometry.axes import Axis, kind_of_name, named_axes
-from chunkq.geometry.axis_units import unit_name
+from chunkq.geometry.axis_units import METERS, unit_factor, unit_name
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
@@ -20,15 +20,6 @@ PAGE_LETTERS = frozenset("YXIQ")
 """tifffile's letters of axes that every file with several pages has."""
 NAMED_BY = {"ome": "OME-TIFF metadata", "imagej": "ImageJ metadata", "shaped": "tifffile metadata"}
 """tifffile's kind of a series -> what names its axes. Others are the kind itself."""
-METERS = {
-    "angstrom": 1e-10,
-    "nanometer": 1e-9,
-    "micrometer": 1e-6,
-    "millimeter": 1e-3,
-    "centimeter": 1e-2,
-    "meter": 1.0,
-    "inch": 0.0254,
-}
 RESOLUTION_UNITS = {
     2: "inch",
     3: "centimeter",
@@ -147,8 +138,8 @@ def _ome_spacings(pixels: Element) -> dict[str, Spacing]:
         position_unit = unit_name(first.get(f"Position{letter}Unit"))
         position = _number(first.get(f"Position{letter}"))
         start = 0.0
-        if position is not None and position_unit in METERS and unit in METERS:
-            start = position * METERS[position_unit] / METERS[unit]
+        if position is not None and {position_unit, unit} <= METERS.keys():
+            start = position * unit_factor(position_unit, unit, METERS)
         spacings[letter.lower()] = Spacing(size, start, unit)
     step = _positive(pixels.get("TimeIncrement"))
     if step is not None:

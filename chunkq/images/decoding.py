@@ -1,0 +1,178 @@
+"""Decode image files: JPEG, PNG, TIFF, WebP and what else Pillow reads."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from chunkq.errors import ErrorCode
+from chunkq.images.image_error import ImageError
+from chunkq.images.image_spec import CHANNELS, Mode
+from chunkq.install_hint import install_command
+
+Pixels = npt.NDArray[Any]
+"""Pixels (H, W, C)."""
+MAX_PIXELS = 178_956_970
+"""Largest number of pixels of an image, Pillow's own limit. Use a volume job for larger ones."""
+PNG_SIGNATURE, TIFF_SIGNATURES = b"\x89PNG\r\n\x1a\n", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+PNG_DEPTH, PNG_COLOR = 24, 25
+"""Offsets of the bit depth and of the color type in a PNG file."""
+DEEP_MODES = ("I", "F")
+"""First letters of Pillow's modes with more than 8 bits; all of them have one channel."""
+LUMA = np.array([299, 587, 114], np.float64) / 1000
+"""Weights of red, green and blue in gray: ITU-R 601-2, as in Pillow."""
+ORIENTATION, BITS_PER_SAMPLE = 0x0112, 0x0102
+"""Tags of EXIF and TIFF."""
+
+
+def decode(content: bytes, mode: Mode) -> Pixels:
+    """Decode the bytes of an image file to pixels (H, W, C) with the channels of `mode`.
+
+    The pixels are turned as EXIF says. Those with 8 bits per channel are converted by Pillow to
+    uint8. Those with more keep their values, as uint16, int32 or float32: gray is repeated for
+    each color, colors become gray by the weights of ITU-R 601-2, as float32. Opacity is dropped
+    or is the largest value of the dtype (1 for floats). Of a file with several images the first
+    one is decoded.
+
+    Raises ImageError if the content is no image, is damaged or too large.
+    """
+    if not content:
+        raise ImageError("decode", "the file is empty; replace it")
+    try:
+        return _decode(content, mode)
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise _too_large() from error
+    except UnidentifiedImageError as error:
+        raise ImageError("decode", "not an image in a supported format; replace it") from error
+    except Exception as error:  # decoders raise errors of many types for damaged files
+        reason = " ".join(f"{error}".split()) or type(error).__name__
+        raise ImageError("decode", f"damaged: {reason}; replace it") from error
+
+
+def _too_large() -> ImageError:
+    return ImageError(
+        "decode",
+        f"more than {MAX_PIXELS} pixels are unsupported; use a smaller image, or a job that "
+        "cuts it into patches",
+        code=ErrorCode.IMAGE_TOO_LARGE,
+    )
+
+
+def _decode(content: bytes, mode: Mode) -> Pixels:
+    if content[:8] == PNG_SIGNATURE and content[PNG_DEPTH] == 16 and content[PNG_COLOR] != 0:
+        # Pillow reduces colors of 16 bits to 8.
+        return _to_mode(_turned(_deep_png(content), _orientation(content)), mode)
+    try:
+        image = Image.open(BytesIO(content))
+    except UnidentifiedImageError:
+        if content[:4] not in TIFF_SIGNATURES:
+            raise
+        return _to_mode(_tiff(content), mode)
+    with image:
+        if image.format == "TIFF" and _is_deep_color(image):
+            return _to_mode(_tiff(content), mode)
+        turned = ImageOps.exif_transpose(image)
+        if turned.mode[0] in DEEP_MODES:
+            pixels = np.asarray(turned)
+            return _to_mode(pixels.astype(pixels.dtype.newbyteorder("="))[..., None], mode)
+        if turned.mode == "P" and "transparency" in turned.info:
+            turned = turned.convert("RGBA")
+        pixels = np.asarray(turned.convert(mode))
+    return pixels.reshape(*pixels.shape[:2], CHANNELS[mode])
+
+
+def _is_deep_color(image: Image.Image) -> bool:
+    """Return whether a TIFF image has colors of more than 8 bits, which Pillow reduces to 8."""
+    bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (8,))
+    return len(bits) > 1 and max(bits) > 8
+
+
+def _orientation(content: bytes) -> int:
+    with Image.open(BytesIO(content)) as image:
+        return int(image.getexif().get(ORIENTATION, 1))
+
+
+def _turned(pixels: Pixels, orientation: int) -> Pixels:
+    """Return pixels turned by an EXIF orientation, 1 to 8; other values mean 1."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels
+
+
+def _deep_png(content: bytes) -> Pixels:
+    """Decode a PNG file whose colors have 16 bits."""
+    Image.open(BytesIO(content)).close()  # refuses one that is too large
+    try:
+        import imagecodecs
+    except ImportError:
+        raise _no_package("PNG files with 16 bits per color") from None
+    return _with_channels(imagecodecs.png_decode(content))
+
+
+def _tiff(content: bytes) -> Pixels:
+    """Decode the first image of a TIFF file that Pillow does not support, and turn it."""
+    try:
+        import tifffile
+    except ImportError:
+        raise _no_package("this TIFF file") from None
+    with tifffile.TiffFile(BytesIO(content)) as file:
+        page = file.pages.first
+        if page.imagewidth * page.imagelength > MAX_PIXELS:
+            raise _too_large()
+        pixels = page.asarray()
+        if page.axes == "SYX":
+            pixels = np.moveaxis(pixels, 0, -1)
+        tag = page.tags.get(ORIENTATION)
+    return _turned(_with_channels(pixels), 1 if tag is None else int(tag.value))
+
+
+def _no_package(what: str) -> ImageError:
+    return ImageError(
+        "decode",
+        f"{what} need packages that are missing; run `{install_command('tiff')}`",
+        code=ErrorCode.PACKAGE_MISSING,
+    )
+
+
+def _with_channels(pixels: Pixels) -> Pixels:
+    pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.ndim != 3 or pixels.shape[2] not in (1, 2, 3, 4) or pixels.dtype.kind not in "uif":
+        raise ImageError(
+            "decode",
+            f"pixels of shape {list(pixels.shape)} and dtype {pixels.dtype} are unsupported; "
+            "convert the file to gray or RGB",
+        )
+    return pixels
+
+
+def _to_mode(pixels: Pixels, mode: Mode) -> Pixels:
+    """Convert pixels (H, W, 1 to 4) to the channels of a mode, without loss of depth."""
+    channels = pixels.shape[2]
+    has_opacity = channels in (2, 4)
+    colors = pixels[..., : channels - has_opacity]
+    if mode == "L":
+        if colors.shape[2] == 1:
+            return colors
+        return (colors @ LUMA).astype(np.float32)[..., None]
+    if colors.shape[2] == 1:
+        colors = np.repeat(colors, 3, axis=2)
+    if mode == "RGB":
+        return colors
+    if has_opacity:
+        opacity = pixels[..., -1:]
+    else:
+        top = np.iinfo(pixels.dtype).max if pixels.dtype.kind in "ui" else 1
+        opacity = np.full((*pixels.shape[:2], 1), top, pixels.dtype)
+    return np.concatenate([colors, opacity], axis=2)

@@ -1,0 +1,207 @@
+"""Lists of images: the rows of an image job, found by a pattern, a folder or a table."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from glob import glob, has_magic
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from chunkq.access import DEFAULT_ACCESS, Access
+from chunkq.errors import ErrorCode, StoreError
+from chunkq.paths import is_url, join, open_filesystem, read_bytes, without_secret
+
+SUFFIXES = (
+    ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp",
+)  # fmt: skip
+"""Suffixes of the files of a folder that are images."""
+TABLES = (".csv", ".parquet", ".txt")
+"""Suffixes of files that list images."""
+PATH = "path"
+"""Column of the paths."""
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """Rows of images: a table with the column `path`, absolute paths or URLs, then the others."""
+
+    table: pa.Table
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @property
+    def paths(self) -> list[str]:
+        """The path of each row."""
+        paths: list[str] = self.table.column(PATH).to_pylist()
+        return paths
+
+
+def find_images(path: str, access: Access = DEFAULT_ACCESS) -> ImageList:
+    """Return the images that a path names: a pattern, a folder, a table or one file.
+
+    Files of patterns and folders are sorted by their paths, and those of folders are found in
+    folders below too. A table is CSV or Parquet with a column `path`, or text with one path per
+    line; its rows stay in their order, and relative paths start at the table's folder.
+
+    Raises StoreError if nothing is found, and for a table that cannot be read.
+    """
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in TABLES and not has_magic(path):
+        return _checked(path, _absolute_paths(_read_table(path, suffix, access), path))
+    return _checked(path, pa.table({PATH: pa.array(_files(path, access), pa.string())}))
+
+
+def join_lists(lists: Sequence[ImageList]) -> ImageList:
+    """Return the rows of several lists, one list after the other.
+
+    A column that a list does not have is null there. Raises StoreError if a column has types that
+    do not fit.
+    """
+    try:
+        tables = [images.table for images in lists]
+        return ImageList(pa.concat_tables(tables, promote_options="default").combine_chunks())
+    except pa.ArrowInvalid as error:
+        raise StoreError(
+            f"input: the tables do not fit: {error}; use equal types in columns of one name",
+            code=ErrorCode.IMAGE_LIST_INVALID,
+        ) from None
+
+
+def _checked(path: str, table: pa.Table) -> ImageList:
+    if not table.num_rows:
+        raise StoreError(
+            f"input: {without_secret(path)} names no image; fix the path or the pattern",
+            code=ErrorCode.IMAGE_LIST_INVALID,
+        )
+    return ImageList(table)
+
+
+def _files(path: str, access: Access) -> list[str]:
+    if not is_url(path):
+        return _local_files(path)
+    filesystem, inner = open_filesystem(path, access)
+    scheme = path.partition("://")[0]
+    if has_magic(inner):
+        found = filesystem.glob(inner)
+    elif scheme not in ("http", "https") and filesystem.isdir(inner):
+        found = [name for name in filesystem.find(inner) if _is_image(name)]
+    else:
+        return [path]
+    names = (str(name) for name in found)
+    return sorted(name if is_url(name) else f"{scheme}://{name.lstrip('/')}" for name in names)
+
+
+def _local_files(path: str) -> list[str]:
+    if os.path.isdir(path):
+        walk = ((top, name) for top, _, names in os.walk(path) for name in names)
+        return sorted(os.path.join(top, name) for top, name in walk if _is_image(name))
+    if has_magic(path) and not os.path.exists(path):
+        return sorted(name for name in glob(path, recursive=True) if not os.path.isdir(name))
+    return [path] if os.path.lexists(path) else []
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def _read_table(path: str, suffix: str, access: Access) -> pa.Table:
+    printed = without_secret(path)
+    try:
+        content = read_bytes(path, access)
+    except OSError as error:
+        raise StoreError(
+            f"input: {printed} cannot be read: {error.strerror or error}; fix the path",
+            code=ErrorCode.IMAGE_LIST_INVALID,
+        ) from None
+    try:
+        table = _parsed(content, suffix)
+    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+        raise StoreError(
+            f"input: {printed} is not a {suffix} table: {error}; fix the file",
+            code=ErrorCode.IMAGE_LIST_INVALID,
+        ) from None
+    repeated = [name for name, count in Counter(table.column_names).items() if count > 1]
+    if repeated:
+        raise StoreError(
+            f"input: {printed} has the column {repeated[0]!r} twice; rename one",
+            code=ErrorCode.IMAGE_LIST_INVALID,
+        )
+    if PATH not in table.column_names:
+        columns = ", ".join(table.column_names) or "none"
+        raise StoreError(
+            f"input: {printed} has no column `path`; found {columns}; add the column",
+            code=ErrorCode.IMAGE_LIST_INVALID,
+        )
+    if not pa.types.is_string(table.schema.field(PATH).type):
+        raise StoreError(
+            f"input: {printed}: the column `path` has the type {table.schema.field(PATH).type}; "
+            "use text",
+            code=ErrorCode.IMAGE_LIST_INVALID,
+        )
+    return table
+
+
+def _parsed(content: bytes, suffix: str) -> pa.Table:
+    source = pa.BufferReader(content)
+    if suffix == ".parquet":
+        table = pq.read_table(source)
+        return _plain_strings(table)
+    if suffix == ".csv":
+        options = pa.csv.ConvertOptions(column_types={PATH: pa.string()})
+        return pa.csv.read_csv(source, convert_options=options)
+    lines = content.decode().splitlines()
+    return pa.table({PATH: pa.array([line for line in lines if line.strip()], pa.string())})
+
+
+def _plain_strings(table: pa.Table) -> pa.Table:
+    """Return a table whose texts have one type: other writers use large strings or dictionaries."""
+    fields = []
+    for field in table.schema:
+        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        is_text = pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+        fields.append(field.with_type(pa.string() if is_text else kind))
+    return table.cast(pa.schema(fields))
+
+
+def _absolute_paths(table: pa.Table, source: str) -> pa.Table:
+    """Return a table with the column `path` first, relative paths joined to the table's folder."""
+    folder = source.rpartition("/")[0]
+    paths = [_joined(folder, path) for path in table.column(PATH).to_pylist()]
+    others = [name for name in table.column_names if name != PATH]
+    columns: dict[str, Any] = {PATH: pa.array(paths, pa.string())}
+    return pa.table(columns | {name: table.column(name) for name in others})
+
+
+def _joined(folder: str, path: str | None) -> str:
+    """Return an absolute path. A missing one is empty, and is an error of its row."""
+    if not path or is_url(path) or path.startswith("/"):
+        return path or ""
+    return join(folder, path)
+
+
+def truth_of(images: ImageList, *, regex: str | None, column: str | None) -> pa.Array:
+    """Return the true label of each row as text, null where there is none.
+
+    `regex` is searched in the path, and its first group is the label. `column` is a column of the
+    list. Raises StoreError if the list has no such column.
+    """
+    if regex is not None:
+        pattern = re.compile(regex)
+        matches = [pattern.search(path) for path in images.paths]
+        return pa.array([m[1] if m is not None else None for m in matches], pa.string())
+    if column not in images.table.column_names:
+        found = ", ".join(images.table.column_names)
+        raise StoreError(
+            f"truth.column: the list of images has no column {column!r}; use one of {found}",
+            code=ErrorCode.IMAGE_LIST_INVALID,
+        )
+    return pc.cast(images.table.column(column).combine_chunks(), pa.string())

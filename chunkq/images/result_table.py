@@ -1,0 +1,136 @@
+"""Result of an image job: Parquet files of chunks, and the table that is made of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from chunkq.images.image_error import ImageError
+from chunkq.images.image_list import PATH
+
+TAKEN = "_list"
+"""Suffix of a column of the list whose name the result has itself."""
+ERROR_SCHEMA = pa.schema(
+    [(PATH, pa.string()), ("row", pa.int64()), ("stage", pa.string()), ("code", pa.string()),
+     ("message", pa.string())]
+)  # fmt: skip
+"""Columns of `errors.parquet`: one row per image without a result; `row` counts from 0."""
+COMPRESSION = "zstd"
+
+
+@dataclass(frozen=True)
+class ChunkResult:
+    """Rows of one chunk: those with a result, and those that failed, both in the list's order."""
+
+    rows: pa.Table
+    errors: pa.Table
+
+    def to_bytes(self) -> tuple[bytes, bytes]:
+        """Return both tables as Parquet files."""
+        return to_parquet(self.rows), to_parquet(self.errors)
+
+
+def chunk_result(
+    listed: pa.Table,
+    first: int,
+    columns: dict[str, pa.Array],
+    good: Sequence[int],
+    failed: Sequence[tuple[int, ImageError]],
+) -> ChunkResult:
+    """Return the result of a chunk.
+
+    `listed` has its rows of the list, `first` is the number of the first one. `columns` have the
+    results of the rows `good`, and `failed` the errors of the others; both count from `first`.
+    """
+    kept = listed.take(pa.array(good, pa.int64()))
+    own = {name: kept.column(name) for name in kept.column_names if name != PATH}
+    table = pa.table(
+        {PATH: kept.column(PATH)}
+        | columns
+        | {name + TAKEN if name in columns else name: values for name, values in own.items()}
+    )
+    paths = listed.column(PATH)
+    errors = pa.table(
+        {
+            PATH: [paths[row].as_py() for row, _ in failed],
+            "row": [first + row for row, _ in failed],
+            "stage": [error.stage for _, error in failed],
+            "code": [str(error.code) for _, error in failed],
+            "message": [str(error) for _, error in failed],
+        },
+        schema=ERROR_SCHEMA,
+    )
+    return ChunkResult(table, errors)
+
+
+def to_parquet(table: pa.Table) -> bytes:
+    """Return a table as a Parquet file; equal tables have equal bytes."""
+    sink = BytesIO()
+    pq.write_table(table, sink, compression=COMPRESSION)
+    return sink.getvalue()
+
+
+def write_table(chunks: Iterable[pa.Table], suffix: str, file: IO[bytes]) -> int:
+    """Write tables of one schema as one file, by its suffix; return the number of rows.
+
+    `.parquet` has one row group per table that has rows, `.csv` one line per row, and `.jsonl` one
+    JSON object per row. Lists are JSON texts in CSV. At least one table is required.
+    """
+    stream = iter(chunks)
+    first = next(stream)
+    write = {".parquet": _write_parquet, ".csv": _write_csv, ".jsonl": _write_jsonl}[suffix]
+    return write(first.schema, _counted(first, stream), file)
+
+
+def _counted(first: pa.Table, others: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    if first.num_rows:
+        yield first
+    for table in others:
+        if table.num_rows:
+            yield table.cast(first.schema)
+
+
+def _write_parquet(schema: pa.Schema, tables: Iterator[pa.Table], file: IO[bytes]) -> int:
+    rows = 0
+    with pq.ParquetWriter(file, schema, compression=COMPRESSION) as writer:
+        for table in tables:
+            writer.write_table(table, row_group_size=max(1, table.num_rows))
+            rows += table.num_rows
+    return rows
+
+
+def _write_csv(schema: pa.Schema, tables: Iterator[pa.Table], file: IO[bytes]) -> int:
+    fields = [f.with_type(pa.string()) if pa.types.is_list(f.type) else f for f in schema]
+    rows = 0
+    with pa.csv.CSVWriter(file, pa.schema(fields)) as writer:
+        for table in tables:
+            columns = [
+                pa.array([None if v is None else json.dumps(v) for v in column.to_pylist()])
+                if pa.types.is_list(column.type)
+                else column
+                for column in table.columns
+            ]
+            writer.write_table(pa.table(columns, schema=pa.schema(fields)))
+            rows += table.num_rows
+    return rows
+
+
+def _write_jsonl(schema: pa.Schema, tables: Iterator[pa.Table], file: IO[bytes]) -> int:
+    rows = 0
+    for table in tables:
+        for row in table.to_pylist():
+            file.write(json.dumps(row, default=_json_value, ensure_ascii=False).encode() + b"\n")
+            rows += 1
+    return rows
+
+
+def _json_value(value: Any) -> Any:
+    """Return a value that JSON does not have, such as a date, as text."""
+    return str(value)

@@ -1,0 +1,111 @@
+"""Scores of classes: what a classification stores of the outputs of a network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+Activation = Literal["none", "softmax", "sigmoid"]
+
+
+@dataclass(frozen=True)
+class ScoreSpec:
+    """How the outputs of a classifier become columns.
+
+    activation  applied to the outputs; scores are its results
+    names       names of the classes, by number; empty if they have none
+    top_k       classes of the columns `top_labels` and `top_scores`, at most
+    """
+
+    activation: Activation = "softmax"
+    names: tuple[str, ...] = ()
+    top_k: int = 5
+
+    def columns(self, outputs: npt.NDArray[Any]) -> dict[str, pa.Array]:
+        """Return the columns of outputs (n, C) of a network: prediction, label, scores.
+
+        The prediction is the class with the largest score, the lowest one in a tie. With one
+        output it is 1 where the score is at least 0.5, else 0, and the score is the output's.
+        """
+        scores = activate_rows(np.asarray(outputs, np.float32), self.activation)
+        count = scores.shape[1]
+        if count == 1:
+            predictions, best = (scores[:, 0] >= 0.5).astype(np.int32), scores[:, 0]
+        else:
+            predictions = scores.argmax(axis=1).astype(np.int32)
+            best = scores[np.arange(len(scores)), predictions]
+        # A stable sort of the negated scores: equal scores stay in the order of the classes.
+        order = np.argsort(-scores, axis=1, kind="stable")[:, : min(self.top_k, count)]
+        top = np.take_along_axis(scores, order, axis=1)
+        offsets = np.arange(len(scores) + 1, dtype=np.int32) * order.shape[1]
+        names = order.reshape(-1).astype(np.int32)
+        return {
+            "prediction": pa.array(predictions, pa.int32()),
+            "label": self._labels(predictions),
+            "score": pa.array(best, pa.float32()),
+            "top_labels": pa.ListArray.from_arrays(offsets, self._labels(names)),
+            "top_scores": pa.ListArray.from_arrays(offsets, pa.array(top.reshape(-1))),
+        }
+
+    def _labels(self, numbers: npt.NDArray[np.int32]) -> pa.Array:
+        if not self.names:
+            return pa.array([str(n) for n in numbers], pa.string())
+        return pa.array(self.names, pa.string()).take(pa.array(numbers))
+
+
+def activate_rows(outputs: npt.NDArray[np.float32], activation: Activation) -> Any:
+    """Return the activated outputs (n, C), float32; softmax runs over C."""
+    if activation == "none":
+        return outputs
+    if activation == "sigmoid":
+        return (np.tanh(outputs / 2) + 1) / 2
+    powers = np.exp(outputs - outputs.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Predictions beside the truth: counts of each pair of a true and a predicted label.
+
+    labels  all labels, those of `names` first, then others in alphabetical order
+    counts  number of images by true label (row) and predicted label (column), int64
+    """
+
+    labels: tuple[str, ...]
+    counts: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, truth: pa.Array, predicted: pa.Array, names: Sequence[str] = ()) -> Accuracy:
+        """Count the rows of two columns of labels; rows without a true label are left out."""
+        pairs = [
+            (t, p)
+            for t, p in zip(truth.to_pylist(), predicted.to_pylist(), strict=True)
+            if t is not None
+        ]
+        others = sorted({label for pair in pairs for label in pair} - {*names})
+        labels = (*names, *others)
+        numbers = {label: n for n, label in enumerate(labels)}
+        counts = np.zeros((len(labels), len(labels)), np.int64)
+        for true, guess in pairs:
+            counts[numbers[true], numbers[guess]] += 1
+        return cls(labels, counts)
+
+    @property
+    def total(self) -> int:
+        """Number of images with a true label."""
+        return int(self.counts.sum())
+
+    @property
+    def correct(self) -> int:
+        """Number of images whose prediction is their true label."""
+        return int(np.trace(self.counts))
+
+    @property
+    def share(self) -> float:
+        """Share of correct predictions; 0 without an image."""
+        return self.correct / self.total if self.total else 0.0

@@ -1,0 +1,1 @@
+"""Writers of images in the formats that others read."""

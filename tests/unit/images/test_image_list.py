@@ -1,0 +1,114 @@
+"""Lists of images: patterns, folders, tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from chunkq.errors import ErrorCode, StoreError
+from chunkq.images.image_list import find_images, join_lists, truth_of
+
+NAMES = ("b.png", "a.jpg", "sub/c.TIF", "notes.txt", "sub/d.webp")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in NAMES:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+    return tmp_path
+
+
+def relative(folder: Path, paths: list[str]) -> list[str]:
+    return [path.removeprefix(f"{folder}/") for path in paths]
+
+
+def test_a_folder_has_its_images_sorted_and_nothing_else(folder: Path) -> None:
+    images = find_images(str(folder))
+    assert relative(folder, images.paths) == ["a.jpg", "b.png", "sub/c.TIF", "sub/d.webp"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [("*.png", ["b.png"]), ("**/*.webp", ["sub/d.webp"]), ("[ab].*", ["a.jpg", "b.png"])],
+)
+def test_a_pattern_has_its_files_sorted(folder: Path, pattern: str, expected: list[str]) -> None:
+    assert relative(folder, find_images(f"{folder}/{pattern}").paths) == expected
+
+
+def test_one_file_is_one_row(folder: Path) -> None:
+    assert relative(folder, find_images(f"{folder}/b.png").paths) == ["b.png"]
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_one_row(folder: Path) -> None:
+    (folder / "x[1].png").write_bytes(b"")
+    assert relative(folder, find_images(f"{folder}/x[1].png").paths) == ["x[1].png"]
+
+
+def test_a_csv_keeps_its_order_and_its_columns(folder: Path) -> None:
+    text = "site,path\n7,b.png\n3,s3://bucket/x.png\n5,/data/y.png\n"
+    (folder / "list.csv").write_text(text)
+    images = find_images(f"{folder}/list.csv")
+    assert images.paths == [f"{folder}/b.png", "s3://bucket/x.png", "/data/y.png"]
+    assert images.table.column_names == ["path", "site"]
+    assert images.table.column("site").to_pylist() == [7, 3, 5]
+
+
+def test_a_parquet_table_of_another_writer_is_read(folder: Path) -> None:
+    table = pa.table(
+        {
+            "path": pa.array(["a.jpg", None]).dictionary_encode(),
+            "label": pa.array(["cat", "dog"], pa.large_string()),
+        }
+    )
+    pq.write_table(table, folder / "list.parquet")
+    images = find_images(f"{folder}/list.parquet")
+    assert images.paths == [f"{folder}/a.jpg", ""]
+    assert images.table.schema.field("label").type == pa.string()
+
+
+def test_a_text_file_has_one_path_per_line(folder: Path) -> None:
+    (folder / "list.txt").write_text("b.png\n\nsub/d.webp\n")
+    assert relative(folder, find_images(f"{folder}/list.txt").paths) == ["b.png", "sub/d.webp"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["file\na.jpg\n", "path\n", "", "path,path\na,b\n"],
+    ids=["no column", "no row", "empty", "twice"],
+)
+def test_a_table_without_usable_paths_is_refused(folder: Path, content: str) -> None:
+    (folder / "list.csv").write_text(content)
+    with pytest.raises(StoreError) as caught:
+        find_images(f"{folder}/list.csv")
+    assert caught.value.code == ErrorCode.IMAGE_LIST_INVALID
+
+
+def test_a_pattern_or_file_without_an_image_is_refused(folder: Path) -> None:
+    for path in ("*.bmp", "missing.png", "missing.csv", "missing"):
+        with pytest.raises(StoreError) as caught:
+            find_images(f"{folder}/{path}")
+        assert caught.value.code == ErrorCode.IMAGE_LIST_INVALID
+
+
+def test_lists_are_joined_in_order_with_all_columns(folder: Path) -> None:
+    (folder / "list.csv").write_text("path,site\nb.png,7\n")
+    joined = join_lists([find_images(f"{folder}/a.jpg"), find_images(f"{folder}/list.csv")])
+    assert relative(folder, joined.paths) == ["a.jpg", "b.png"]
+    assert joined.table.column("site").to_pylist() == [None, 7]
+
+
+def test_truth_comes_from_the_path_or_from_a_column(folder: Path) -> None:
+    images = find_images(str(folder))
+    labels = truth_of(images, regex=r"/(sub)/", column=None)
+    assert labels.to_pylist() == [None, None, "sub", "sub"]
+    (folder / "list.csv").write_text("path,n\nb.png,7\n")
+    table = find_images(f"{folder}/list.csv")
+    assert truth_of(table, regex=None, column="n").to_pylist() == ["7"]
+    with pytest.raises(StoreError) as caught:
+        truth_of(table, regex=None, column="label")
+    assert caught.value.code == ErrorCode.IMAGE_LIST_INVALID

@@ -1,0 +1,100 @@
+"""Frames of videos, against decoding from the start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from chunkq.errors import ErrorCode
+from chunkq.images.image_error import ImageError
+from chunkq.images.videos import index_video, read_frames
+
+FRAMES, HEIGHT, WIDTH = 75, 48, 64
+
+
+def write_video(path: Path, codec: str, **options: str) -> None:
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream(codec, rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for t in range(FRAMES):
+            spot = 255 * np.exp(-((x - t % WIDTH) ** 2 + (y - t % HEIGHT) ** 2) / 40)
+            pixels = np.repeat(spot[..., None], 3, axis=2).astype(np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def all_frames(path: Path) -> npt.NDArray[Any]:
+    with av.open(str(path)) as container:
+        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+
+
+CODECS = {
+    "B-frames": ("libx264", "mp4", {"bf": "3", "g": "20"}),
+    "one keyframe": ("libx264", "mkv", {"bf": "2", "g": "1000"}),
+    "mpeg4": ("mpeg4", "avi", {"g": "12"}),
+    "keyframes only": ("libx264", "mov", {"g": "1"}),
+}
+
+
+@pytest.fixture(scope="module", params=list(CODECS))
+def video(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    codec, suffix, options = CODECS[request.param]
+    path = tmp_path_factory.mktemp("videos") / f"video.{suffix}"
+    write_video(path, codec, **options)
+    return path
+
+
+def test_every_range_has_the_frames_of_the_whole_video(video: Path) -> None:
+    index, expected = index_video(str(video)), all_frames(video)
+    assert (len(index), index.shape, index.rate) == (FRAMES, (HEIGHT, WIDTH), 25)
+    for numbers in (range(FRAMES), range(17, 43), range(70, 75), range(3, 70, 7), range(74, 75)):
+        frames = dict(read_frames(str(video), index, numbers, "RGB"))
+        assert list(frames) == list(numbers)
+        for number, frame in frames.items():
+            np.testing.assert_array_equal(frame, expected[number])
+
+
+def test_gray_frames_have_one_channel(video: Path) -> None:
+    index = index_video(str(video))
+    [(number, frame)] = read_frames(str(video), index, range(9, 10), "L")
+    assert number == 9
+    assert not isinstance(frame, ImageError)
+    assert frame.shape == (HEIGHT, WIDTH, 1)
+
+
+def test_frames_that_are_cut_off_are_errors_and_those_before_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "video.mkv"
+    write_video(path, "libx264", bf="0", g="10")
+    index, expected = index_video(str(path)), all_frames(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    frames = dict(read_frames(str(path), index, range(FRAMES), "RGB"))
+    assert list(frames) == list(range(FRAMES))
+    good = [n for n, frame in frames.items() if not isinstance(frame, ImageError)]
+    assert 10 < len(good) < FRAMES
+    assert good == list(range(len(good)))
+    np.testing.assert_array_equal(frames[5], expected[5])
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (None, ErrorCode.IMAGE_MISSING),
+        (b"", ErrorCode.IMAGE_DAMAGED),
+        (b"no video" * 99, ErrorCode.IMAGE_DAMAGED),
+    ],
+)
+def test_a_file_that_is_no_video_is_one_error(
+    tmp_path: Path, content: bytes | None, code: ErrorCode
+) -> None:
+    path = tmp_path / "video.mp4"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ImageError) as caught:
+        index_video(str(path))
+    assert caught.value.code == code
