@@ -119,7 +119,7 @@ def main() -> int:
 
 def _run() -> int:
     try:
-        cli(prog_name="chunkq", standalone_mode=False)
+        code = cli(prog_name="chunkq", standalone_mode=False)
     except click.ClickException as error:
         text = io.StringIO()
         error.show(text)
@@ -140,7 +140,7 @@ def _run() -> int:
         if "--json" in sys.argv[1:]:
             print_line(json.dumps(_as_document(reported)))
         return reported.exit_code
-    return 0
+    return code if isinstance(code, int) else 0  # of `Context.exit`
 
 
 def _as_document(error: ChunkqError) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from chunkq.job.events import Message, Sink, StageProgress, ignore
 from chunkq.job.fields import InputConfig
 from chunkq.job.job_folder import JobFolder
 from chunkq.job.job_path import SUFFIX, job_folder_of
-from chunkq.job.output import ATTRIBUTE, output_axes
+from chunkq.job.output import image_folder, output_axes
+from chunkq.job.output_documents import ATTRIBUTE
 from chunkq.job.output_name import export_target
 from chunkq.paths import absolute_input, is_url, join, split_format, without_secret
 from chunkq.storage.array import Array
@@ -194,8 +195,10 @@ def _chunkq_output(path: str) -> ChunkqOutput | None:
         if record is None:
             continue
         for image in record.images:
-            if image.is_alone or inner.split("/")[0] == image.name:
-                plan = record.image_plan(image)
+            for plan in record.image_plan(image).views:
+                folder = image_folder(image, plan.output.name)
+                if folder and not f"{inner}/".startswith(f"{folder}/"):
+                    continue
                 axes = [axis for axis in output_axes(image, plan) if axis.kind == "space"]
                 space = file_space(
                     image.sources[0], [axis.size for axis in axes], plan.region.start

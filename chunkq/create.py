@@ -96,7 +96,8 @@ def check_job(
         scale = job.mask.scale if job.mask else None
         for item, plan in zip(record.items, plans, strict=True):
             doubts += mask_doubts(mask, item.image.sources[0], scale, plan.region)
-    load_blend_weights(job.weight_function, plans[0])
+    for view in plans[0].views:
+        load_blend_weights(job.weight_function, view)
     if job_folder_of(job.output) == job.output:
         raise JobError(
             f"output: {without_secret(job.output)} ends in .chunkq, which is reserved for job "

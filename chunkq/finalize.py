@@ -18,6 +18,7 @@ from chunkq.job.tasks import chunk_count
 from chunkq.plan.footprint import largest_footprint
 from chunkq.plan.plan import Index
 from chunkq.queue.contract.executor import Attempt
+from chunkq.seams import Seam, measure_seams
 from chunkq.stages.base import Stage, TaskKey
 from chunkq.stages.completion import JobCompletion, Pending, check_completion, names_of, shortened
 from chunkq.stages.registry import stage_of, stages
@@ -153,7 +154,9 @@ def max_concurrent_blocks(job: JobHandle) -> int:
 def _seal(completion: JobCompletion, missing: Pending, warnings: Sequence[str]) -> dict[str, Any]:
     """Verify the commit records, seal the output unless chunks are missing, write the report."""
     job, valid = completion.job, ValidCommits(set)
-    report = _report(job, valid, missing, warnings)
+    seams = [] if missing else measure_seams(job)
+    warnings = [*warnings, *(seam.warning for seam in seams if seam.is_visible)]
+    report = _report(job, valid, missing, warnings, seams)
     _check_records(completion, valid)
     if missing:
         job.output.mark_incomplete(check_unchanged=job.check_unchanged)
@@ -170,7 +173,7 @@ def _check_records(completion: JobCompletion, valid: ValidCommits) -> None:
     """Delete damaged commit records and raise IncompleteError if there are any.
 
     `completion` lists the tasks that have no record. Another task without a valid record must run
-    again, which needs the results of all tasks that it waits for. The commit records of these are
+    again, and with it those that `Stage.needs_again` names. The commit records of these are
     deleted, too.
     """
     job, lost = completion.job, Lost()
@@ -182,7 +185,7 @@ def _check_records(completion: JobCompletion, valid: ValidCommits) -> None:
             for chunk in stage.chunks(item):
                 if chunk in valid[item.number, stage.kind] or (item.number, chunk) in absent:
                     continue
-                for key in (TaskKey(stage.kind, chunk), *stage.waits_for(item, chunk)):
+                for key in (TaskKey(stage.kind, chunk), *stage.needs_again(item, chunk)):
                     item.ledger.delete_commits(key.kind, [key.chunk])
                     if stage_of(key.kind).is_queued:
                         lost[item.number, key.chunk] = "a commit record is damaged"
@@ -190,12 +193,20 @@ def _check_records(completion: JobCompletion, valid: ValidCommits) -> None:
 
 
 def job_report(job: JobHandle, missing: Pending = ()) -> dict[str, Any]:
-    """Aggregate all commit records into the report: timings, bytes moved, conclusion, advice."""
-    return _report(job, ValidCommits(set), missing)
+    """Aggregate all commit records into the report: timings, bytes moved, conclusion, advice.
+
+    Of a sealed output, borders between blocks are measured again.
+    """
+    seams = measure_seams(job) if job.ledger.is_sealed() else []
+    return _report(job, ValidCommits(set), missing, seams=seams)
 
 
 def _report(
-    job: JobHandle, valid: ValidCommits, missing: Pending, warnings: Sequence[str] = ()
+    job: JobHandle,
+    valid: ValidCommits,
+    missing: Pending,
+    warnings: Sequence[str] = (),
+    seams: Sequence[Seam] = (),
 ) -> dict[str, Any]:
     """Return the report. Add the tasks that have a valid commit record to `valid`."""
     commits = {stage.kind: _read_commits(job, stage.kind, valid) for stage in stages()}
@@ -218,6 +229,7 @@ def _report(
         "stochastic": job.record.job.model.stochastic,
         "missing": names_of(missing),
         "warnings": list(warnings),
+        "seams": [seam.as_dict() for seam in seams],
         "conclusion": conclusion(timing),
         "advice": advice(timing),
         **json_values.to_values(timing),

@@ -30,6 +30,10 @@ COMMANDS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
             "Merge overlaps and mark the output complete.",
         ),
         "report": ("chunkq_producer.commands.report:report", "Show timings of a finished job."),
+        "verify": (
+            "chunkq_producer.commands.verify:verify",
+            "Compare an output with its checksums; repair it.",
+        ),
         "run": ("chunkq_producer.commands.run:run", "Run a whole job on this machine."),
         "convert": (
             "chunkq_producer.commands.convert:convert",

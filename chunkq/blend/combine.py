@@ -6,6 +6,7 @@ device. Predictions are channels first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -26,6 +27,17 @@ def namespace(array: Array) -> Any:
     NumPy arrays use NumPy itself, because its wrapper in array_api_compat takes 0.1 s to import.
     """
     return np if isinstance(array, np.ndarray) else array_namespace(array)
+
+
+def pick_channels(raw: Array, picks: Sequence[int] | None) -> Array:
+    """Return some channels of raw outputs (N, C, *Q), in the order of `picks`; None for all.
+
+    The result is contiguous, so that it has the bytes of a network that returns these channels.
+    """
+    if picks is None or list(picks) == list(range(raw.shape[1])):
+        return raw
+    xp = namespace(raw)
+    return xp.stack([raw[:, channel, ...] for channel in picks], axis=1)
 
 
 def activate(raw: Array, activation: Activation) -> Array:

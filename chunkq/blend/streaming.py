@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from chunkq.blend.empty_patches import EmptyChunks
@@ -15,42 +14,68 @@ from chunkq.plan.empty_rule import Bools
 from chunkq.plan.plan import Chunk, Index, Piece, Plan
 from chunkq.system import buffers
 
+Values = npt.NDArray[Any]
+Inside = Callable[[Box], Bools]
 
-def regions(
-    plan: Plan,
-    computed: Iterable[tuple[Chunk, Contribution | None]],
-    empty: EmptyChunks | None = None,
-    inside: Callable[[Box], Bools] | None = None,
-) -> Iterator[tuple[Box, npt.NDArray[Any]]]:
-    """Yield the boxes of the output as they become final, each voxel exactly once.
 
-    `computed` yields every chunk in the order of `Plan.indices`, with None for a chunk that owns no
-    patch or is empty. `empty` returns the sums of empty chunks; None if they contribute nothing.
-    `inside` returns which voxels of a box are inside the mask; None if all are.
+class OutputStream:
+    """The values of one output of a volume, as they become final.
 
-    In this order a block follows all its contributors, so it is final with its own chunk: first the
-    core, then the boxes with band voxels. Each array is ([C,] *box.shape) in the output's dtype.
+    `plan` is the plan of the output (`Plan.of_output`). `empty` returns the sums of empty chunks;
+    None if they contribute nothing. `inside` returns which voxels of a box are inside the mask;
+    None if all are.
+
     Pieces stay in memory until their block is final. At most the pieces of one slice of blocks
     across the first axis are held at a time.
     """
-    pending: dict[Index, dict[Piece, npt.NDArray[np.float32]]] = {}
-    for chunk, contribution in computed:
+
+    def __init__(
+        self, plan: Plan, empty: EmptyChunks | None = None, inside: Inside | None = None
+    ) -> None:
+        self._plan, self._empty, self._inside = plan, empty, inside
+        self._pending: dict[Index, dict[Piece, Values]] = {}
+
+    def add(self, index: Index, contribution: Contribution | None) -> Iterator[tuple[Box, Values]]:
+        """Yield the boxes that are final with a chunk: its core, then those with band voxels.
+
+        Chunks follow each other in the order of `Plan.indices`. The contribution of a chunk that
+        owns no patch or is empty is None. Each array is ([C,] *box.shape) in the output's dtype.
+        """
+        plan, chunk = self._plan, self._plan.chunk(index)
         own_block, core = None, None
         if contribution is not None:
             own_block, core = contribution.own_block, contribution.core
             for piece, sums in contribution.pieces:
                 # A view would keep the sums of the whole chunk in memory.
-                pending.setdefault(piece.target, {})[piece] = buffers.compact(sums)
+                self._pending.setdefault(piece.target, {})[piece] = buffers.compact(sums)
         if chunk.core.size:
-            yield chunk.core, _filled(plan, chunk.core) if core is None else core
+            yield chunk.core, self._filled(chunk.core) if core is None else core
         if chunk.has_band:
-            stored = pending.pop(chunk.index, {})
+            stored = self._pending.pop(index, {})
             pieces = {piece: stored.get(piece) for piece in plan.incoming_pieces(chunk)}
-            within = None if inside is None else inside(chunk.block)
-            yield from finalize_sums(plan, chunk, own_block, pieces, empty, within)
+            within = None if self._inside is None else self._inside(chunk.block)
+            yield from finalize_sums(plan, chunk, own_block, pieces, self._empty, within)
+
+    def _filled(self, box: Box) -> Values:
+        output = self._plan.output
+        values = buffers.zeros(self._plan.output_box(box).shape, output.dtype)
+        values[...] = output.fill
+        return values
 
 
-def _filled(plan: Plan, box: Box) -> npt.NDArray[Any]:
-    values = buffers.zeros(plan.output_box(box).shape, plan.output_dtype)
-    values[...] = plan.output.fill
-    return values
+def regions(
+    streams: Sequence[OutputStream],
+    computed: Iterable[tuple[Chunk, Sequence[Contribution] | None]],
+) -> Iterator[tuple[int, Box, Values]]:
+    """Yield the number of an output and a box of it, as boxes become final.
+
+    There is one stream per output. `computed` yields every chunk in the order of `Plan.indices`,
+    with one contribution per output, or None for a chunk that owns no patch or is empty. Each voxel
+    of each output is yielded exactly once. In this order a block follows all its contributors, so
+    it is final with its own chunk.
+    """
+    for chunk, contributions in computed:
+        for number, stream in enumerate(streams):
+            contribution = None if contributions is None else contributions[number]
+            for box, values in stream.add(chunk.index, contribution):
+                yield number, box, values

@@ -125,9 +125,9 @@ class GridSpec:
             storage=storage,
             region=region,
             batch=self.batch,
-            reach=tuple((w - q) // 2 for w, q in zip(widest, patch, strict=True)),
-            alignment=scaled(self.aligned_steps),
-            unit=scaled(self.unit or (1,) * self.rank),
+            reach=_unless(0, tuple((w - q) // 2 for w, q in zip(widest, patch, strict=True))),
+            alignment=None if (steps := scaled(self.aligned_steps)) == storage else steps,
+            unit=_unless(1, scaled(self.unit or (1,) * self.rank)),
         )
 
     @cached_property
@@ -158,6 +158,11 @@ class GridSpec:
         return AxisGeometry(
             self.shape[a], self.chunk[a], self.storage[a], grids, self.pad_mode, low, high
         )
+
+
+def _unless(default: int, lengths: Shape) -> Shape | None:
+    """Return lengths, or None if all have the default."""
+    return None if set(lengths) == {default} else lengths
 
 
 def _exact(length: Fraction | float) -> int:

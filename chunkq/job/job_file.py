@@ -400,6 +400,7 @@ class Job(Section):
             },
             unit=None,
             omitted="one output, which is the image `output`",
+            see="guides/outputs.md",
         ),
     ] = None
     output_dtype: Annotated[
@@ -1192,17 +1193,18 @@ def _head_problems(job: Job) -> list[str]:
 
 def _output_problems(job: Job) -> list[str]:
     """Return the problems of the outputs, whatever the network returns."""
-    keys: dict[str, Any] = {"pyramid": job.pyramid}
+    configs = job.output_configs()
     if job.outputs is None:
-        keys |= dict(job.output_configs()[""])
-        return unsupported_problems("", keys) or value_problems("", job.output_configs()[""])
-    problems = [*unsupported_problems("", keys), "outputs: unsupported in this version; remove it"]
+        keys = {**dict(configs[""]), "pyramid": job.pyramid}
+        return unsupported_problems("", keys) or value_problems("", configs[""])
+    common = {key: getattr(job, key) for key in ("pyramid", "storage_shards", "codec")}
+    problems = unsupported_problems("", common)
     for key in ("combine", "activation", "activation_after", "output_dtype", "range", "classes"):
         if getattr(job, key) != Job.model_fields[key].default:
             problems.append(f"{key}: unsupported beside outputs; move it into an output")
-    for name, one in job.output_configs().items():
+    for name, one in job.outputs.items():
         prefix = f"outputs.{name}."
-        problems += unsupported_problems(prefix, dict(one)) or value_problems(prefix, one)
+        problems += unsupported_problems(prefix, dict(one)) or value_problems(prefix, configs[name])
     return problems
 
 

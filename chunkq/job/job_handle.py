@@ -22,7 +22,6 @@ from chunkq.errors import (
     QueueError,
     StoreError,
 )
-from chunkq.geometry.box import Box
 from chunkq.job.allowed_paths import with_allowed_files
 from chunkq.job.items import Image, Item
 from chunkq.job.job_folder import JobFolder
@@ -30,6 +29,7 @@ from chunkq.job.known_empty import KnownEmpty, has_known_empty
 from chunkq.job.ledger import ItemLedger, Ledger
 from chunkq.job.mask_source import mask_of, mask_time
 from chunkq.job.output import Output
+from chunkq.job.output_handle import OutputHandle
 from chunkq.job.record import JobRecord
 from chunkq.job.resolve import empty_rule
 from chunkq.job.task_records import RecentCommits
@@ -46,7 +46,6 @@ from chunkq.storage.padded_reading import read_padded
 from chunkq.storage.staged import Slabs, StagedCopy
 
 if TYPE_CHECKING:
-    from chunkq.blend.empty_patches import EmptyChunks
     from chunkq.blend.weights import Weights
 
 JOBS_CACHED = 8
@@ -199,10 +198,10 @@ class ImageHandle:
         return StagedCopy(self.job.ledger.staged, name, slabs, source.dtype)
 
     @cached_property
-    def target(self) -> WritableArray:
-        """The output array for writing. Raises MissingJobError if the job was replaced."""
+    def targets(self) -> tuple[WritableArray, ...]:
+        """The array of each output for writing. Raises MissingJobError if the job was replaced."""
         self.job.check_unchanged()
-        return self.job.output.image(self.image).open()
+        return tuple(output.open() for output in self.job.output.images_of(self.image))
 
     def check_inputs(self) -> None:
         """Raise ChunkReadError if an input is missing or was replaced since the job was produced.
@@ -297,24 +296,10 @@ class ItemHandle:
         """Whether a chunk that is a task can turn out to be empty."""
         return empty_rule(self.job.record.job) is not None
 
-    def inside(self, box: Box) -> npt.NDArray[np.bool_] | None:
-        """Return which voxels of a box are inside the mask, None if all are."""
-        inside = self.skip_rules.inside
-        return None if inside is None else inside(box)
-
     @cached_property
-    def empty_chunks(self) -> EmptyChunks | None:
-        """The sums of empty chunks; None if the job has none that contribute.
-
-        Raises JobError if the user's weight function must be loaded, and this process does not
-        accept it or it has changed.
-        """
-        job = self.job.record.job
-        if job.skip_empty is None or not self.plan.output.nothing.any():
-            return None
-        from chunkq.blend.empty_patches import EmptyChunks  # array libraries
-
-        return EmptyChunks(self.plan, self.job.blend_weights(self.plan))
+    def outputs(self) -> tuple[OutputHandle, ...]:
+        """The outputs of the item, in the order of the plan."""
+        return tuple(OutputHandle(self, number) for number in range(len(self.plan.outputs)))
 
     @cached_property
     def ledger(self) -> ItemLedger:
@@ -344,32 +329,6 @@ class ItemHandle:
         return tuple(
             read_padded(source, chunk.halo, job.pad_mode, job.pad_value) for source in self.sources
         )
-
-    def write(self, box: Box, values: npt.NDArray[Any]) -> list[int]:
-        """Write the final voxels of whole storage chunks; return the checksums of their objects.
-
-        `values` has the shape ([C,] *box.shape). The checksums are in the order of `object_names`.
-        """
-        if not box.size:
-            return []
-        outer = self._stored_box(box)
-        return self.image.target.store(outer, values.reshape(outer.shape))
-
-    def object_names(self, box: Box) -> Iterator[str]:
-        """Yield the names in the output of the objects that hold a box of voxels, in a fixed order.
-
-        The array has the name that it has while the job runs.
-        """
-        if not box.size:
-            return
-        output = self.job.output.image(self.item.image)
-        for name in output.grid.names(self._stored_box(box)):
-            yield f"{output.array_folder}/{name}"
-
-    def _stored_box(self, box: Box) -> Box:
-        """Return the box of the stored array that has a box of voxels of the item."""
-        point, inner = self.item.point, self.plan.output_box(box)
-        return Box((*point, *inner.start), (*(n + 1 for n in point), *inner.stop))
 
 
 def _check_source(source: ImageSource, identity: str, key: str) -> None:

@@ -13,29 +13,30 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from chunkq import __version__
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.geometry.axes import Axis, channel_axis, cropped, with_unique_names
 from chunkq.job.items import Image
+from chunkq.job.output_documents import ATTRIBUTE, WrittenDocument, parsed, to_text
 from chunkq.job.parent_groups import unlisted_in_groups
 from chunkq.job.record import JobRecord
 from chunkq.job.tasks import EPOCH_DIGITS
 from chunkq.paths import is_url, join, without_secret
 from chunkq.plan.plan import Plan
+from chunkq.storage.array import Array
 from chunkq.storage.formats.zarr import ZARR_FORMAT, ZarrFormat, array_metadata
 from chunkq.storage.formats.zarr_writing import WritableArray
 from chunkq.storage.object_grid import ObjectGrid
 from chunkq.storage.objects import LOCK, ObjectFolder
-from chunkq.storage.ome import image_metadata, is_image
+from chunkq.storage.ome import image_metadata, is_image, label_metadata
 
 SEALED_NAME = "0"
-ATTRIBUTE = "chunkq"
 GROUP = {2: ".zattrs", 3: "zarr.json"}
 """Zarr format -> name of the document with a group's attributes."""
 ARRAY = {2: ".zarray", 3: "zarr.json"}
@@ -56,7 +57,7 @@ def new_record(record: JobRecord, *, replaces: bool) -> JobRecord:
     has_final_name = is_url(record.job.output) and not replaces
     name = SEALED_NAME if has_final_name else f"{SEALED_NAME}.{epoch}"
     metadata: dict[str, str] = {}
-    for image, plan in zip(record.images, record.image_plans(), strict=True):
+    for image, plan in _named_plans(record):
         axes = output_axes(image, plan)
         leading = (1,) * (len(axes) - plan.rank)
         chunks = (min(u, v) for u, v in zip(plan.storage_chunks, plan.region.shape, strict=True))
@@ -69,15 +70,32 @@ def new_record(record: JobRecord, *, replaces: bool) -> JobRecord:
             zarr_format=record.job.zarr_format,
             axes=[axis.name for axis in axes] if is_image(axes) else None,
         )
-        metadata |= {_below(image, path): text for path, text in documents.items()}
+        folder = image_folder(image, plan.output.name)
+        metadata |= {_below(folder, path): text for path, text in documents.items()}
     return replace(record, epoch=epoch, array=name, metadata=metadata)
 
 
-def output_axes(image: Image, plan: Plan) -> tuple[Axis, ...]:
-    """Return the axes of the output array of an image, whose items have this plan.
+def _named_plans(record: JobRecord) -> Iterator[tuple[Image, Plan]]:
+    """Yield the plan of each output of each image."""
+    for image, plan in zip(record.images, record.image_plans(), strict=True):
+        for view in plan.views:
+            yield image, view
 
-    These are the series axes of the image, the channels of the network if they are stored, and the
-    spatial axes, which begin and end with the region of the job.
+
+def image_folder(image: Image, output: str) -> str:
+    """Return the name in the output of the OME-Zarr image of an image and one of its outputs.
+
+    It is empty if the output of the job is this image.
+    """
+    return "/".join(filter(None, (image.name, output)))
+
+
+def output_axes(image: Image, plan: Plan) -> tuple[Axis, ...]:
+    """Return the axes of the array of an output of an image, whose items have this plan.
+
+    `plan` is that of the output (`Plan.of_output`). The axes are the series axes of the image, the
+    channels of the network if they are stored, and the spatial axes, which begin and end with the
+    region of the job.
     """
     channels = [channel_axis(plan.channels)] if plan.channel_axis else []
     region = plan.region
@@ -85,13 +103,16 @@ def output_axes(image: Image, plan: Plan) -> tuple[Axis, ...]:
     return with_unique_names([*image.series_axes, *channels, *spatial])
 
 
-def _below(image: Image, name: str) -> str:
-    """Return the name in the output of a document of an image."""
-    return name if image.is_alone else f"{image.name}/{name}"
+def _below(folder: str, name: str) -> str:
+    """Return the name in the output of an object in a folder of it."""
+    return f"{folder}/{name}" if folder else name
 
 
 class Output:
     """The output store of a job: one image, or a group of images.
+
+    Several images of the input, and several outputs of each, are groups of images, one in the
+    other.
 
     Methods raise StoreError, and OSError if the storage fails. Methods that change the output call
     `check_unchanged`, which raises if the job was replaced, before each change.
@@ -99,13 +120,28 @@ class Output:
 
     def __init__(self, path: str, record: JobRecord) -> None:
         self._path, self._record = path, record
-        self._images = tuple(ImageOutput(path, record, image) for image in record.images)
-        is_group = not all(image.is_alone for image in record.images)
-        self._group = ImageGroup(path, record) if is_group else None
+        names = list(record.job.output_configs())
+        self._by_image = tuple(
+            tuple(ImageOutput(path, record, image, n) for n in range(len(names)))
+            for image in record.images
+        )
+        self._images = tuple(output for outputs in self._by_image for output in outputs)
+        folders = [image.name for image in record.images if image.name]
+        outputs = [name for name in names if name]
+        # Inner groups first: the outermost one decides whether the job is sealed.
+        groups = [(folder, outputs) for folder in folders if outputs]
+        members = [_below(folder, name) for folder in folders for name in outputs or [""]]
+        members = [name.rstrip("/") for name in members] or outputs
+        groups += [("", members)] if members else []
+        self._groups = tuple(ImageGroup(path, record, folder, names) for folder, names in groups)
 
-    def image(self, image: Image) -> ImageOutput:
-        """Return the output of an image."""
-        return self._images[image.number]
+    def image(self, image: Image, number: int = 0) -> ImageOutput:
+        """Return the output of an image, by its number among the outputs of the job."""
+        return self._by_image[image.number][number]
+
+    def images_of(self, image: Image) -> tuple[ImageOutput, ...]:
+        """Return all outputs of an image."""
+        return self._by_image[image.number]
 
     @property
     def has_final_name(self) -> bool:
@@ -118,8 +154,8 @@ class Output:
         Works from any interrupted state. Raises StoreError if the metadata of an array changed, or
         if an array is missing although chunks are committed (`anything_done`).
         """
-        if self._group is not None:
-            self._group.prepare(check_unchanged)
+        for group in reversed(self._groups):
+            group.prepare(check_unchanged)
         for image in self._images:
             image.prepare(anything_done=anything_done, check_unchanged=check_unchanged)
 
@@ -141,15 +177,15 @@ class Output:
         """Write the group metadata of an output that will be read before it is complete."""
         for image in self._images:
             image.mark_incomplete(check_unchanged=check_unchanged)
-        if self._group is not None:
-            self._group.write("incomplete", check_unchanged)
+        for group in self._groups:
+            group.write("incomplete", check_unchanged)
 
     def seal(self, *, check_unchanged: Callable[[], None]) -> None:
         """Mark the output as complete; rename local arrays to their final name. Idempotent."""
         for image in self._images:
             image.seal(check_unchanged=check_unchanged)
-        if self._group is not None:
-            self._group.write("complete", check_unchanged)
+        for group in self._groups:
+            group.write("complete", check_unchanged)
 
     def unlisted(self) -> list[str]:
         """Return warnings for groups that contain the output and whose readers do not find it."""
@@ -161,20 +197,32 @@ class Output:
         }
         return unlisted_in_groups(self._path, record.job.zarr_format, documents)
 
+    @property
+    def arrays(self) -> list[StoredArray]:
+        """The arrays of the output, where they are now."""
+        return [array for image in self._images for array in image.arrays]
+
+    def documents(self, state: str) -> list[WrittenDocument]:
+        """Return the metadata documents that an output in this state has."""
+        documents = [document for image in self._images for document in image.documents(state)]
+        return [*documents, *(one for group in self._groups for one in group.documents(state))]
+
     def is_sealed(self) -> bool:
         """Return whether the group metadata mark this job as complete."""
-        if self._group is not None:
-            return self._group.is_described("complete")
+        if self._groups:
+            return self._groups[-1].is_described("complete")
         return all(image.is_sealed() for image in self._images)
 
 
 class ImageOutput:
-    """The output of one image. Methods raise StoreError, and OSError if the storage fails."""
+    """One output of an image. Methods raise StoreError, and OSError if the storage fails."""
 
-    def __init__(self, path: str, record: JobRecord, image: Image) -> None:
-        self.path = path if image.is_alone else join(path, image.name)
-        self._record, self._image = record, image
-        prefix = _below(image, "")
+    def __init__(self, path: str, record: JobRecord, image: Image, number: int = 0) -> None:
+        """`number` is that of the output among those of the job."""
+        self._folder = image_folder(image, list(record.job.output_configs())[number])
+        self.path = join(path, self._folder) if self._folder else path
+        self._record, self._image, self._number = record, image, number
+        prefix = _below(self._folder, "")
         self._metadata = {
             name.removeprefix(prefix): text
             for name, text in record.metadata.items()
@@ -226,9 +274,42 @@ class ImageOutput:
             os.rename(join(self.path, SEALED_NAME), join(self.path, self._record.array))
 
     @property
+    def arrays(self) -> list[StoredArray]:
+        """The arrays of the image, where they are now."""
+        folder = _below(self._folder, self._current_name)
+        return [StoredArray(self.array_folder, folder, self.grid)]
+
+    def documents(self, state: str) -> list[WrittenDocument]:
+        """Return the metadata documents that an image in this state has."""
+        name = self._current_name
+        group = _written_group(self._format, self._attributes(state, name))
+        created = f"{self._record.array}/"
+        arrays = {
+            f"{name}/{path.removeprefix(created)}": text for path, text in self._metadata.items()
+        }
+        return [
+            WrittenDocument(
+                _below(self._folder, path),
+                text,
+                is_array=path in arrays and path.endswith(ARRAY[self._format]),
+            )
+            for path, text in (arrays | group).items()
+        ]
+
+    @property
+    def _current_name(self) -> str:
+        """Name of the folder of the array: another one than while the job runs once it is sealed.
+
+        Judged by the folders, because documents can be missing.
+        """
+        name = self._record.array
+        is_renamed = not self._objects.exists(name) and self._objects.exists(SEALED_NAME)
+        return SEALED_NAME if self._local and is_renamed else name
+
+    @property
     def array_folder(self) -> str:
         """Name in the output of the folder of the array, while the job runs."""
-        return _below(self._image, self._record.array)
+        return _below(self._folder, self._record.array)
 
     @cached_property
     def grid(self) -> ObjectGrid:
@@ -242,13 +323,17 @@ class ImageOutput:
         path = join(self.path, self._record.array)
         return ZarrFormat().open_for_writing(path, {ZARR_FORMAT: self._format})
 
+    def open_present(self) -> Array:
+        """Open the array for reading, sealed or not. Raises StoreError."""
+        return ZarrFormat().open(join(self.path, self._current_name), {})
+
     def check(self, name: str) -> None:
         """Raise StoreError unless the array's metadata are those that were created.
 
         Attributes are not compared, because users may add their own.
         """
         document = ARRAY[self._format]
-        stored = _parsed(self._objects.get(f"{name}/{document}"))
+        stored = parsed(self._objects.get(f"{name}/{document}"))
         created = json.loads(self._metadata[f"{self._record.array}/{document}"])
         differences = sorted(
             key
@@ -341,19 +426,35 @@ class ImageOutput:
         """Return the group attributes that chunkq writes: `chunkq` and OME-Zarr metadata."""
         record = self._record
         status = _status(record, state) | {"array": name}
-        axes = output_axes(self._image, record.image_plan(self._image))
-        image = image_metadata(axes, self._format, name)
+        plan = record.image_plan(self._image).of_output(self._number)
+        image = image_metadata(output_axes(self._image, plan), self._format, name)
+        if image and plan.output.class_names and not plan.output.is_average:
+            labels = label_metadata(plan.output.class_names, self._format)
+            image |= labels | {"ome": image["ome"] | labels["ome"]} if "ome" in image else labels
         return {**image, ATTRIBUTE: status}
 
     def _put(self, documents: dict[str, str]) -> None:
         _put(self._objects, documents)
 
 
-class ImageGroup:
-    """The group of a job with several images, laid out as bioformats2raw does (layout 3)."""
+class StoredArray(NamedTuple):
+    """An array of an output: its objects, and its folder.
 
-    def __init__(self, path: str, record: JobRecord) -> None:
-        self._record, self._format = record, record.job.zarr_format
+    `running` is the name of the folder while the job runs, `folder` the present one.
+    """
+
+    running: str
+    folder: str
+    grid: ObjectGrid
+
+
+class ImageGroup:
+    """A group of images, or of such groups, laid out as bioformats2raw does (layout 3)."""
+
+    def __init__(self, path: str, record: JobRecord, folder: str, members: Sequence[str]) -> None:
+        """`folder` is the path of the group in the output, `members` the images in the group."""
+        self._record, self._format, self._members = record, record.job.zarr_format, members
+        self._folder, path = folder, join(path, folder) if folder else path
         self._objects, self._series = ObjectFolder(path), ObjectFolder(join(path, "OME"))
 
     def prepare(self, check_unchanged: Callable[[], None]) -> None:
@@ -361,11 +462,23 @@ class ImageGroup:
         check_unchanged()
         for document in OTHER_FORMAT[self._format]:
             self._objects.delete(document)
-        series: dict[str, Any] = {"series": [image.name for image in self._record.images]}
-        if self._format == 3:
-            series = {"ome": {"version": "0.5", **series}}
-        _put(self._series, _group_documents(self._series, self._format, series))
+        series = _group_documents(self._series, self._format, self._series_attributes)
+        _put(self._series, series)
         self.write("incomplete", check_unchanged)
+
+    def documents(self, state: str) -> list[WrittenDocument]:
+        """Return the documents that the group has in this state."""
+        root = _written_group(self._format, self._attributes(state))
+        series = _written_group(self._format, self._series_attributes)
+        documents = root | {f"OME/{name}": text for name, text in series.items()}
+        return [
+            WrittenDocument(_below(self._folder, name), text) for name, text in documents.items()
+        ]
+
+    @property
+    def _series_attributes(self) -> dict[str, Any]:
+        series: dict[str, Any] = {"series": list(self._members)}
+        return {"ome": {"version": "0.5", **series}} if self._format == 3 else series
 
     def write(self, state: str, check_unchanged: Callable[[], None]) -> None:
         """Write the group metadata unless they are current; keep the user's attributes."""
@@ -398,7 +511,7 @@ def _status(record: JobRecord, state: str) -> dict[str, Any]:
 
 def _group_attributes(objects: ObjectFolder, zarr_format: int) -> dict[str, Any]:
     """Return the attributes of a group; empty if it has none or its document is damaged."""
-    stored = _parsed(objects.get(GROUP[zarr_format])) or {}
+    stored = parsed(objects.get(GROUP[zarr_format])) or {}
     attributes = stored.get("attributes") if zarr_format == 3 else stored
     return attributes if isinstance(attributes, dict) else {}
 
@@ -411,11 +524,15 @@ def _group_documents(
     ome = stored.get("ome")
     if isinstance(ome, dict) and "ome" in attributes:
         attributes = attributes | {"ome": ome | attributes["ome"]}
-    merged = stored | attributes
+    return _written_group(zarr_format, stored | attributes)
+
+
+def _written_group(zarr_format: int, attributes: dict[str, Any]) -> dict[str, str]:
+    """Return the documents of a group with these attributes."""
     if zarr_format == 2:
-        return {".zgroup": json.dumps({"zarr_format": 2}), ".zattrs": _to_text(merged)}
-    group = {"zarr_format": 3, "node_type": "group", "attributes": merged}
-    return {"zarr.json": _to_text(group)}
+        return {".zgroup": json.dumps({"zarr_format": 2}), ".zattrs": to_text(attributes)}
+    group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    return {"zarr.json": to_text(group)}
 
 
 def _put(objects: ObjectFolder, documents: dict[str, str]) -> None:
@@ -449,15 +566,3 @@ def _key_values(attributes: dict[str, Any]) -> tuple[Any, ...]:
     except (KeyError, IndexError, TypeError):
         path = None
     return path, *(status.get(key) for key in ("state", "array", "digest", "epoch"))
-
-
-def _parsed(content: bytes | None) -> dict[str, Any] | None:
-    try:
-        values = json.loads(content or b"")
-    except (ValueError, RecursionError):
-        return None
-    return values if isinstance(values, dict) else None
-
-
-def _to_text(values: dict[str, Any]) -> str:
-    return json.dumps(values, indent=2)

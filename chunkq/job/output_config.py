@@ -33,7 +33,7 @@ OutputDtype = Literal["float32", "float16", "uint8", "uint16", "int8"]
 
 
 def _as_names(value: object) -> object:
-    """Return outputs by name. Raise PydanticCustomError if a name is invalid."""
+    """Return outputs ordered by name. Raise PydanticCustomError if a name is invalid."""
     if not isinstance(value, Mapping):
         raise PydanticCustomError("outputs", "expected a mapping of names to outputs")
     if not value:
@@ -46,7 +46,7 @@ def _as_names(value: object) -> object:
                 "nor OME",
                 {"name": repr(name)},
             )
-    return {name: {} if one is None else one for name, one in value.items()}
+    return {name: {} if value[name] is None else value[name] for name in sorted(value)}
 
 
 def _as_range(value: object) -> object:
@@ -358,7 +358,15 @@ def unsupported_problems(prefix: str, keys: Mapping[str, Any]) -> list[str]:
     """
     lines = [
         f"{prefix}{name}: unsupported in this version; remove it"
-        for name in ("scale", "range", "activation_after", "pyramid", "storage_shards", "codec")
+        for name in (
+            "head",
+            "scale",
+            "range",
+            "activation_after",
+            "pyramid",
+            "storage_shards",
+            "codec",
+        )
         if keys.get(name) is not None
     ]
     if keys.get("combine") in ("std", "entropy"):

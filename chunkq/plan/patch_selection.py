@@ -12,19 +12,23 @@ from chunkq.geometry.box import Box
 from chunkq.plan.empty_rule import Bools, EmptyRule, occupied_in
 from chunkq.plan.plan import Chunk, Patch, Plan
 
+Inside = tuple[Bools | None, ...]
+"""For each output which voxels of a box are inside the mask; None if all are."""
+
 
 @dataclass(frozen=True)
 class PatchSelection:
     """The patches of a chunk that run, and those that are empty, each in the order of the plan.
 
-    Patches without a voxel inside the mask are in neither, unless they are empty. `inside` says
-    which voxels of the chunk's region are inside the mask, bool (*chunk.region.shape); None if all
-    are. `skipped` counts the patches inside the mask that are empty by their voxels.
+    Patches without a voxel inside the mask are in neither, unless they are empty. `inside` says for
+    each output which voxels of the chunk's region are inside the mask, bool (*region.shape), None
+    if all are; it is None if all are for all outputs. `skipped` counts the patches inside the mask
+    that are empty by their voxels.
     """
 
     run: tuple[Patch, ...]
     empty: tuple[Patch, ...] = ()
-    inside: Bools | None = None
+    inside: Inside | None = None
     skipped: int = 0
 
     @classmethod
@@ -63,7 +67,11 @@ class SkipRules:
                 skipped += is_inside and self.empty is not None
             elif is_inside:
                 run.append(patch)
-        return PatchSelection(tuple(run), tuple(empty), inside, skipped)
+        insides = None
+        if inside is not None:
+            parts = (view.chunk(chunk.index).region for view in plan.views)
+            insides = tuple(inside[box.slices(chunk.region.start)] for box in parts)
+        return PatchSelection(tuple(run), tuple(empty), insides, skipped)
 
     def _emptiness(
         self, plan: Plan, chunk: Chunk, halos: Sequence[npt.NDArray[Any]]

@@ -274,8 +274,16 @@ class Plan:
             output.patch or self.output_patch,
             output.storage or self.storage_chunks,
         )
+        if grid == self.grid:
+            grid = self.grid
         volume = replace(self.volume, shape=grid.shape)
         return Plan(volume, grid, (replace(output, patch=(), storage=(), scale=()),))
+
+    def own_patches(self, plan: Plan, patches: Sequence[Patch]) -> Sequence[Patch]:
+        """Return patches of a plan with the boxes that they have in this plan, a view of it."""
+        if self.grid is plan.grid:
+            return patches
+        return [self.patch(patch.grid, patch.numbers) for patch in patches]
 
     @cached_property
     def heads(self) -> tuple[Head, ...]:

@@ -55,6 +55,14 @@ class Stage(ABC):
         """Return the chunks of the stage's tasks that wait for a task; inverse of `waits_for`."""
         return ()
 
+    def needs_again(self, item: ItemHandle, chunk: Index) -> Sequence[TaskKey]:
+        """Return the tasks that must run again before this task can run again.
+
+        By default all that it waits for, because their results are deleted once it is committed.
+        A stage that reads results that remain, such as voxels of the output, overrides this.
+        """
+        return self.waits_for(item, chunk)
+
     def stored_objects(self, item: ItemHandle, chunk: Index) -> Iterator[str]:
         """Yield the names in the output of the objects that a task writes, in a fixed order.
 

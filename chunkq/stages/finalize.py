@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy.typing as npt
 from typing_extensions import override
 
 from chunkq.errors import PieceError
@@ -51,8 +54,9 @@ class FinalizeStage(Stage):
 
     @override
     def stored_objects(self, item: ItemHandle, chunk: Index) -> Iterator[str]:
-        for box in item.plan.chunk(chunk).touched_boxes:
-            yield from item.object_names(box)
+        for output in item.outputs:
+            for box in output.plan.chunk(chunk).touched_boxes:
+                yield from output.object_names(box)
 
     @override
     def run(self, item: ItemHandle, chunk: Index, attempt: Attempt) -> bool:
@@ -70,11 +74,10 @@ def _finalize(item: ItemHandle, index: Index, attempt: Attempt) -> None:
     started = time.time()
     chunk = item.plan.chunk(index)
     try:
-        own_block, pieces, bytes_read = _gather(item, chunk)
+        contents, bytes_read = _gather(item, chunk)
         read_end = time.time()
         item.job.check_unchanged()
-        is_empty = own_block is None and not any(sums is not None for sums in pieces.values())
-        bytes_written, checksums = (0, []) if is_empty else _write(item, chunk, own_block, pieces)
+        bytes_written, checksums = (0, []) if contents is None else _write(item, index, contents)
         finished = time.time()
         item.job.check_unchanged()
     except (PieceError, OSError):
@@ -100,54 +103,57 @@ def _finalize(item: ItemHandle, index: Index, attempt: Attempt) -> None:
     item.ledger.delete_pieces(index)
 
 
-def _write(
-    item: ItemHandle, chunk: Chunk, own_block: OwnBlock | None, pieces: dict[Piece, Any]
-) -> tuple[int, list[int]]:
+@dataclass(frozen=True)
+class _Contents:
+    """What the contributors of a block have stored of one output; see `finalize_sums`."""
+
+    own_block: OwnBlock | None
+    pieces: dict[Piece, Any]
+
+
+def _write(item: ItemHandle, index: Index, contents: Sequence[_Contents]) -> tuple[int, list[int]]:
     """Add up the pieces of a block and write its voxels.
 
-    Return their size (bytes), and the checksums of their objects.
+    `contents` has one entry per output. Return the size of the voxels (bytes), and the checksums of
+    their objects.
     """
     # Imported here, because commands that only count blocks do no arithmetic.
     from chunkq.blend.sums import finalize_sums
 
-    inside = item.inside(chunk.block)
-    finished = finalize_sums(item.plan, chunk, own_block, pieces, item.empty_chunks, inside)
     size, checksums = 0, list[int]()
-    for box, values in finished:
-        checksums += item.write(box, values)
-        size += values.nbytes
+    for output, stored in zip(item.outputs, contents, strict=True):
+        chunk = output.plan.chunk(index)
+        inside = output.inside(chunk.block) if chunk.has_band else None
+        finished = finalize_sums(
+            output.plan, chunk, stored.own_block, stored.pieces, output.empty_chunks, inside
+        )
+        for box, values in finished:
+            checksums += output.write(box, values)
+            size += values.nbytes
     return size, checksums
 
 
-def _gather(item: ItemHandle, chunk: Chunk) -> tuple[OwnBlock | None, dict[Piece, Any], int]:
-    """Read the pieces of a block; return its own piece, the others, and their size (bytes).
+def _gather(item: ItemHandle, chunk: Chunk) -> tuple[list[_Contents] | None, int]:
+    """Read the pieces of a block; return the contents of each output, and their size (bytes).
 
-    The pieces of empty chunks are None.
+    The contents are None if all contributors are empty. The pieces of empty chunks are None.
 
     Raises PieceError if some are missing or damaged, after deleting the commit records of the
     chunks that wrote them.
     """
-    from chunkq.blend.sums import OwnBlock
-
-    ledger, total, own_block = item.ledger, 0, None
-    pieces: dict[Piece, Any] = {}
+    ledger, total = item.ledger, 0
+    stored: dict[Index, list[npt.NDArray[Any]]] = {}
     problems: dict[Index, PieceError] = {}
-    if item.tasks.is_task(chunk.index):
-        try:
-            arrays, total = ledger.get_piece(chunk.index, OWN_PIECE)
-            bands = len(chunk.band_boxes)
-            own_block = OwnBlock(tuple(arrays[:bands]), tuple(arrays[bands:]))
-        except PieceError as error:
-            problems[chunk.index] = error
-    for piece in item.plan.incoming_pieces(chunk):
-        pieces[piece] = None
-        if not item.tasks.is_task(piece.source):
+    names = {chunk.index: OWN_PIECE}
+    names |= {piece.source: piece.name for piece in item.plan.incoming_pieces(chunk)}
+    for source, name in names.items():
+        if not item.tasks.is_task(source):
             continue
         try:
-            arrays, size = ledger.get_piece(chunk.index, piece.name)
-            pieces[piece], total = arrays[0], total + size
+            stored[source], size = ledger.get_piece(chunk.index, name)
+            total += size
         except PieceError as error:
-            problems[piece.source] = error
+            problems[source] = error
     if problems and item.can_turn_out_empty:
         for commit in ledger.commits("infer", problems):
             if commit.empty:
@@ -155,9 +161,31 @@ def _gather(item: ItemHandle, chunk: Chunk) -> tuple[OwnBlock | None, dict[Piece
     if problems:
         if not ledger.is_committed("finalize", chunk.index):
             ledger.delete_commits("infer", problems)
-        names = ", ".join(item.chunk_name(index) for index in problems)
+        lost = ", ".join(item.chunk_name(index) for index in problems)
         raise PieceError(
-            f"{next(iter(problems.values()))}; chunk {names} must be computed again",
+            f"{next(iter(problems.values()))}; chunk {lost} must be computed again",
             tuple(problems),
         )
-    return own_block, pieces, total
+    return (_contents(item, chunk.index, stored) if stored else None), total
+
+
+def _contents(
+    item: ItemHandle, index: Index, stored: dict[Index, list[npt.NDArray[Any]]]
+) -> list[_Contents]:
+    """Return the contents of each output; `stored` has the arrays of each contributor."""
+    from chunkq.blend.sums import OwnBlock
+
+    arrays = {source: iter(parts) for source, parts in stored.items()}
+    contents = []
+    for output in item.outputs:
+        plan = output.plan
+        chunk, own_block = plan.chunk(index), None
+        if index in arrays and chunk.has_band:
+            bands = tuple(islice(arrays[index], len(chunk.band_boxes)))
+            own_block = OwnBlock(bands, tuple(islice(arrays[index], len(chunk.rest_boxes))))
+        pieces = {
+            piece: next(arrays[piece.source]) if piece.source in arrays else None
+            for piece in plan.incoming_pieces(chunk)
+        }
+        contents.append(_Contents(own_block, pieces))
+    return contents

@@ -35,7 +35,8 @@ class InferStage(Stage):
 
     @override
     def stored_objects(self, item: ItemHandle, chunk: Index) -> Iterator[str]:
-        return item.object_names(item.plan.chunk(chunk).core)
+        for output in item.outputs:
+            yield from output.object_names(output.plan.chunk(chunk).core)
 
     @override
     def run(self, item: ItemHandle, chunk: Index, attempt: Attempt) -> bool:

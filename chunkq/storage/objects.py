@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from typing_extensions import Buffer
+from zlib_ng import zlib_ng
 
 from chunkq.paths import is_url, join, open_filesystem, read_bytes
 from chunkq.system import buffers
@@ -52,6 +53,13 @@ class ObjectInfo(NamedTuple):
 
     name: str
     modified: float
+    size: int
+
+
+class Fingerprint(NamedTuple):
+    """CRC-32 of an object, and its size (bytes)."""
+
+    crc32: int
     size: int
 
 
@@ -298,12 +306,42 @@ class ObjectFolder:
 
     def count(self) -> int:
         """Return the number of objects in this folder at any depth, without temporary files."""
+        return sum(1 for _ in self.names())
+
+    def names(self) -> Iterator[str]:
+        """Yield the names of the objects in this folder at any depth, without temporary files."""
         if self._local:
-            names = (name for _, _, files in os.walk(self._root) for name in files)
+            start = len(self._root.rstrip("/")) + 1
+            paths = (
+                os.path.join(top, name)[start:]
+                for top, _, files in os.walk(self._root)
+                for name in files
+            )
         else:
-            paths = self._filesystem.find(self._root)
-            names = (path.rpartition("/")[2] for path in paths)
-        return sum(not (name.startswith(PARTIAL) or LOCK in name) for name in names)
+            root = self._root.strip("/") + "/"
+            found = self._filesystem.find(self._root)
+            paths = (path.lstrip("/").removeprefix(root) for path in found)
+        for path in paths:
+            name = path.rpartition("/")[2]
+            if not (name.startswith(PARTIAL) or LOCK in name):
+                yield path
+
+    def fingerprint(self, name: str) -> Fingerprint | None:
+        """Return the CRC-32 and the size of an object, or None if it does not exist.
+
+        A local file is read in parts. Raises OSError if it cannot be read.
+        """
+        if not self._local:
+            content = self.get(name)
+            return None if content is None else Fingerprint(zlib_ng.crc32(content), len(content))
+        crc32, size, buffer = 0, 0, memoryview(bytearray(PART_BYTES))
+        try:
+            with open(join(self._root, name), "rb", buffering=0) as file:
+                while count := file.readinto(buffer):
+                    crc32, size = zlib_ng.crc32(buffer[:count], crc32), size + count
+        except NO_FILE:
+            return None
+        return Fingerprint(crc32, size)
 
     def sample(
         self, folder: str, max_size: int, keep: Callable[[str], bool]

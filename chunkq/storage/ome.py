@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from colorsys import hsv_to_rgb
 from typing import Any
 
 from pydantic import BaseModel, Field, FiniteFloat
@@ -18,6 +19,8 @@ from chunkq.geometry.axes import (
 
 KIND_OF_TYPE: dict[str, AxisKind] = {"space": "space", "channel": "channel", "time": "time"}
 """OME-Zarr type of an axis -> kind."""
+GOLDEN_RATIO = 0.618034
+"""Step between the hues of classes, in turns: as different as possible for any number of them."""
 
 
 class OmeAxis(BaseModel):
@@ -136,6 +139,24 @@ def read_axes(
 def is_image(axes: Sequence[Axis]) -> bool:
     """Return whether OME-Zarr has images with these axes: two or three are spatial."""
     return sum(axis.kind == "space" for axis in axes) in (2, 3)
+
+
+def label_metadata(names: Sequence[str], zarr_format: int) -> dict[str, Any]:
+    """Return the group attributes of labels with these classes: their names and colors.
+
+    The first class is transparent. The colors of neighboring classes differ in hue.
+    """
+    colors = [[0, 0, 0, 0]]
+    for number in range(1, len(names)):
+        rgb = hsv_to_rgb(number * GOLDEN_RATIO % 1, 0.75, 0.95)
+        colors.append([*(round(255 * part) for part in rgb), 255])
+    label: dict[str, Any] = {
+        "colors": [{"label-value": n, "rgba": color} for n, color in enumerate(colors)],
+        "properties": [{"label-value": n, "class": name} for n, name in enumerate(names)],
+    }
+    if zarr_format == 3:
+        return {"ome": {"version": "0.5", "image-label": {"version": "0.5", **label}}}
+    return {"image-label": {"version": "0.4", **label}}
 
 
 def image_metadata(axes: Sequence[Axis], zarr_format: int, path: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ from chunkq.job.job_handle import ItemHandle, open_job
 from chunkq.job.record import JobRecord
 from chunkq.job.sample_job import copy_job, largest_item
 from chunkq.job.tasks import chunk_name, parse_chunk
-from chunkq.plan.plan import Chunk, Plan
+from chunkq.plan.plan import Chunk, Index, Plan
 from chunkq.plan.sample_chunks import sample_chunks
 from chunkq.queue.contract.executor import Attempt
 from chunkq.stages.finalize import OWN_PIECE
@@ -87,20 +88,27 @@ def _write_noise_pieces(item: ItemHandle, chunk: Chunk) -> None:
 
     The values are not zero because blocks of zeros are not stored.
     """
-    plan, rng = item.plan, np.random.default_rng(0)
+    rng, index = np.random.default_rng(0), chunk.index
+    own: list[npt.NDArray[Any]] = []
+    incoming: dict[Index, list[npt.NDArray[Any]]] = {}
+    for view in item.plan.views:
+        part = view.chunk(index)
+        if part.is_active and part.has_band:
+            own += [_sums(view, box, rng) for box in part.band_boxes]
+            shapes = [view.output_box(box).shape for box in part.rest_boxes]
+            values = [rng.integers(0, 200, shape, np.uint8) for shape in shapes]
+            own += [rest.astype(view.output_dtype) for rest in values]
+        for piece in view.incoming_pieces(part):
+            incoming.setdefault(piece.source, []).append(_sums(view, piece.box, rng))
     if chunk.is_active:
-        band = [_sums(plan, box, rng) for box in chunk.band_boxes]
-        shapes = [plan.output_box(box).shape for box in chunk.rest_boxes]
-        rest = [rng.integers(0, 200, shape, np.uint8) for shape in shapes]
-        item.ledger.put_piece(
-            chunk.index, OWN_PIECE, [*band, *(values.astype(plan.output_dtype) for values in rest)]
-        )
-    for piece in plan.incoming_pieces(chunk):
-        item.ledger.put_piece(chunk.index, piece.name, [_sums(plan, piece.box, rng)])
+        item.ledger.put_piece(index, OWN_PIECE, own)
+    for piece in item.plan.incoming_pieces(chunk):
+        item.ledger.put_piece(index, piece.name, incoming.get(piece.source, []))
 
 
-def _sums(plan: Plan, box: Box, rng: np.random.Generator) -> npt.NDArray[np.float32]:
-    return rng.random((plan.channels, *box.shape), np.float32)
+def _sums(plan: Plan, box: Box, rng: np.random.Generator) -> npt.NDArray[Any]:
+    shape = (plan.output.sums_channels, *box.shape)
+    return rng.random(shape, np.float32).astype(plan.output.sums_dtype, copy=False)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,6 @@ from chunkq.plan.plan import Patch
 def each_prediction(
     batcher: Batcher, patches: Sequence[Patch], halos: Halos, origin: Sequence[int]
 ) -> Iterator[tuple[Patch, Any]]:
-    """Yield each patch with its prediction (C, *output patch)."""
+    """Yield each patch with its prediction (C, *output patch) for the only output."""
     for batch, (predictions,) in batcher.predictions(patches, halos, origin):
         yield from zip(batch, predictions, strict=True)

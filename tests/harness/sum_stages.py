@@ -43,7 +43,7 @@ class SumStage(Stage):
     @override
     def run(self, item: ItemHandle, chunk: Index, attempt: Attempt) -> bool:
         started, box = time.time(), item.plan.chunk(chunk).block
-        values = item.image.target.read(item.plan.output_box(box)).astype(np.float64)
+        values = item.outputs[0].target.read(item.plan.output_box(box)).astype(np.float64)
         store(item, self.kind, chunk, float(values.sum()), attempt, started)
         return False
 

@@ -1,6 +1,6 @@
 """Chunks on a simulated device: what is copied, launched and awaited, and what results are."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chunkq.blend.patch_weights import PatchWeights
-from chunkq.blend.streaming import regions
+from chunkq.blend.streaming import OutputStream, regions
 from chunkq.blend.sums import Contribution
 from chunkq.blend.weights import ArrayWeights, Weights
 from chunkq.errors import ErrorCode, ModelError, PredictionError
@@ -96,7 +96,7 @@ def pipeline_for(
         plan,
         runtime,
         batcher,
-        weights or plan.blend_weights(),
+        [PatchWeights(plan, weights or plan.blend_weights(), runtime.to_device)],
         device,
     )
 
@@ -108,14 +108,15 @@ def host_pipeline_for(
     loaded = LoadedNetwork((network or Affine(plan)).eval())
     runtime = TorchRuntime(loaded, model, Steps(), 1)
     normalized = PatchWeights(plan, weights or plan.blend_weights(), runtime.to_device)
-    return HostPipeline(plan, runtime, Batcher(plan, plan.job.model, runtime, Steps()), normalized)
+    batcher = Batcher(plan, plan.job.model, runtime, Steps())
+    return HostPipeline(plan, runtime, batcher, [normalized])
 
 
 def compute(
     pipeline: ChunkPipeline, plan: JobPlan, volume: Array
-) -> Iterator[tuple[Chunk, Contribution | None]]:
+) -> Iterator[tuple[Chunk, Sequence[Contribution] | None]]:
     """Compute each chunk; it is finished after the next one has started, as in a worker."""
-    started: list[tuple[Chunk, Callable[[], Contribution | None]]] = []
+    started: list[tuple[Chunk, Callable[[], Sequence[Contribution] | None]]] = []
     for chunk in map(plan.chunk, plan.indices()):
         halos = [window(plan, volume, chunk.halo)]
         started.append((chunk, pipeline.start(chunk, halos) if chunk.is_active else lambda: None))
@@ -128,7 +129,7 @@ def compute(
 
 def output_of(pipeline: ChunkPipeline, plan: JobPlan, volume: Array) -> Array:
     output = np.zeros(plan.output_shape, plan.output_dtype)
-    for box, values in regions(plan, compute(pipeline, plan, volume)):
+    for _, box, values in regions([OutputStream(plan)], compute(pipeline, plan, volume)):
         output[plan.output_box(box).slices((0,) * output.ndim)] = values
     return output
 
@@ -214,7 +215,7 @@ def test_skipped_patches_give_the_results_of_the_host(combine: str, weight: str)
     for chunk in filter(lambda chunk: chunk.is_active, map(plan.chunk, plan.indices())):
         patches = list(plan.patches(chunk))
         inside = np.random.default_rng(1).random(chunk.region.shape) < 0.5
-        selection = PatchSelection(tuple(patches[::2]), tuple(patches[1::2]), inside)
+        selection = PatchSelection(tuple(patches[::2]), tuple(patches[1::2]), (inside,))
         halos = [window(plan, volume, chunk.halo)]
         results = [pipeline.start(chunk, halos, selection)() for pipeline in (device, host)]
         one, other = (as_arrays(result) for result in results)
@@ -222,9 +223,10 @@ def test_skipped_patches_give_the_results_of_the_host(combine: str, weight: str)
             np.testing.assert_allclose(first, second, rtol=0, atol=1e-5)
 
 
-def as_arrays(result: Contribution | None) -> list[Array]:
-    """Return the arrays of a contribution in a fixed order."""
-    assert result is not None
+def as_arrays(results: Sequence[Contribution] | None) -> list[Array]:
+    """Return the arrays of the contribution to the only output in a fixed order."""
+    assert results is not None
+    [result] = results
     own = () if result.own_block is None else (*result.own_block.band, *result.own_block.rest)
     return [result.core, *own, *(sums for _, sums in result.pieces)]
 

@@ -87,6 +87,21 @@ def test_the_page_on_empty_space_runs_as_it_stands(tmp_path: Path) -> None:
     assert (values[15:26, 19:30, 19:30] > 0).all()
 
 
+def test_the_page_on_several_outputs_runs_as_it_stands(tmp_path: Path) -> None:
+    commands = run_page(
+        "docs/guides/outputs.md",
+        tmp_path,
+        Workspace(tmp_path).process_env,
+        without="From Python",
+        shown_as="/home/me/outputs",
+        has_begun=lambda: True,
+    )
+    assert commands == 2
+    bright = zarr.open_group(tmp_path / "result.zarr" / "bright", mode="r")
+    assert bright["0"].shape == (64, 96, 96)
+    assert bright.attrs["ome"]["image-label"]["properties"][1]["class"] == "bright"  # type: ignore[call-overload, index]
+
+
 def test_the_example_of_a_region_runs_as_it_stands(tmp_path: Path) -> None:
     commands = run_page(
         "docs/guides/regions.md",

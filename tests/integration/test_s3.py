@@ -391,3 +391,27 @@ def test_tiff_stacks_and_hdf5_in_a_bucket_are_read(
         with pytest.raises(StoreError, match=r"s3://lab/slices/\*\.tif") as error:
             find_source("s3://lab/slices")
     assert error.value.code is ErrorCode.STORE_UNSUPPORTED
+
+
+def test_damaged_objects_of_a_bucket_are_found_and_repaired(
+    workspace: Workspace, bucket: s3fs.S3FileSystem, done: list[CommandResult]
+) -> None:
+    output = "s3://lab/out.zarr"
+    assert "sound" in workspace.call("verify", output).ok().out
+    before = objects(bucket, "lab/out.zarr")
+    names = sorted(name for name in before if name.startswith("0/c/"))
+    deleted, cut, foreign = names[0], names[-1], "0/c/9/9/9"
+    bucket.rm_file(f"lab/out.zarr/{deleted}")
+    bucket.pipe_file(f"lab/out.zarr/{cut}", before[cut][:-1])
+    bucket.pipe_file(f"lab/out.zarr/{foreign}", b"x")
+    bucket.rm_file("lab/out.zarr/zarr.json")
+    result = workspace.call("verify", output, "--json")
+    assert result.code == 1
+    report = json.loads(result.out)
+    found = {entry["object"]: entry["damage"] for entry in report["damaged"]}
+    assert found == {deleted: "missing", cut: "damaged", foreign: "foreign"}
+    assert report["documents"] == {"zarr.json": "missing"}
+    workspace.call("verify", output, "--repair").ok()
+    workspace.compute_inline(output=output)
+    workspace.call("finalize", output).ok()
+    assert objects(bucket, "lab/out.zarr") == before

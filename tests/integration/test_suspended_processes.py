@@ -94,7 +94,7 @@ def test_a_worker_whose_job_is_replaced_while_it_computes_writes_nothing(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, new_output: dict[str, bytes]
 ) -> None:
     earlier = workspace.epoch_folder
-    array = workspace.item.image.target.shape  # open the output before the replacement
+    array = workspace.item.outputs[0].target.shape  # open the output before the replacement
     with monkeypatch.context() as patch:
         replace_when_called(workspace, patch, ItemHandle, "read_halos")
         assert_replaced(lambda: infer(workspace))
@@ -102,7 +102,7 @@ def test_a_worker_whose_job_is_replaced_while_it_computes_writes_nothing(
     assert {path.name for path in workspace.output.iterdir()} == {
         "zarr.json", workspace.job.record.array
     }  # fmt: skip
-    assert workspace.item.image.target.shape == array
+    assert workspace.item.outputs[0].target.shape == array
     assert_new_job_unchanged(workspace, new_output)
 
 
@@ -122,7 +122,7 @@ def test_a_worker_suspended_before_it_writes_does_not_change_the_new_job(
 ) -> None:
     earlier = workspace.epoch_folder
     if is_open:
-        assert workspace.item.image.target.shape == (3, *SHAPE)
+        assert workspace.item.outputs[0].target.shape == (3, *SHAPE)
     with monkeypatch.context() as patch:
         replace_when_called(workspace, patch, owner, name)
         assert_replaced(lambda: infer(workspace))

@@ -11,7 +11,7 @@ import pytest
 
 from chunkq.blend import sums
 from chunkq.blend.patch_weights import PatchWeights
-from chunkq.blend.streaming import regions
+from chunkq.blend.streaming import OutputStream, regions
 from chunkq.blend.sums import Accumulator, Contribution
 from chunkq.plan.plan import Chunk
 from chunkq.system import buffers
@@ -43,10 +43,10 @@ class ComputedChunks:
         self._weights = PatchWeights(plan, plan.blend_weights(), np.asarray)
         self.sums: list[weakref.ref[npt.NDArray[Any]]] = []
 
-    def __iter__(self) -> Iterator[tuple[Chunk, Contribution]]:
+    def __iter__(self) -> Iterator[tuple[Chunk, list[Contribution]]]:
         return map(self._compute, self._plan.indices())
 
-    def _compute(self, index: tuple[int, ...]) -> tuple[Chunk, Contribution]:
+    def _compute(self, index: tuple[int, ...]) -> tuple[Chunk, list[Contribution]]:
         plan, chunk = self._plan, self._plan.chunk(index)
         zeros = buffers.zeros((plan.channels, *chunk.region.shape), np.float32)
         assert isinstance(zeros.base, np.ndarray)
@@ -54,7 +54,7 @@ class ComputedChunks:
         accumulator = Accumulator(plan, chunk, self._weights, zeros)
         for patch in plan.patches(chunk):
             accumulator.add([patch], np.ones((1, plan.channels, *plan.output_patch), np.float32))
-        return chunk, accumulator.contribution()
+        return chunk, [accumulator.contribution()]
 
 
 def piece_bytes(plan: JobPlan) -> list[int]:
@@ -66,7 +66,7 @@ def piece_bytes(plan: JobPlan) -> list[int]:
 def consume(plan: JobPlan, computed: Any) -> None:
     """Produce the volume; assert that all voxels are the average of ones."""
     voxels = 0
-    for box, values in regions(plan, computed):
+    for _, box, values in regions([OutputStream(plan)], computed):
         assert values.min() == pytest.approx(1)
         assert values.max() == pytest.approx(1)
         voxels += box.size
@@ -112,6 +112,6 @@ def test_waiting_pieces_are_not_on_the_heap(monkeypatch: pytest.MonkeyPatch, cha
 def test_a_waiting_piece_does_not_keep_the_sums_of_its_chunk(channels: int) -> None:
     plan = plan_of(channels)
     computed = ComputedChunks(plan)
-    produced = regions(plan, computed)
-    next(box for box, _ in produced if box.start[0] >= 256)  # of the third chunk
+    produced = regions([OutputStream(plan)], computed)
+    next(box for _, box, _ in produced if box.start[0] >= 256)  # of the third chunk
     assert [reference() is None for reference in computed.sums] == [True, True, False]

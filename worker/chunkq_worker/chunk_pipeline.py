@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from typing_extensions import override
 
 from chunkq.blend.patch_weights import PatchWeights
 from chunkq.blend.sums import Accumulator, Contribution
-from chunkq.plan.empty_rule import Bools
-from chunkq.plan.patch_selection import PatchSelection
+from chunkq.plan.patch_selection import Inside, PatchSelection
 from chunkq.plan.plan import Chunk, Patch, Plan
 from chunkq_worker.batching import Batcher, Halos
 from chunkq_worker.runtimes.base import Runtime
 
-Finish = Callable[[], Contribution | None]
-"""Waits for a chunk's results. Any thread may call it.
+Finish = Callable[[], tuple[Contribution, ...] | None]
+"""Waits for a chunk's results, one per output. Any thread may call it.
 
 Returns None if an output of the network may not be finite. The caller then starts the chunk again
 with `checked=True`, which raises the error, or returns the same results if there is none.
@@ -39,10 +38,11 @@ class ChunkRun(ABC):
         """Add the predictions of patches that are skipped because they are empty."""
 
     @abstractmethod
-    def finish(self, inside: Bools | None = None) -> Finish:
+    def finish(self, inside: Inside | None = None) -> Finish:
         """Return the function that waits for the results. Call nothing else afterwards.
 
-        `inside` says which voxels of the chunk's region are inside the mask; None if all are.
+        `inside` has for each output which voxels of its region are inside the mask; None if all
+        are.
         """
 
 
@@ -73,16 +73,20 @@ class HostPipeline(ChunkPipeline):
     """Computes chunks with a runtime whose results are in host memory; each output is checked."""
 
     def __init__(
-        self, plan: Plan, runtime: Runtime, batcher: Batcher, weights: PatchWeights
+        self, plan: Plan, runtime: Runtime, batcher: Batcher, weights: Sequence[PatchWeights]
     ) -> None:
+        """Use the weights of each output."""
         self._plan, self._runtime = plan, runtime
         self._batcher, self._weights = batcher, weights
 
     @override
     def open(self, chunk: Chunk, halos: Halos, *, checked: bool = False) -> ChunkRun:
-        zeros = self._runtime.zeros((self._plan.channels, *chunk.region.shape))
-        sums = Accumulator(self._plan, chunk, self._weights, zeros)
-        return HostRun(self._batcher, self._weights, sums, chunk, halos)
+        sums = []
+        for view, weights in zip(self._plan.views, self._weights, strict=True):
+            part = view.chunk(chunk.index)
+            zeros = self._runtime.zeros((view.output.sums_channels, *part.region.shape))
+            sums.append(Accumulator(view, part, weights, zeros))
+        return HostRun(self._plan, self._batcher, self._weights, sums, chunk, halos)
 
     @override
     def start(
@@ -105,21 +109,25 @@ class HostRun(ChunkRun):
 
     def __init__(
         self,
+        plan: Plan,
         batcher: Batcher,
-        weights: PatchWeights,
-        sums: Accumulator,
+        weights: Sequence[PatchWeights],
+        sums: Sequence[Accumulator],
         chunk: Chunk,
         halos: Halos,
     ) -> None:
-        self._batcher, self._weights, self._sums = batcher, weights, sums
+        """Use the weights and the sums of each output."""
+        self._plan, self._batcher, self._weights, self._sums = plan, batcher, weights, sums
         self._chunk, self._halos = chunk, halos
 
     @override
     def add(self, patches: Sequence[Patch]) -> None:
-        self._weights.prepare(patches)
+        for weights, own in zip(self._weights, self._own(patches), strict=True):
+            weights.prepare(own)
         origin = self._chunk.halo.start
-        for batch, (predictions,) in self._batcher.predictions(patches, self._halos, origin):
-            self._sums.add(batch, predictions)
+        for batch, predictions in self._batcher.predictions(patches, self._halos, origin):
+            for sums, own, values in zip(self._sums, self._own(batch), predictions, strict=True):
+                sums.add(own, values)
 
     @override
     def wait(self) -> None:
@@ -127,9 +135,17 @@ class HostRun(ChunkRun):
 
     @override
     def add_empty(self, patches: Sequence[Patch]) -> None:
-        self._sums.add_empty(patches)
+        for sums, own in zip(self._sums, self._own(patches), strict=True):
+            sums.add_empty(own)
 
     @override
-    def finish(self, inside: Bools | None = None) -> Finish:
-        result = self._sums.contribution(inside)
-        return lambda: result
+    def finish(self, inside: Inside | None = None) -> Finish:
+        insides = inside or (None,) * len(self._sums)
+        results = tuple(
+            sums.contribution(within) for sums, within in zip(self._sums, insides, strict=True)
+        )
+        return lambda: results
+
+    def _own(self, patches: Sequence[Patch]) -> Iterator[Sequence[Patch]]:
+        """Yield the patches with the boxes that they have in each output."""
+        return (view.own_patches(self._plan, patches) for view in self._plan.views)

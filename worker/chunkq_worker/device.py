@@ -87,7 +87,7 @@ class Device:
         selection: PatchSelection,
         stop: Event | None = None,
         watch: ValueWatch | None = None,
-    ) -> Future[Callable[[], Contribution]]:
+    ) -> Future[Callable[[], tuple[Contribution, ...]]]:
         """Start the selected patches of a chunk on the device thread, where `engine` is called.
 
         The result is a function that waits for the chunk. Do not call it on the device thread.
@@ -104,14 +104,14 @@ class Device:
         selection: PatchSelection,
         stop: Event | None = None,
         watch: ValueWatch | None = None,
-    ) -> Callable[[], Contribution]:
+    ) -> Callable[[], tuple[Contribution, ...]]:
         def run_in_device_thread(run: Callable[[Chunk, Halos, PatchSelection], T]) -> T:
             with stopped_by(stop):
                 return run(chunk, halos, selection)
 
         finish = run_in_device_thread(partial(engine.start, watch=watch))
 
-        def finish_or_check() -> Contribution:
+        def finish_or_check() -> tuple[Contribution, ...]:
             result = finish()
             if result is None:
                 result = self.run(lambda: run_in_device_thread(engine.check)).result()
@@ -128,7 +128,7 @@ class Device:
         self._waiting.add(task)
         acquired = started = requested
 
-        def start() -> Callable[[], Contribution]:
+        def start() -> Callable[[], tuple[Contribution, ...]]:
             nonlocal acquired, started
             acquired = time.time()
             self._waiting.discard(task)
@@ -185,13 +185,14 @@ def _job_key(folder: str, record: JobRecord) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ComputedChunk:
-    """A chunk's contribution, the number of patches computed, and seconds per stage.
+    """A chunk's contributions, the number of patches computed, and seconds per stage.
 
+    There is one contribution per output.
     `wait` is the time until the device was free, `load` the time to load the network (first
     chunk of a job), and `compute` the time on the device, without that of other chunks.
     """
 
-    contribution: Contribution
+    contributions: tuple[Contribution, ...]
     patches: int
     seconds: dict[str, float]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 import torch
@@ -16,10 +17,8 @@ from typing_extensions import override
 
 from chunkq.blend.patch_weights import PatchWeights
 from chunkq.blend.sums import Contribution, contribution
-from chunkq.blend.weights import Weights
-from chunkq.plan.empty_rule import Bools
 from chunkq.plan.footprint import extra_device_bytes
-from chunkq.plan.patch_selection import PatchSelection
+from chunkq.plan.patch_selection import Inside, PatchSelection
 from chunkq.plan.plan import Chunk, Patch, Plan
 from chunkq_worker.batching import Batcher, Halos
 from chunkq_worker.chunk_pipeline import ChunkPipeline, ChunkRun, Finish
@@ -51,12 +50,14 @@ class DevicePipeline(ChunkPipeline):
         plan: Plan,
         runtime: Runtime,
         batcher: Batcher,
-        weights: Weights,
+        weights: Sequence[PatchWeights],
         accelerator: Accelerator,
     ) -> None:
+        """Use the weights of each output."""
         self.plan, self.batcher, self.accelerator = plan, batcher, accelerator
-        self.weights = PatchWeights(plan, weights, runtime.to_device)
-        self.run_weights = RunWeights(accelerator, self.weights)
+        self.weights = weights
+        shared = {id(one): RunWeights(accelerator, one) for one in weights}
+        self.run_weights = [shared[id(one)] for one in weights]
         self.download_stream = accelerator.stream()
         self._runtime, self._in_flight = runtime, deque[Event]()
         self.max_in_flight: int | None = None  # unknown before the first chunk
@@ -154,9 +155,12 @@ class DeviceRun(ChunkRun):
         self._pipeline, self._chunk, self._halos = pipeline, chunk, halos
         self._uploaded = uploaded
         accelerator = pipeline.accelerator
-        self._sums = DeviceSums(
-            pipeline.plan, chunk, pipeline.weights, pipeline.run_weights, accelerator
-        )
+        self._sums = [
+            DeviceSums(view, view.chunk(chunk.index), weights, run_weights, accelerator)
+            for view, weights, run_weights in zip(
+                pipeline.plan.views, pipeline.weights, pipeline.run_weights, strict=True
+            )
+        ]
         self._flag = None if checked else FiniteFlag(accelerator)
 
     @override
@@ -165,8 +169,9 @@ class DeviceRun(ChunkRun):
             patches, self._halos, self._chunk.halo.start, self._uploaded, self._flag
         )
         try:
-            for batch, (predictions,) in batches:
-                self._sums.add(batch, predictions)
+            for batch, predictions in batches:
+                for sums, values in zip(self._sums, predictions, strict=True):
+                    sums.add(sums.plan.own_patches(self._pipeline.plan, batch), values)
         finally:
             if self._uploaded is not None:
                 self._uploaded.release()
@@ -178,21 +183,29 @@ class DeviceRun(ChunkRun):
 
     @override
     def add_empty(self, patches: Sequence[Patch]) -> None:
-        self._sums.add_empty(patches)
+        for sums in self._sums:
+            sums.add_empty(sums.plan.own_patches(self._pipeline.plan, patches))
 
     @override
-    def finish(self, inside: Bools | None = None) -> Finish:
-        plan, chunk, pipeline = self._pipeline.plan, self._chunk, self._pipeline
+    def finish(self, inside: Inside | None = None) -> Finish:
+        pipeline, outputs = self._pipeline, [(sums.plan, sums.chunk) for sums in self._sums]
+        insides = inside or (None,) * len(outputs)
         flags = [] if self._flag is None else [self._flag.total]
         with torch.inference_mode():
-            arrays = [*flags, *self._sums.results()]
+            parts = [sums.results() for sums in self._sums]
+            arrays = [*flags, *(array for part in parts for array in part)]
             pending = fetch(pipeline.accelerator, pipeline.download_stream, arrays)
         pipeline.enqueued(pending.done)
+        counts = [len(part) for part in parts]
 
-        def finish() -> Contribution | None:
+        def finish() -> tuple[Contribution, ...] | None:
             results = pending.wait()
             if flags and not np.isfinite(results[0]).all():
                 return None
-            return contribution(plan, chunk, results[len(flags) :], inside)
+            arrays = iter(results[len(flags) :])
+            return tuple(
+                contribution(plan, chunk, list(islice(arrays, count)), within)
+                for (plan, chunk), count, within in zip(outputs, counts, insides, strict=True)
+            )
 
         return finish

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from math import prod
+from typing import Any
 
+import numpy.typing as npt
 from typing_extensions import override
 
 from chunkq.errors import ChunkReadError, ErrorCode, GateClosedError, QueueError
@@ -122,19 +124,24 @@ def _write_results(
     if computed is None:
         bytes_moved |= {"output": 0, "pieces": 0}
         return []
-    result, pieces = computed.contribution, 0
-    stored = item.write(chunk.core, result.core)
-    bytes_moved["output"] = result.core.nbytes
-    if result.own_block is not None:
-        arrays = (*result.own_block.band, *result.own_block.rest)
-        info = item.ledger.put_piece(chunk.index, OWN_PIECE, arrays)
-        pieces += info.size
-        checksums[OWN_PIECE] = info.crc32
-    for piece, sums in result.pieces:
-        info = item.ledger.put_piece(piece.target, piece.name, [sums])
-        pieces += info.size
-        checksums[piece.name] = info.crc32
-    bytes_moved["pieces"] = pieces
+    arrays: dict[tuple[Index, str], list[npt.NDArray[Any]]] = {}
+    if chunk.has_band:
+        arrays[chunk.index, OWN_PIECE] = []
+    for piece in item.plan.outgoing_pieces(chunk):
+        arrays[piece.target, piece.name] = []
+    bytes_moved["output"], stored = 0, list[int]()
+    for output, result in zip(item.outputs, computed.contributions, strict=True):
+        stored += output.write(output.plan.chunk(chunk.index).core, result.core)
+        bytes_moved["output"] += result.core.nbytes
+        if (own := result.own_block) is not None:
+            arrays[chunk.index, OWN_PIECE] += [*own.band, *own.rest]
+        for piece, sums in result.pieces:
+            arrays[piece.target, piece.name].append(sums)
+    bytes_moved["pieces"] = 0
+    for (target, name), parts in arrays.items():
+        info = item.ledger.put_piece(target, name, parts)
+        bytes_moved["pieces"] += info.size
+        checksums[name] = info.crc32
     return stored
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from copy import copy
 from typing import Any
 
 from chunkq.blend.patch_weights import PatchWeights
 from chunkq.blend.sums import Contribution
-from chunkq.blend.weights import Weights
 from chunkq.errors import ModelError
+from chunkq.geometry.grid_spec import GridSpec
 from chunkq.job.axis_order import channels_first, input_channels
 from chunkq.job.record import JobRecord
 from chunkq.job.user_code import load_blend_weights
@@ -87,23 +87,31 @@ class InferenceEngine:
             self.checks,
             self._job.model,
         )
-        self.pipeline = self._create_pipeline(load_blend_weights(self._job.weight_function, plan))
+        self.pipeline = self._create_pipeline(self._load_weights(plan))
         if not self.runtime.any_batch:  # preparing for one batch size is part of loading
             self.batcher.try_zeros()  # an error can be one for zeros only; patches decide
 
-    def _create_pipeline(self, weights: Weights) -> ChunkPipeline:
+    def _load_weights(self, plan: Plan) -> list[PatchWeights]:
+        """Return the blend weights of each output; outputs with the same grid share theirs."""
+        by_grid: dict[GridSpec, PatchWeights] = {}
+        for view in plan.views:
+            if view.grid not in by_grid:
+                weights = load_blend_weights(self._job.weight_function, view)
+                by_grid[view.grid] = PatchWeights(view, weights, self.runtime.to_device)
+        return [by_grid[view.grid] for view in plan.views]
+
+    def _create_pipeline(self, weights: Sequence[PatchWeights]) -> ChunkPipeline:
         accelerator = self.runtime.accelerator
         if accelerator is None:
-            patch_weights = PatchWeights(self.plan, weights, self.runtime.to_device)
-            return HostPipeline(self.plan, self.runtime, self.batcher, patch_weights)
+            return HostPipeline(self.plan, self.runtime, self.batcher, weights)
         from chunkq_worker.device_pipeline import DevicePipeline  # imports torch
 
         return DevicePipeline(self.plan, self.runtime, self.batcher, weights, accelerator)
 
     def compute(
         self, chunk: Chunk, halos: Halos, selection: PatchSelection | None = None
-    ) -> Contribution:
-        """Run the selected patches of a chunk, wait for the results and return them.
+    ) -> tuple[Contribution, ...]:
+        """Run the selected patches of a chunk, wait for the results of each output, return them.
 
         `halos` contain one array (*chunk.halo.shape) per input. By default all patches are run.
         """
@@ -131,7 +139,7 @@ class InferenceEngine:
 
     def check(
         self, chunk: Chunk, halos: Halos, selection: PatchSelection | None = None
-    ) -> Contribution:
+    ) -> tuple[Contribution, ...]:
         """Compute a chunk and check each output; raise PredictionError for one that is not finite.
 
         Returns the results if all are finite.

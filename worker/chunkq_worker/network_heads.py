@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from chunkq.blend.combine import Array, namespace
+from chunkq.blend.combine import Array, pick_channels
 from chunkq.errors import ModelError
 from chunkq.job.model_config import ModelConfig
 from chunkq.plan.outputs import HeadName, OutputSpec
@@ -22,14 +22,11 @@ def head_names(outputs: Sequence[OutputSpec]) -> tuple[HeadName, ...]:
 
 
 def head_of(output: OutputSpec, heads: Sequence[Array], names: Sequence[HeadName]) -> Array:
-    """Return the channels that an output uses of its head (n, C, *Q), as a view if possible."""
-    values, picks = heads[names.index(output.head)], output.picks
-    if picks is None:
-        return values
-    if picks == tuple(range(picks[0], picks[0] + len(picks))):
-        return values[:, picks[0] : picks[0] + len(picks), ...]
-    # An index array would be copied to the device, and wait for it.
-    return namespace(values).stack([values[:, channel, ...] for channel in picks], axis=1)
+    """Return the channels that an output uses of its head, (n, C, *Q).
+
+    `names` are those of the heads, from `head_names`.
+    """
+    return pick_channels(heads[names.index(output.head)], output.picks)
 
 
 def source_of_output(output: OutputSpec) -> str:

@@ -109,10 +109,9 @@ class OutputChecks:
             differences = self._differences(first, again)
             difference = max(differences)
             if difference > MAX_DIFFERENCE:
-                head = self._heads[differences.index(difference)]
-                where = "" if head is None else f" in head {head!r}"
+                source = source_of_output(self._outputs[differences.index(difference)])
                 raise ModelError(
-                    f"the network returned different outputs{where} for one batch, by "
+                    f"{source} returned different outputs for one batch, by "
                     f"{difference:.3g} of their range: dropout or another random layer is active; "
                     "save it in inference mode (network.eval()) and remove random operations, or "
                     "set model_config.stochastic: true if results need not be reproducible",
@@ -126,17 +125,19 @@ class OutputChecks:
         return max(self._differences(first, again)) <= MAX_DIFFERENCE
 
     def _differences(self, first: Sequence[Values], again: Arrays) -> list[float]:
-        """Return the difference of each head."""
-        labels = [
-            all(output.from_labels for output in self._outputs if output.head == head)
-            for head in self._heads
+        """Return the difference of each output; channels that no output uses may differ."""
+        second = [to_numpy(as_float(values)) for values in again]
+        return [
+            _difference(
+                head_of(output, first, self._heads), head_of(output, second, self._heads), output
+            )
+            for output in self._outputs
         ]
-        pairs = zip(first, again, labels, strict=True)
-        return [_difference(a, to_numpy(as_float(b)), are) for a, b, are in pairs]
 
 
-def _difference(first: Values, second: Values, are_labels: bool) -> float:
-    if are_labels:
+def _difference(first: Values, second: Values, output: OutputSpec) -> float:
+    """Return the difference of two results for one output; of labels, the share that differs."""
+    if output.from_labels:
         is_equal = (first == second) | (np.isnan(first) & np.isnan(second))
         return 1.0 - float(is_equal.mean())
     return relative_difference(first, second)

@@ -93,11 +93,14 @@ class PredictionRequest:
         """Number of chunks of all items that are tasks."""
         return sum(item.tasks.costs.chunks for item in self.items)
 
-    def empty_chunks(self) -> EmptyChunks | None:
-        """Return the sums of empty chunks, None if they contribute nothing."""
-        if empty_rule(self.job) is None or not self.plan.output.nothing.any():
-            return None
-        return EmptyChunks(self.plan, load_blend_weights(self.job.weight_function, self.plan))
+    def empty_chunks(self) -> list[EmptyChunks | None]:
+        """Return the sums of empty chunks of each output, None if they contribute nothing."""
+        return [
+            EmptyChunks(view, load_blend_weights(self.job.weight_function, view))
+            if empty_rule(self.job) is not None and view.output.nothing.any()
+            else None
+            for view in self.plan.views
+        ]
 
     def read(self) -> Any:
         """Return the region of the input, (*series, [C,] *S); a tuple for several inputs."""

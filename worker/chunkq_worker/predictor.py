@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chunkq.blend.combine import reduce_and_cast
 from chunkq.blend.prediction import Prediction, Unread
-from chunkq.blend.streaming import regions
+from chunkq.blend.streaming import OutputStream, regions
 from chunkq.blend.sums import Contribution
 from chunkq.create import CheckedJob, check_job, create_job
 from chunkq.errors import ArgumentError, ChunkqError, JobError, ModelError
@@ -59,6 +58,7 @@ from chunkq_worker.inputs import (
 from chunkq_worker.mask_input import open_mask
 from chunkq_worker.model_defaults import half_strides, job_for_model, job_for_object, model_keys
 from chunkq_worker.network_objects import FILE_KEYS, NetworkObject, network_object, stand_in
+from chunkq_worker.output_arrays import OutputArrays
 from chunkq_worker.prediction_request import OpenItem, PredictionRequest
 from chunkq_worker.progress import Progress, check_progress, progress_of
 from chunkq_worker.steps import Step, Steps
@@ -66,8 +66,11 @@ from chunkq_worker.user_errors import UserErrors
 from chunkq_worker.user_warnings import UserWarnings
 from chunkq_worker.value_watch import ChunkWatch
 
-Regions = Generator[tuple[tuple[slice, ...], npt.NDArray[Any]], None, None]
-"""Yields regions of the output as slices, with their final values."""
+Regions = Generator[Any, None, None]
+"""Yields regions of the output as slices, with their final values: (region, values). With the key
+`outputs` it yields (name, region, values)."""
+NumberedRegions = Generator[tuple[int, tuple[slice, ...], npt.NDArray[Any]], None, None]
+"""Yields regions of outputs: the number of the output, the region, its values."""
 PLACEHOLDER = "memory"
 """Value of `input` and `output` in a predictor's job."""
 IN_FLIGHT = 2
@@ -269,7 +272,7 @@ class Predictor:
             "runtime": f"{model.runtime} on {model.device}",
             "input shape": lengths(model.model_input_shape),
             "inference_type": self._job.inference_type,
-            "combine": self._job.combine,
+            "combine": ", ".join(one.combine for one in self._job.output_configs().values()),
         }
         return rows | ({"state": "closed"} if self._closed else {})
 
@@ -313,8 +316,10 @@ class Predictor:
         time: Picks | None = None,
         mask: Any = None,
         progress: Progress = None,
-    ) -> Prediction:
-        """Run the network on an entire volume and return the result in memory.
+    ) -> Any:
+        """Run the network on an entire volume and return the result in memory: a Prediction.
+
+        If the job has the key `outputs`, the result is a dict with a Prediction for each name.
 
         `axes` has one letter of t, c, z, y, x per axis of the array, such as "yxc" for colour.
         `channels` and `time` select positions along these axes, as in a job file: indices or a
@@ -327,27 +332,18 @@ class Predictor:
         match its declaration, and PredictionError if it returns NaN or infinity.
         """
         request = self._request_in_memory(volume, self._selection(axes, channels, time), mask)
-        plan, series, inputs = request.plan, request.series, request.inputs
-        is_averaged = plan.output.is_average
-        dtype = plan.output.label_dtype
-        stored = np.zeros((*series, *plan.output_shape), plan.output_dtype)
-        shape = (*series, *plan.region.shape)
-        labels = np.zeros(shape, dtype) if is_averaged else stored
+        arrays = [OutputArrays(view, request.series) for view in request.plan.views]
         check_progress(progress)
         with closing(self._stream(request, progress)) as stream:
-            for region, values in stream:
-                stored[region] = values
-                if is_averaged:
-                    averages = values.reshape(plan.channels, *values.shape[-plan.rank :])
-                    where = (*region[: len(series)], *region[-plan.rank :])
-                    labels[where] = reduce_and_cast(averages, "soft", dtype)
-        probabilities = None
-        if is_averaged:
-            probabilities = stored.reshape(*series, plan.channels, *plan.region.shape)
-
-        is_read = not series and all(one.in_memory for one in inputs)
+            for number, region, values in stream:
+                arrays[number].put(region, values)
+        is_read = not request.series and all(one.in_memory for one in request.inputs)
         volumes = request.read() if is_read else Unread(request.read)
-        return Prediction(labels, volumes, probabilities, request.geometry)
+        results = {
+            one.name: Prediction(one.labels, volumes, one.probabilities, request.geometry)
+            for one in arrays
+        }
+        return results if self._job.outputs is not None else results[""]
 
     def predict_streaming(
         self,
@@ -367,13 +363,20 @@ class Predictor:
         axes before those. Every voxel is yielded exactly once, block by block, the last axis
         fastest. Within a block, the voxels that only its own patches cover come first.
 
+        If the job has the key `outputs`, each item is `(name, region, values)`, where shape and
+        dtype are those of `plan(...).of_output(n)`, by the number of the output.
+
         Two chunks are in memory, and the unfinished bands along one slice of blocks across the
         first axis. The arguments are checked in this call, which raises like `predict`; the network
         runs while the generator is consumed.
         """
         check_progress(progress)
         request = self._request_in_memory(volume, self._selection(axes, channels, time), mask)
-        return self._stream(request, progress)
+        stream = self._stream(request, progress)
+        if self._job.outputs is None:
+            return ((region, values) for _, region, values in stream)
+        names = [output.name for output in request.plan.outputs]
+        return ((names[number], region, values) for number, region, values in stream)
 
     def predict_to_store(
         self,
@@ -545,8 +548,8 @@ class Predictor:
         hashes = checked.record.file_hashes | self._object_hashes(with_weights=True)
         return replace(checked, record=replace(checked.record, file_hashes=hashes))
 
-    def _stream(self, request: PredictionRequest, progress: Progress) -> Regions:
-        """Yield the regions of each item, while the next chunk is computed.
+    def _stream(self, request: PredictionRequest, progress: Progress) -> NumberedRegions:
+        """Yield the regions of each output of each item, while the next chunk is computed.
 
         Chunks that nobody waits for any longer are given up.
         """
@@ -567,10 +570,14 @@ class Predictor:
                     for item in items:
                         point = tuple(slice(n, n + 1) for n in item.item.point)
                         computed = self._computed(item.tasks, started, watch, emit)
-                        for box, values in regions(plan, computed, empty, item.rules.inside):
-                            region = plan.output_box(box)
+                        streams = [
+                            OutputStream(view, empty_chunks, item.rules.inside)
+                            for view, empty_chunks in zip(plan.views, empty, strict=True)
+                        ]
+                        for number, box, values in regions(streams, computed):
+                            region = plan.of_output(number).output_box(box)
                             slices = region.slices((0,) * len(region.shape))
-                            yield (*point, *slices), values[(np.newaxis,) * len(point)]
+                            yield number, (*point, *slices), values[(np.newaxis,) * len(point)]
             finally:
                 stop.set()
         self._warnings.show_values(watch.suspicions(is_done=True))
@@ -589,16 +596,16 @@ class Predictor:
 
     def _computed(
         self, tasks: ItemTasks, started: Iterator[Any], watch: ChunkWatch, emit: Callable[[], None]
-    ) -> Iterator[tuple[Chunk, Contribution | None]]:
-        """Yield every chunk of an item with its contribution.
+    ) -> Iterator[tuple[Chunk, Sequence[Contribution] | None]]:
+        """Yield every chunk of an item with its contributions, one per output.
 
-        It is None for a chunk without patches, and for an empty one.
+        They are None for a chunk without patches, and for an empty one.
         """
         for index in tasks.plan.indices():
             with UserErrors():
-                contribution = next(started)()
+                contributions = next(started)()
             self._warnings.show_values(watch.suspicions(is_done=False))
-            yield tasks.plan.chunk(index), contribution
+            yield tasks.plan.chunk(index), contributions
             if tasks.is_task(index):
                 emit()
 

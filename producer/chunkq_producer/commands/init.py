@@ -36,6 +36,11 @@ strides: [32, 32, 32]             # half the patch: 8 predictions per voxel
 combine: soft
 weight_function: [weight_gaussian]  # uniform, gaussian, linear, hann, bump, or [file.py, function]
 
+# Several outputs of one pass, instead of combine; see `chunkq explain outputs`:
+# outputs:
+#   tissue: {channels: "0:3", activation: softmax, combine: soft}
+#   distance: {channels: 3}
+
 pad_width: [16, 16, 16]           # pad the volume by this many voxels on each side
 pad_mode: reflect                 # constant | reflect | symmetric | edge
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -177,8 +177,8 @@ def _values(job: CheckedJob, depth: int, trial: Trial | None) -> dict[str, Any]:
         "dtype": plan.volume.dtype,
         "axes": [_axes_values(source) for source in job.record.sources],
         "region": _region_values(job),
-        "output_shape": list(_output_shape(job)),
-        "output_dtype": str(plan.output_dtype),
+        "output_shape": list(_output_shape(job, plan.of_output(0))),
+        "output_dtype": str(plan.outputs[0].dtype),
         "chunksize": list(plan.chunksize),
         "storage_chunks": list(plan.storage_chunks),
         "blocks": list(plan.blocks),
@@ -204,6 +204,16 @@ def _values(job: CheckedJob, depth: int, trial: Trial | None) -> dict[str, Any]:
         "fetches_per_storage_chunk": _average_fetches(job),
         "cache_bytes": _cache_bytes(job),
         "array_bytes": largest_footprint(job.plans).peak_bytes(depth),
+        "outputs": [
+            {
+                "name": view.output.name,
+                "shape": list(_output_shape(job, view)),
+                "dtype": str(view.output_dtype),
+                "storage_chunks": list(view.storage_chunks),
+                "bytes": sum(_output_bytes(job, number)),
+            }
+            for number, view in enumerate(plan.views)
+        ],
         "items": [
             {
                 "name": item.name,
@@ -225,18 +235,14 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
     voxels = sum(plan.region.size for plan in job.plans)
     total = total_costs(job.plans)
     per_voxel = total.patches * _voxels(plan.output_patch) / voxels
-    share = costs.finalized_voxels / voxels
+    share = costs.finalized_voxels / sum(plan.stored_voxels for plan in job.plans)
     several = _items(job) if count > 1 else ""
     model = job.record.job.model
     rows = [
         ("input", f"{several}{_shape(plan.volume.shape)} {plan.volume.dtype}"),
         ("axes", _axes_text(job.record.sources)),
         *([("region", _region_text(job))] if plan.grid.region else []),
-        (
-            "output",
-            f"{_shape(_output_shape(job))} {plan.output_dtype}, "
-            f"storage chunks {_shape(plan.storage_chunks)}",
-        ),
+        *_output_rows(job),
         ("chunks", _chunks(plan, total, is_alone=count == 1)),
         ("precision", f"{model.effective_precision}, on {model.device}"),
         ("patches", f"{total.patches}, each computed once; {per_voxel:.1f} per voxel on average"),
@@ -404,10 +410,31 @@ def _aligned_start(plan: Plan) -> tuple[int, ...]:
     return tuple(n - n % s for n, s in zip(plan.region.start, plan.storage_chunks, strict=True))
 
 
-def _output_shape(job: CheckedJob) -> tuple[int, ...]:
-    """Return the shape of the output image of the largest item."""
+def _output_rows(job: CheckedJob) -> list[tuple[str, str]]:
+    """Return a row for each output of the largest item."""
+    rows = []
+    for number, view in enumerate(job.largest.views):
+        text = (
+            f"{_shape(_output_shape(job, view))} {view.output_dtype}, storage chunks "
+            f"{_shape(view.storage_chunks)}"
+        )
+        if view.output.name:
+            text = f"{view.output.name}: {text}, {si(sum(_output_bytes(job, number)), 'B')}"
+        rows.append(("output", text))
+    return rows
+
+
+def _output_bytes(job: CheckedJob, number: int) -> Iterator[int]:
+    """Yield the size of an output for each item, in bytes of uncompressed voxels."""
+    for plan in job.plans:
+        view = plan.of_output(number)
+        yield view.region.size * view.output.voxel_bytes
+
+
+def _output_shape(job: CheckedJob, plan: Plan) -> tuple[int, ...]:
+    """Return the shape of the image of an output of the largest item, which has this plan."""
     image = job.record.largest_item.image
-    return tuple(axis.size for axis in output_axes(image, job.largest))
+    return tuple(axis.size for axis in output_axes(image, plan))
 
 
 def _items(job: CheckedJob) -> str:

@@ -219,7 +219,7 @@ class RunWeights:
 
 
 class DeviceSums:
-    """Weighted sums of one chunk on the device, float32.
+    """Weighted sums of one chunk on the device, of one output, which has this plan.
 
     They also cover the voxels outside the volume that patches reach, so that no patch is clipped.
     """
@@ -233,13 +233,13 @@ class DeviceSums:
         run_weights: RunWeights,
         accelerator: Accelerator,
     ) -> None:
-        self._plan, self._chunk, self._accelerator = plan, chunk, accelerator
+        self.plan, self.chunk, self._accelerator = plan, chunk, accelerator
         self._weights, self._run_weights = weights, run_weights
         grids = [axis.grids[0] for axis in plan.axes]
         self._lead = [grid.lead for grid in grids]
         self._kept = [grid.kept for grid in grids]
         self._box = sums_box(plan, chunk)
-        self._sums = accelerator.zeros((plan.channels, *self._box.shape))
+        self._sums = accelerator.zeros((plan.output.sums_channels, *self._box.shape))
 
     @torch.inference_mode()
     def add(self, batch: Sequence[Patch], predictions: torch.Tensor) -> None:
@@ -258,9 +258,9 @@ class DeviceSums:
     @torch.inference_mode()
     def add_empty(self, patches: Sequence[Patch]) -> None:
         """Add the predictions of patches that are skipped because they are empty."""
-        nothing = self._plan.output.nothing
+        nothing = self.plan.output.nothing
         if patches and nothing.any():
-            region = self._chunk.region
+            region = self.chunk.region
             share = self._accelerator.zeros(region.shape)
             add_share(share, self._weights, patches, region)
             add_nothing(self._view(region), share, nothing)
@@ -268,10 +268,10 @@ class DeviceSums:
     @torch.inference_mode()
     def results(self) -> list[Array]:
         """Return the arrays from which `contribution` is made, as small as they are stored."""
-        interior, *sums = chunk_results(self._plan, self._chunk, self._view)
-        if self._plan.output_dtype == np.float16:
+        interior, *sums = chunk_results(self.plan, self.chunk, self._view)
+        if self.plan.output_dtype == np.float16:
             interior = interior.to(torch.float16)
-        elif self._plan.output_dtype == np.uint16:
+        elif self.plan.output_dtype == np.uint16:
             interior = interior.to(torch.int16)  # keeps the lowest 16 bits
         return [interior, *sums]
 
@@ -288,7 +288,7 @@ class DeviceSums:
 
     def _add_patches(self, patches: Sequence[Patch], predictions: torch.Tensor) -> None:
         for patch, prediction in zip(patches, predictions, strict=True):
-            used = prediction[(slice(None), *target_slices(self._plan, patch))]
+            used = prediction[(slice(None), *target_slices(self.plan, patch))]
             self._view(patch.target).addcmul_(self._weights.weights(patch), used)
 
     def _windows(self, run: PatchRun, patch: Patch) -> torch.Tensor:
@@ -300,7 +300,7 @@ class DeviceSums:
         return _windows(self._sums, start, self._kept, run.axis, run.step, run.count)
 
     def _kept_slices(self) -> tuple[slice, ...]:
-        return tuple(slice(m, m + n) for m, n in zip(self._plan.margin, self._kept, strict=True))
+        return tuple(slice(m, m + n) for m, n in zip(self.plan.margin, self._kept, strict=True))
 
     def _view(self, box: Box) -> torch.Tensor:
         return self._sums[(slice(None), *box.slices(self._box.start))]

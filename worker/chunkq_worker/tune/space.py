@@ -36,8 +36,9 @@ class SearchSpace:
 
     @property
     def activation(self) -> Activation:
-        """Return the activation of the network's raw outputs."""
-        return self._plan.output.activation
+        """Return the activation of the network's raw outputs; `none` if they have several."""
+        activations = {output.activation for output in self._plan.outputs}
+        return activations.pop() if len(activations) == 1 else "none"
 
     def start(self, depth: int) -> Setting:
         """Return the setting of the unchanged job with `depth` chunks in flight."""

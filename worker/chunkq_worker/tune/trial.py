@@ -240,7 +240,7 @@ class NetworkTrial(Trial):
         The array is (n, C, *Q).
         """
         size, plan = self.engine.batcher.size, self.engine.plan
-        number = SAMPLE_VALUES // (plan.channels * prod(plan.output_patch))
+        number = SAMPLE_VALUES // sum(head.channels * prod(head.patch) for head in plan.heads)
         number = max(MIN_SAMPLE_PATCHES, min(MAX_SAMPLE_PATCHES, number))
         middle = max(0, (len(self._patches) - number) // 2)
         patches, outputs = self._patches[middle : middle + number], []
