@@ -121,6 +121,7 @@ class ModelCheck:
 class CheckReport:
     """How the check of a network ended: its result, an error, or the end of its process.
 
+    `shapes` are those of the heads that the job does not declare, if only these were asked for.
     `error` and `code` are those of a ChunkqError. `exit_code` is that of a process that ended
     before it could report; it is negative if a signal killed the process.
     """
@@ -129,6 +130,7 @@ class CheckReport:
     error: str | None = None
     code: ErrorCode = ErrorCode.MODEL_UNUSABLE
     exit_code: int | None = None
+    shapes: tuple[tuple[int, ...], ...] | None = None
 
     def result(self, output: Sequence[str]) -> ModelCheck:
         """Return the result of the check.

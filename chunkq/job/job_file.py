@@ -661,6 +661,10 @@ class Job(Section):
             update["weight_function"] = (paths["weight_function"], *self.weight_function[1:])
         return self.model_copy(update=update)
 
+    def with_model(self, **keys: Any) -> Job:
+        """Return a copy of the job with some keys of `model_config` replaced, unchecked."""
+        return self.model_copy(update={"model": self.model.model_copy(update=keys)})
+
     def as_dict(self) -> dict[str, Any]:
         """Return the job as JSON values with the key names of the job file."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -1182,13 +1186,27 @@ def _input_problems(job: Job) -> list[str]:
 
 
 def _head_problems(job: Job) -> list[str]:
-    """Return a line if shapes are declared for heads that no output names."""
-    if not isinstance(job.model.model_output_shape, dict):
-        return []
-    return [
-        "model_config.model_output_shape: a mapping of heads is unsupported for a job with one "
-        "output; use one shape"
-    ]
+    """Return the problems of the heads that outputs name, and of the shapes of heads."""
+    heads = [config.head for config in job.output_configs().values()]
+    names = {str(head): head for head in heads if head is not None}
+    problems = []
+    if names and None in heads:
+        missing = [name for name, one in (job.outputs or {}).items() if one.head is None]
+        problems.append(
+            f"outputs.{missing[0]}.head: missing beside outputs with a head; set it, because the "
+            "network returns several arrays"
+        )
+    if len(names) < len({head for head in heads if head is not None}):
+        problems.append("outputs: two heads differ in their type only; use one of them")
+    shapes = job.model.model_output_shape
+    if isinstance(shapes, dict):
+        problems += [
+            f"model_config.model_output_shape.{head}: no output has this head; "
+            + (f"use one of {', '.join(names)}" if names else "use one shape instead of a mapping")
+            for head in shapes
+            if head not in names
+        ]
+    return problems
 
 
 def _output_problems(job: Job) -> list[str]:

@@ -31,6 +31,7 @@ from chunkq_worker.child_env import child_env
 from chunkq_worker.device import get_device
 from chunkq_worker.inference_engine import InferenceEngine
 from chunkq_worker.measure_memory import measure_memory
+from chunkq_worker.output_shapes import find_output_shapes
 from chunkq_worker.runtimes.returned_values import unused_note
 from chunkq_worker.trial_batch import TrialBatch, check_on_patches
 from chunkq_worker.value_watch import ValueWatch
@@ -44,17 +45,23 @@ REPEATS = 3
 @click.command("check-model", hidden=True)
 @click.option("--depth", type=click.IntRange(1), help="Chunks in flight; default: compute none.")
 @click.option("--job", "job_folder", help="Folder of a copy of the job, for the chunks.")
+@click.option("--shapes", "only_shapes", is_flag=True, help="Find the shapes of the outputs only.")
 @click.option("--report", type=click.File("wb"), required=True, help="File for the report.")
-def check_model(depth: int | None, job_folder: str | None, report: BinaryIO) -> None:
+def check_model(
+    depth: int | None, job_folder: str | None, only_shapes: bool, report: BinaryIO
+) -> None:
     """Load the network of the job record on standard input, and run a batch of patches.
 
-    With --depth, also time patches from the middle of the volume in different batches, and compute
-    chunks, DEPTH in flight, to measure the memory of a worker process.
+    With --shapes, run a batch of zeros instead, and report the shapes that the job does not
+    declare. With --depth, also time patches from the middle of the volume in different batches, and
+    compute chunks, DEPTH in flight, to measure the memory of a worker process.
     """
     logging.getLogger("chunkq").setLevel(logging.ERROR)
     _restart_with_worker_env()
     to_standard_error()
-    report_check(sys.stdin.buffer.read(), depth, job_folder).write(report.fileno())
+    record = sys.stdin.buffer.read()
+    result = report_shapes(record) if only_shapes else report_check(record, depth, job_folder)
+    result.write(report.fileno())
 
 
 def report_check(
@@ -63,6 +70,18 @@ def report_check(
     """Check the network of a job record; return the result or the error. See `run_check`."""
     try:
         return CheckReport(run_check(JobRecord.from_json(record), depth, job_folder))
+    except Exception as error:
+        known = as_chunkq_error(error)
+        return CheckReport(error=str(known), code=known.code)
+
+
+def report_shapes(record: bytes) -> CheckReport:
+    """Find the shapes that the job of a record does not declare; return them or the error."""
+    try:
+        decoded = JobRecord.from_json(record)
+        volume = decoded.largest_item.volume
+        found = get_device().run(lambda: find_output_shapes(decoded.job, volume)).result()
+        return CheckReport(shapes=tuple(found.values()))
     except Exception as error:
         known = as_chunkq_error(error)
         return CheckReport(error=str(known), code=known.code)
