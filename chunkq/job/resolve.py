@@ -341,6 +341,7 @@ class _Shapes:
             *(line for output in self.outputs for line in output.problems()),
         ]
         problems += self._channel_problems(found)
+        problems += self._head_patch_problems()
         for axis, (p, q) in enumerate(zip(self.patch, self.output, strict=True)):
             if axis == self.lost_axis:
                 continue
@@ -357,6 +358,16 @@ class _Shapes:
                     f"model_config.{self.output_key}); use at most {(q - 1) // 2}"
                 )
         return problems
+
+    def _head_patch_problems(self) -> list[str]:
+        """Return a line for each head with another patch than the first one."""
+        patches = {output.head.key: output.head.patch for output in self.outputs}
+        return [
+            f"model_config.{key}: heads with different patches are unsupported in this version; "
+            f"expected {list(self.output)}, found {list(patch)}"
+            for key, patch in patches.items()
+            if patch != self.output
+        ]
 
     def channels_last_problems(self) -> list[str]:
         """Return a line for each shape of a network that seems to have its channels last.

@@ -280,7 +280,7 @@ def test_inputs_of_every_dtype_and_layout_give_the_results_of_the_host(
         result, expected = (p.start(chunk, halos)() for p in (pipeline, host))
         assert result is not None
         assert expected is not None
-        assert result.core == pytest.approx(expected.core, rel=1e-5)
+        assert result[0].core == pytest.approx(expected[0].core, rel=1e-5)
     assert pipeline.is_resident
 
 
@@ -328,9 +328,9 @@ def test_channels_give_the_results_of_the_host_and_of_numpy(
         result, expected = (p.start(chunk, halos)() for p in (pipeline, host))
         assert result is not None
         assert expected is not None
-        assert result.core == pytest.approx(expected.core, rel=1e-5)
+        assert result[0].core == pytest.approx(expected[0].core, rel=1e-5)
         core = expected_volume[:, *chunk.core.slices((0, 0))]
-        assert result.core == pytest.approx(core, rel=1e-5)
+        assert result[0].core == pytest.approx(core, rel=1e-5)
     assert pipeline.is_resident
 
 
@@ -375,8 +375,8 @@ def test_inputs_and_results_are_copied_once(channels: int, keys: dict[str, Any])
     chunks = [chunk for chunk in map(plan.chunk, plan.indices()) if chunk.is_active]
     inputs = sum(chunk.halo.size for chunk in chunks) * plan.volume.voxel_bytes
     results = 0
-    for _, result in compute(pipeline, plan, random_volume(plan)):
-        if result is not None:
+    for _, contributions in compute(pipeline, plan, random_volume(plan)):
+        for result in contributions or ():
             own = result.own_block
             stored = () if own is None else (*own.band, *own.rest)
             arrays = [result.core, *stored, *(sums for _, sums in result.pieces)]
@@ -419,8 +419,9 @@ def chunks_of(
             results.append(pipeline.start(chunk, [window(plan, random_volume(plan), chunk.halo)]))
     bytes_of = []
     for finish in results:
-        result = finish()
-        assert result is not None
+        contributions = finish()
+        assert contributions is not None
+        [result] = contributions
         arrays = [result.core, *(sums for _, sums in result.pieces)]
         bytes_of.append(b"".join(array.tobytes() for array in arrays))
     return bytes_of
@@ -505,7 +506,7 @@ def test_a_nan_in_one_batch_is_the_error_of_the_host(combine: str, activation: s
     ):
         result = replacing.start(chunk, [volume])()
         assert result is not None
-        results.append(result.core)
+        results.append(result[0].core)
     assert results[0] == pytest.approx(results[1], abs=1e-5)
 
 
@@ -516,7 +517,7 @@ def test_finite_outputs_whose_sum_overflows_are_no_error() -> None:
     assert pipeline.start(chunk, [volume])() is None
     result = pipeline.start(chunk, [volume], checked=True)()
     assert result is not None
-    assert result.core[0] == pytest.approx(volume, rel=1e-6)
+    assert result[0].core[0] == pytest.approx(volume, rel=1e-6)
 
 
 class Wide(torch.nn.Module):
@@ -574,8 +575,8 @@ def test_labels_are_votes_on_a_device_and_invalid_ones_the_error_of_the_host(
     assert results[1] is not None
     shares = np.float32(volume == np.arange(4)[:, None, None])
     expected = volume if combine == "soft" else shares
-    assert results[0].core == pytest.approx(expected, abs=1e-6)
-    assert results[1].core == pytest.approx(expected, abs=1e-6)
+    assert results[0][0].core == pytest.approx(expected, abs=1e-6)
+    assert results[1][0].core == pytest.approx(expected, abs=1e-6)
     volume[22, 9] = 4
     assert pipelines[0].start(chunk, [volume])() is None
     errors = []

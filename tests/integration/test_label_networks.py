@@ -260,8 +260,10 @@ def test_classes_must_fit_the_output(
     assert [line.partition(":")[0] for line in problems] == ([key] if key else [])
 
 
-@pytest.mark.parametrize("classes", [0, 1, 65537, 2.5, True, "five", ["a", "b"]])
-def test_classes_is_a_number_of_at_least_two(tmp_path: Path, classes: Any) -> None:
+@pytest.mark.parametrize("classes", [0, 1, 65537, 2.5, True, "five", ["a"], ["a", "a"]])
+def test_classes_are_a_number_of_at_least_two_or_different_names(
+    tmp_path: Path, classes: Any
+) -> None:
     with pytest.raises(JobError) as caught:
         parse_job(job_values(numpy_keys(tmp_path, "x"), classes=classes))
     [line] = caught.value.problems

@@ -15,6 +15,7 @@ from chunkq.job import output as output_module
 from chunkq.job.job_handle import ItemHandle
 from chunkq.job.ledger import ItemLedger, Ledger
 from chunkq.job.output import ImageOutput, Output
+from chunkq.job.output_handle import OutputHandle
 from chunkq.job.tasks import Task
 from chunkq.queue.contract.executor import Attempt
 from chunkq.stages.finalize import FinalizeStage
@@ -109,7 +110,7 @@ def test_a_worker_whose_job_is_replaced_while_it_computes_writes_nothing(
 @pytest.mark.parametrize("is_open", [True, False], ids=["output-open", "output-not-yet-open"])
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(ItemHandle, "write"), (ItemLedger, "put_piece")],
+    [(OutputHandle, "write"), (ItemLedger, "put_piece")],
     ids=["write", "put_piece"],
 )
 def test_a_worker_suspended_before_it_writes_does_not_change_the_new_job(
@@ -132,7 +133,7 @@ def test_a_worker_suspended_before_it_writes_does_not_change_the_new_job(
 
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(ItemLedger, "get_piece"), (ItemHandle, "write")],
+    [(ItemLedger, "get_piece"), (OutputHandle, "write")],
     ids=["get_piece", "write"],
 )
 def test_a_finalizer_suspended_in_a_block_does_not_change_the_new_job(

@@ -23,7 +23,7 @@ FAULTS = (
     ),
     Fault(
         "all-items-written-to-one-point",
-        "chunkq/job/job_handle.py",
+        "chunkq/job/output_handle.py",
         "Box((*point, *inner.start)",
         "Box((*(0 for _ in point), *inner.start)",
         "time points overwrite each other",

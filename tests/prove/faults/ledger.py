@@ -112,7 +112,7 @@ FAULTS = (
     Fault(
         "wrong-chunk-blamed",
         FINALIZE_STAGE,
-        "problems[piece.source] = ",
+        "problems[source] = ",
         "problems[chunk.index] = ",
         "the wrong chunk is computed again, and the damage remains",
         named(RESUME, "missing_or_damaged_piece"),
