@@ -149,6 +149,17 @@ def test_heads_of_one_job_have_the_bytes_of_separate_jobs(
         assert len(expected) > 1
 
 
+def test_a_head_at_half_resolution_has_the_bytes_that_it_has_alone(tmp_path: Path) -> None:
+    coarse = {"coarse": {"head": "aux", "scale": [2, 2]}}
+    files = []
+    for name, more in (("together", {"tissue": OUTPUTS["tissue"]}), ("alone", {})):
+        workspace = workspace_of(tmp_path / name, outputs=coarse | more)
+        run_all(workspace)
+        files.append(files_below(workspace.output / "coarse" / "0"))
+    assert files[0] == files[1]
+    assert zarr.open_array(tmp_path / "together/out.zarr/coarse/0").shape == (16, 11)
+
+
 def test_the_network_runs_once_per_batch_for_all_heads(tmp_path: Path) -> None:
     network = model(tmp_path, "as_dict") | {"stochastic": True}  # no batch is repeated
     workspace = workspace_of(tmp_path, model_config=network)
