@@ -150,7 +150,7 @@ def test_heads_of_one_job_have_the_bytes_of_separate_jobs(
 
 
 def test_a_head_at_half_resolution_has_the_bytes_that_it_has_alone(tmp_path: Path) -> None:
-    coarse = {"coarse": {"head": "aux", "scale": [2, 2]}}
+    coarse = {"coarse": {"head": "aux", "scale": [2, 2], "storage_chunks": [3, 3]}}
     files = []
     for name, more in (("together", {"tissue": OUTPUTS["tissue"]}), ("alone", {})):
         workspace = workspace_of(tmp_path / name, outputs=coarse | more)
