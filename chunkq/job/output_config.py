@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
@@ -330,15 +330,3 @@ def class_count(classes: int | tuple[str, ...] | None) -> int | None:
 def class_names(classes: int | tuple[str, ...] | None) -> tuple[str, ...]:
     """Return the names of classes; empty without any."""
     return classes if isinstance(classes, tuple) else ()
-
-
-def unsupported_problems(prefix: str, keys: Mapping[str, Any]) -> list[str]:
-    """Return a line for each key, of a job or an output, that this version does not have.
-
-    `keys` are values by name; those that are None are not set. `prefix` is that of their paths.
-    """
-    return [
-        f"{prefix}{name}: unsupported in this version; remove it"
-        for name in ("head",)
-        if keys.get(name) is not None
-    ]
