@@ -180,7 +180,15 @@ def test_workers_write_the_levels_before_the_job_is_finalized(tmp_path: Path) ->
     stage = stage_of("downsample")
     assert set(workspace.ledger.committed("downsample")) == set(stage.chunks(item))
     written = workspace.done("downsample")
+    status = workspace.status()
+    assert status["level_parts_done"] == status["level_parts"] == len(written)
+    text = f"{len(written)}/{len(written)} parts of pyramids"
+    assert text in workspace.call("status", workspace.output).ok().out
     workspace.finalize().ok()
+    report = workspace.report()
+    assert report["levels"]["tasks"] == report["levels"]["planned"] == len(written)
+    for kind in ("levels", "level_below"):
+        assert report["bytes"][kind] == report["planned_bytes"][kind] > 0
     assert workspace.done("downsample") == written
     one = small_workspace(tmp_path / "one", **AVERAGES)
     run(one)
