@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from chunkq import __version__
 from chunkq.errors import ErrorCode, StoreError
-from chunkq.geometry.axes import Axis, channel_axis, cropped, reduced, with_unique_names
+from chunkq.geometry.axes import Axis, channel_axis, cropped, reduced, scaled, with_unique_names
 from chunkq.job.items import Image
 from chunkq.job.output_documents import ATTRIBUTE, WrittenDocument, parsed, to_text
 from chunkq.job.parent_groups import unlisted_in_groups
@@ -121,8 +121,10 @@ def output_axes(image: Image, plan: Plan) -> tuple[Axis, ...]:
     region of the job.
     """
     channels = [channel_axis(plan.channels)] if plan.channel_axis else []
-    region = plan.region
-    spatial = map(cropped, image.spatial_axes, region.start, region.stop)
+    region, spatial_axes = plan.region, image.spatial_axes
+    if plan.grid.scale is not None:
+        spatial_axes = tuple(map(scaled, spatial_axes, plan.grid.scale))
+    spatial = map(cropped, spatial_axes, region.start, region.stop)
     return with_unique_names([*image.series_axes, *channels, *spatial])
 
 
@@ -344,6 +346,17 @@ class ImageOutput:
             for name, final in zip(self._names, finals, strict=True)
         )
 
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """The axes of level 0."""
+        plan = self._record.image_plan(self._image).of_output(self._number)
+        return output_axes(self._image, plan)
+
+    @property
+    def present_path(self) -> str:
+        """Path of the folder of level 0 now."""
+        return join(self.path, self._current_names[0])
+
     def array_folder(self, level: int = 0) -> str:
         """Return the name in the output of the folder of an array, while the job runs."""
         return _below(self._folder, self._names[level])
@@ -364,7 +377,7 @@ class ImageOutput:
 
     def open_present(self) -> Array:
         """Open the array of level 0 for reading, sealed or not. Raises StoreError."""
-        return ZarrFormat().open(join(self.path, self._current_names[0]), {})
+        return ZarrFormat().open(self.present_path, {})
 
     def check(self, name: str) -> None:
         """Raise StoreError unless the array's metadata are those that were created.
