@@ -25,6 +25,7 @@ from tests.harness.small_job import small_workspace
 from tests.harness.volumes import random_volume, write_zarr
 from tests.harness.waiting import wait_until
 from tests.harness.workspace import Workspace, run_inline, run_tasks
+from tests.integration.test_outputs import scaled_workspace
 from tests.reference import reduce_cells
 
 Voxels = npt.NDArray[Any]
@@ -165,6 +166,27 @@ def test_each_output_of_a_job_has_levels_by_its_own_method(tmp_path: Path) -> No
     for name, method in {"tissue": "mode", "mean": "mean", "one": "mean"}.items():
         assert_pyramid(levels(workspace.output / name), method)
     assert {chunk[0] for chunk in workspace.ledger.committed("downsample")} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("roi", [None, [[16, None], [2, 21]]])
+def test_outputs_of_another_resolution_have_levels_and_shards_of_their_own(
+    tmp_path: Path, roi: Any
+) -> None:
+    outputs = {
+        "coarse": {"channels": 0, "scale": [2, 2], "storage_chunks": [2, 2]},
+        "shards": {"channels": 1, "scale": [2, 2], "storage_chunks": [2, 2]},
+        "tissue": {"combine": "soft", "scale": [2, 2], "storage_chunks": [8, 8]},
+    }
+    outputs["shards"]["storage_shards"] = [4, 8]
+    workspace = scaled_workspace(tmp_path, "pyramid", outputs, pyramid={"levels": 3}, roi=roi)
+    run(workspace)
+    for name, method in {"coarse": "mean", "shards": "mean", "tissue": "mode"}.items():
+        stored = levels(workspace.output / name)
+        assert_pyramid(stored, method, 3)
+        image = zarr.open_group(workspace.output / name, mode="r")
+        scales = [d["coordinateTransformations"][0]["scale"] for d in datasets(image)]
+        assert scales == [[2.0, 2.0], [4.0, 4.0], [8.0, 8.0]]
+        assert image["0"].shards == ((4, 8) if name == "shards" else None)
 
 
 def voxels(workspace: Workspace) -> dict[str, bytes]:
