@@ -169,6 +169,11 @@ class Output:
         return self._by_image[image.number]
 
     @property
+    def path(self) -> str:
+        """Path of the store."""
+        return self._path
+
+    @property
     def has_final_name(self) -> bool:
         """Whether an array was renamed to its final name."""
         return any(image.has_final_name for image in self._images)

@@ -405,7 +405,7 @@ class Predictor:
             )
         check_progress(progress)
         output = os.fspath(output)
-        check_new_output(output, Path.cwd())
+        check_new_output(output, Path.cwd(), zarr_only=True)
         selection = self._selection(axes, channels, time)
         request = self._request(volume, selection, mask)  # raises before an array is copied
         inputs, masked = request.inputs, request.mask
