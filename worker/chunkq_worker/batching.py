@@ -36,6 +36,7 @@ from chunkq_worker.batch_layout import BatchLayout
 from chunkq_worker.cancellation import check_stopped
 from chunkq_worker.label_outputs import check_output_dtype, invalid_labels
 from chunkq_worker.output_checks import OutputChecks
+from chunkq_worker.resolution_check import check_resolution
 from chunkq_worker.runtimes.base import BatchFeed, Runtime, not_real, real_numbers
 from chunkq_worker.runtimes.item_shapes import output_shapes
 from chunkq_worker.shape_texts import ShapeTexts
@@ -197,6 +198,9 @@ class Batcher:
                 predictions = self._to_predictions(outputs, batch, halos, origin)
             self.patches_run += len(batch)
             yield batch, predictions
+        if patches and self.checks is not None and not self.checks.is_resolution_checked:
+            self.checks.is_resolution_checked = True  # last, since noise replaces the predictions
+            check_resolution(self.raw, self._plan, patches[0], halos)
 
     def check_input(
         self, halos: Halos, origin: Sequence[int], patches: Sequence[Patch] | None = None

@@ -36,6 +36,7 @@ class OutputChecks:
     """Checks of one network in this process; all its batchers share them.
 
     `repeats` is the number of repetitions of a batch. `is_stochastic` permits that outputs differ.
+    `is_resolution_checked` is set by the batcher that has checked the resolution of the outputs.
     `warnings` collects what the checks found and a job may nevertheless do. `report` is called with
     each of them.
     """
@@ -47,6 +48,7 @@ class OutputChecks:
         self.warnings: list[str] = []
         self.report: Callable[[str], None] = log.warning
         self.is_repeated = is_stochastic
+        self.is_resolution_checked = False
         self._outputs = tuple(outputs)
         self._labels = [LabelDetector(output) for output in outputs]
         self._states: tuple[Any, ...] = ()
