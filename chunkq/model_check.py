@@ -48,23 +48,24 @@ class MemoryCheck:
 class ValueCheck:
     """Smallest and largest finite values of one batch of patches.
 
-    `input_range` is that of what the network receives, after preprocessing, and `output_range` that
-    of what it returns, before any activation. They are None if there are no such values. `warnings`
-    are lines about what the values suggest.
+    `input_range` is that of what the network receives, after the steps of `has_preprocessing`, and
+    `output_range` that of what it returns, before any activation. They are None if there are no such
+    values. `warnings` are lines about what the values suggest.
     """
 
     input_range: tuple[float, float] | None = None
     output_range: tuple[float, float] | None = None
     warnings: tuple[str, ...] = ()
+    has_preprocessing: bool = True
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the ranges as pairs of a label and a text."""
         spans = (
-            ("input range", self.input_range, "after preprocessing"),
-            ("output range", self.output_range, "before any activation"),
+            ("input range", self.input_range, ", after preprocessing" * self.has_preprocessing),
+            ("output range", self.output_range, ", before any activation"),
         )
         return [
-            (label, f"{span[0]:.4g} to {span[1]:.4g}, {when}")
+            (label, f"{span[0]:.4g} to {span[1]:.4g}{when}")
             for label, span, when in spans
             if span is not None
         ]

@@ -153,7 +153,7 @@ class Batcher:
         """Return the error for a network that fails; its cause is `error`."""
         failed = ModelError(
             f"{source_of(error)} raised {type(error).__name__} on {batch}: "
-            f"{_end_of(str(error))}; {self._texts.wrong_input(self.size)}"
+            f"{_end_of(str(error))}; {self._texts.wrong_input(self.size, error)}"
         )
         failed.__cause__ = error
         return failed
