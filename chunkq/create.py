@@ -20,12 +20,14 @@ from chunkq.job.job_path import job_folder_of
 from chunkq.job.known_empty import MISSING, EmptyFinder, KnownEmpty, has_known_empty
 from chunkq.job.mask_source import check_mask_times, find_mask, mask_doubts, nothing_inside
 from chunkq.job.output import new_record
+from chunkq.job.pyramids import pyramid_doubts, pyramids_of
 from chunkq.job.record import KEYS_WITHOUT_EFFECT, JobRecord
 from chunkq.job.tasks import JobId
 from chunkq.job.user_code import load_blend_weights
 from chunkq.paths import is_url, is_web, open_filesystem, without_secret
 from chunkq.plan.item_tasks import ItemTasks
 from chunkq.plan.plan import Costs, Plan, total_costs
+from chunkq.plan.pyramid import Pyramid
 from chunkq.stages.completion import chunks_of, job_completion
 from chunkq.storage.images import ImageSource
 from chunkq.storage.objects import ObjectFolder
@@ -60,6 +62,14 @@ class CheckedJob:
         """What is known of empty chunks of each item; None if nothing can be."""
         finder = EmptyFinder(self.record)
         return [finder.find(item) for item in self.record.items]
+
+    @cached_property
+    def pyramids(self) -> list[tuple[Pyramid, ...]]:
+        """The pyramid of each output, for each item; empty if the job has none."""
+        return [
+            pyramids_of(self.record.job, item.image, tasks)
+            for item, tasks in zip(self.record.items, self.tasks, strict=True)
+        ]
 
     @property
     def all_warnings(self) -> tuple[str, ...]:
@@ -114,7 +124,8 @@ def check_job(
                 f"output: {without_secret(job.output)} would overwrite the {name} "
                 f"{without_secret(source.path)}; choose another output"
             )
-    checked = CheckedJob(record, plans, (*_warnings(sources), *doubts[:1]))
+    doubts = [*doubts[:1], *pyramid_doubts(job, plans[0])]
+    checked = CheckedJob(record, plans, (*_warnings(sources), *doubts))
     if job.skip_empty == MISSING:
         _ = checked.known_empty  # refused before work starts if storage chunks cannot be listed
     return checked

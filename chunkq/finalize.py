@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from typing import Any
@@ -32,6 +32,7 @@ FINALIZER_BYTES = 2 << 30
 """Memory limit (bytes) for blocks that are finalized concurrently; one block may exceed it."""
 FINALIZER_THREADS = 4
 """Maximum number of blocks that are finalized concurrently by default."""
+RECORD_DAMAGED = "a commit record is damaged"
 Lost = dict[tuple[int, Index], str]
 """Item and chunk of each lost result, with the reason."""
 ValidCommits = defaultdict[tuple[int, str], set[Index]]
@@ -73,11 +74,11 @@ def finalize_job(
             return succeeded
 
         completion = completion.complete(run)
-    with job.check_replaced_on_error():
-        _raise_if_lost(job, lost)
-        if not missing:
-            _raise_if_left(completion)
-        return _seal(completion, missing, warnings)
+        with job.check_replaced_on_error():
+            _raise_if_lost(job, lost)
+            if not missing:
+                _raise_if_left(completion)
+            return _seal(completion, missing, warnings, run)
 
 
 def _run_tasks(
@@ -151,13 +152,27 @@ def max_concurrent_blocks(job: JobHandle) -> int:
     return max(1, min(FINALIZER_THREADS, FINALIZER_BYTES // max(1, largest)))
 
 
-def _seal(completion: JobCompletion, missing: Pending, warnings: Sequence[str]) -> dict[str, Any]:
-    """Verify the commit records, seal the output unless chunks are missing, write the report."""
+def _seal(
+    completion: JobCompletion,
+    missing: Pending,
+    warnings: Sequence[str],
+    run: Callable[[Stage, Pending], Pending],
+) -> dict[str, Any]:
+    """Verify the commit records, seal the output unless chunks are missing, write the report.
+
+    `run` runs tasks whose commit record is damaged, and that can run again by themselves.
+    """
     job, valid = completion.job, ValidCommits(set)
     seams = [] if missing else measure_seams(job)
     warnings = [*warnings, *(seam.warning for seam in seams if seam.is_visible)]
     report = _report(job, valid, missing, warnings, seams)
-    _check_records(completion, valid)
+    if again := _check_records(completion, valid):
+        for stage, tasks in again:
+            run(stage, tasks)
+        valid = ValidCommits(set)
+        report = _report(job, valid, missing, warnings, seams)
+        damaged = [task for _, tasks in _check_records(completion, valid) for task in tasks]
+        _raise_if_lost(job, {(i.number, chunk): RECORD_DAMAGED for i, chunk in damaged})
     if missing:
         job.output.mark_incomplete(check_unchanged=job.check_unchanged)
     else:
@@ -169,27 +184,37 @@ def _seal(completion: JobCompletion, missing: Pending, warnings: Sequence[str]) 
     return report
 
 
-def _check_records(completion: JobCompletion, valid: ValidCommits) -> None:
-    """Delete damaged commit records and raise IncompleteError if there are any.
+def _check_records(
+    completion: JobCompletion, valid: ValidCommits
+) -> list[tuple[Stage, list[tuple[ItemHandle, Index]]]]:
+    """Delete damaged commit records; return the tasks that must run again by themselves.
 
     `completion` lists the tasks that have no record. Another task without a valid record must run
     again, and with it those that `Stage.needs_again` names. The commit records of these are
-    deleted, too.
+    deleted, too. IncompleteError is raised if a worker must run one of them.
     """
     job, lost = completion.job, Lost()
+    again: list[tuple[Stage, list[tuple[ItemHandle, Index]]]] = []
     for stage in stages():
         if stage.is_temporary:
             continue
+        tasks: list[tuple[ItemHandle, Index]] = []
         absent = {(item.number, chunk) for item, chunk in completion.pending[stage.kind]}
         for item in job.items:
             for chunk in stage.chunks(item):
                 if chunk in valid[item.number, stage.kind] or (item.number, chunk) in absent:
                     continue
-                for key in (TaskKey(stage.kind, chunk), *stage.needs_again(item, chunk)):
+                sources = stage.needs_again(item, chunk)
+                for key in (TaskKey(stage.kind, chunk), *sources):
                     item.ledger.delete_commits(key.kind, [key.chunk])
                     if stage_of(key.kind).is_queued:
-                        lost[item.number, key.chunk] = "a commit record is damaged"
+                        lost[item.number, key.chunk] = RECORD_DAMAGED
+                if not stage.is_queued and not sources:
+                    tasks.append((item, chunk))
+        if tasks:
+            again.append((stage, tasks))
     _raise_if_lost(job, lost)
+    return again
 
 
 def job_report(job: JobHandle, missing: Pending = ()) -> dict[str, Any]:
@@ -215,6 +240,8 @@ def _report(
         commits.pop("infer"),
         commits.pop("finalize"),
         job.costs,
+        commits.pop("downsample"),
+        [level for item in job.items for pyramid in item.pyramids for level in pyramid.costs],
     )
     chunks = [f.storage_chunks for image in job.record.images for f in job.record.fetches(image)]
     if len(chunks) == len(job.record.sources):

@@ -26,9 +26,11 @@ EXTRAS = {
     "redis": "redis",
     "rq": "redis",
     "s3fs": "s3",
+    "starlette": "view",
     "tensorflow": "tensorflow",
     "tifffile": "tiff",
     "torch": "torch",
+    "uvicorn": "view",
 }
 """Package -> the extra of chunkq that installs it."""
 

@@ -34,6 +34,10 @@ COMMANDS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
             "chunkq_producer.commands.verify:verify",
             "Compare an output with its checksums; repair it.",
         ),
+        "view": (
+            "chunkq_producer.commands.view:view",
+            "Show an output and its input in Neuroglancer.",
+        ),
         "run": ("chunkq_producer.commands.run:run", "Run a whole job on this machine."),
         "convert": (
             "chunkq_producer.commands.convert:convert",

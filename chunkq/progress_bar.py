@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from chunkq.job.events import Event, Message, StageProgress
 from chunkq.terminal import columns, wrapped
+from chunkq.units import duration
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 LINE_INTERVAL_SECONDS = 10.0
 BAR_COLUMNS = 40
+MIN_SECONDS = 1.0
+"""Seconds of a stage after which its speed is known."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,8 @@ class ProgressDisplay:
         self._bar: Progress | None = None
         self._cell_bar: CellBar | None = None
         self._shown = ExitStack()
-        self._last_line = 0.0
+        self._last_line = self._begun = 0.0
+        self._done_before = 0
 
     @cached_property
     def console(self) -> Console:
@@ -142,6 +146,7 @@ class ProgressDisplay:
                 self.print(line)
             case StageProgress(stage):
                 if self.begin(stage):
+                    self._done_before = event.done
                     self._begin_bar(event)
                 self._update(event)
 
@@ -160,7 +165,7 @@ class ProgressDisplay:
             return False
         self._shown.close()
         self._stage, self._bar, self._last_line = stage, None, time.monotonic()
-        self._cell_bar = None
+        self._cell_bar, self._begun = None, time.monotonic()
         return True
 
     def is_line_due(self) -> bool:
@@ -210,4 +215,12 @@ class ProgressDisplay:
         elif self._cell_bar is not None:
             self._cell_bar.update(event)
         elif not is_live(self.console) and event.total is not None and self.is_line_due():
-            self.print(f"{event.stage}: {event.done}/{event.total}")
+            self.print(f"{event.stage}: {event.done}/{event.total}{self._time_left(event)}")
+
+    def _time_left(self, event: StageProgress) -> str:
+        """Return how long the stage will take at the speed so far, for a line; empty if unknown."""
+        seconds, done = time.monotonic() - self._begun, event.done - self._done_before
+        left = (event.total or 0) - event.done
+        if seconds < MIN_SECONDS or done <= 0 or left <= 0:
+            return ""
+        return f", about {duration(seconds * left / done)} left"

@@ -9,6 +9,7 @@ integer per axis each and an exclusive stop. Create a `Setup`, then call `refere
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -427,3 +428,27 @@ def predictor(name: str, channels: int, out_shape: Shape) -> Predict:
     """Return a toy network by name, as the `predict` of `reference`."""
     network = NETWORKS[name](channels)
     return lambda x, _start: network(x, out_shape)
+
+
+def reduce_cells(
+    values: NDArray[Any], factors: Sequence[int], method: Literal["mean", "mode", "nearest"]
+) -> NDArray[Any]:
+    """Return one level of a pyramid from the one below: each cell of the last axes is one voxel.
+
+    A cell has `factors` voxels, fewer at the high side of an axis that they do not divide.
+    """
+    every = (1,) * (values.ndim - len(factors)) + tuple(factors)
+    shape = [math.ceil(n / f) for n, f in zip(values.shape, every, strict=True)]
+    result = np.empty(shape, values.dtype)
+    for index in itertools.product(*map(range, shape)):
+        cell = values[tuple(slice(i * f, i * f + f) for i, f in zip(index, every, strict=True))]
+        flat = cell.ravel().tolist()
+        if method == "nearest":
+            result[index] = flat[0]
+        elif method == "mode":
+            counts = Counter(flat)
+            result[index] = min(v for v, n in counts.items() if n == max(counts.values()))
+        else:
+            mean = np.mean(cell.astype(np.float64))
+            result[index] = np.rint(mean) if values.dtype.kind in "iu" else mean
+    return result

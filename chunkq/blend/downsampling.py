@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise, product
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-Method = Literal["mean", "mode", "nearest"]
+from chunkq.plan.pyramid import Method
+
 SLAB_VOXELS = 1 << 18
 """Cells of which the mode is computed at a time, while they are in the CPU's cache."""
 SUM_DTYPES = {

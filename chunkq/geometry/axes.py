@@ -147,6 +147,19 @@ def cropped(axis: Axis, start: int, stop: int) -> Axis:
     return replace(axis, size=stop - start, translation=axis.translation + start * axis.scale)
 
 
+def reduced(axis: Axis, size: int, factor: int) -> Axis:
+    """Return an axis of `size` voxels, each of which `factor` voxels of this axis become.
+
+    The first voxel is in the middle of those that it is made of.
+    """
+    return replace(
+        axis,
+        size=size,
+        scale=axis.scale * factor,
+        translation=axis.translation + (factor - 1) / 2 * axis.scale,
+    )
+
+
 def looks_like_color(shape: Sequence[int]) -> bool:
     """Return whether the last axis can be colour: 3 or 4 voxels beside two long axes."""
     if len(shape) < 3 or shape[-1] not in COLOR_SIZES:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
+
+from chunkq.geometry.axes import Axis
 
 UNITS: MappingProxyType[str, str] = MappingProxyType(
     {
@@ -68,6 +70,18 @@ def unit_name(name: Any) -> str | None:
     """Return the name of a unit in OME-Zarr; None for none. An unknown name stays unchanged."""
     text = str(name or "").strip()
     return None if text.lower() in NO_UNITS else UNITS.get(text.lower(), text)
+
+
+def voxel_sizes(axes: Sequence[Axis]) -> tuple[float, ...]:
+    """Return the lengths of a voxel along axes in one unit; greater than 0.
+
+    Units that are not all known are taken as equal, and a voxel size of 0 as 1.
+    """
+    sizes = [abs(axis.scale) or 1.0 for axis in axes]
+    meters = [METERS.get(axis.unit or "", 0.0) for axis in axes]
+    if len({axis.unit for axis in axes}) == 1 or not all(meters):
+        return tuple(sizes)
+    return tuple(size * meter for size, meter in zip(sizes, meters, strict=True))
 
 
 def common_unit(

@@ -39,8 +39,9 @@ class GridSpec:
     reach          voxels by which the widest output extends beyond the kept ones on each side; it
                    decides which block owns a patch. None for 0
     alignment      a region that starts at multiples of these has the blocks of the whole image;
-                   None for the storage chunks
+                   None for the shards or storage chunks
     unit           the last patch that `edge` `shift` moves starts at a multiple of this; None for 1
+    shard          shape of a shard of the output, a whole number of storage chunks; None without
     """
 
     shape: Shape
@@ -59,6 +60,7 @@ class GridSpec:
     reach: Shape | None = None
     alignment: Shape | None = None
     unit: Shape | None = None
+    shard: Shape | None = None
 
     @property
     def rank(self) -> int:
@@ -78,8 +80,13 @@ class GridSpec:
         return tuple((p - q) // 2 + m for p, q, m in axes)
 
     @property
+    def written(self) -> Shape:
+        """Shape of what is written at once: a shard, or a storage chunk."""
+        return self.shard or self.storage
+
+    @property
     def is_aligned(self) -> bool:
-        """Whether the region starts at storage chunks of the whole image's output.
+        """Whether the region starts at storage chunks, or shards, of the whole image's output.
 
         Then blocks, and the patches that they own, are those of the whole image. Else blocks start
         at the region's start.
@@ -91,14 +98,16 @@ class GridSpec:
     @property
     def aligned_steps(self) -> Shape:
         """Multiples at which a region starts that has the blocks of the whole image."""
-        return self.alignment or self.storage
+        return self.alignment or self.written
 
-    def of_output(self, scale: Sequence[Fraction], patch: Shape, storage: Shape) -> GridSpec:
+    def of_output(
+        self, scale: Sequence[Fraction], patch: Shape, storage: Shape, shard: Shape | None = None
+    ) -> GridSpec:
         """Return the same patches and blocks in voxels of an output, of which each is `scale` long.
 
-        `patch` is the output patch and `storage` a storage chunk, in voxels of the output. The
-        patches, chunks, margins, steps and the starts of regions of this grid are multiples of
-        `scale`.
+        `patch` is the output patch, `storage` a storage chunk and `shard` a shard, in voxels of the
+        output. The patches, chunks, margins, steps and the starts of regions of this grid are
+        multiples of `scale`.
         """
 
         def scaled(lengths: Shape) -> Shape:
@@ -128,6 +137,7 @@ class GridSpec:
             reach=_unless(0, tuple((w - q) // 2 for w, q in zip(widest, patch, strict=True))),
             alignment=None if (steps := scaled(self.aligned_steps)) == storage else steps,
             unit=_unless(1, scaled(self.unit or (1,) * self.rank)),
+            shard=shard,
         )
 
     @cached_property
@@ -156,7 +166,7 @@ class GridSpec:
             for offset in self.offsets
         )
         return AxisGeometry(
-            self.shape[a], self.chunk[a], self.storage[a], grids, self.pad_mode, low, high
+            self.shape[a], self.chunk[a], self.written[a], grids, self.pad_mode, low, high
         )
 
 

@@ -197,8 +197,8 @@ class AxisGeometry:
     """One axis of the volume: its blocks, and the patches of every grid along it.
 
     Blocks are clipped to the region `[low, high)` of the volume. A block is `chunk` voxels long, a
-    storage chunk of the output `storage` voxels. Invariant: the kept voxels of a patch end in the
-    block that owns it or in the next one.
+    storage chunk or shard of the output `storage` voxels. Invariant: the kept voxels of a patch end
+    in the block that owns it or in the next one.
     """
 
     volume: int

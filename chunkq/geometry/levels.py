@@ -48,9 +48,20 @@ class Level:
         """Return the voxels of a unit."""
         return _tile(index, self.unit) & Box.of_shape(self.shape)
 
-    def writes(self, index: Sequence[int]) -> Iterator[Box]:
-        """Yield the storage units of a unit, which are disjoint and cover it, in C order."""
-        yield from _tiles(self.box(index), self.storage)
+    def writes(self, index: Sequence[int], max_voxels: int) -> Iterator[Box]:
+        """Yield boxes of whole storage units, which are disjoint and cover a unit, in C order.
+
+        Each has at most `max_voxels` voxels, or is one storage unit.
+        """
+        box = self.box(index)
+        start = tuple(low // s for low, s in zip(box.start, self.storage, strict=True))
+        stop = tuple(-(-high // s) for high, s in zip(box.stop, self.storage, strict=True))
+        for part in Box(start, stop).slabs(max(1, max_voxels // prod(self.storage))):
+            corners = (
+                tuple(n * s for n, s in zip(corner, self.storage, strict=True))
+                for corner in (part.start, part.stop)
+            )
+            yield box & Box(*corners)
 
     def source(self, box: Box) -> Box:
         """Return the voxels of the level below from which a box is made."""
@@ -65,7 +76,7 @@ class Level:
             yield from _numbers(box, steps)
 
     def parts(self, box: Box, chunk: Shape, max_voxels: int) -> Iterator[Box]:
-        """Yield disjoint boxes that cover a storage unit, in C order.
+        """Yield disjoint boxes that cover a box of whole storage units, in C order.
 
         The source of each is a whole number of storage chunks, of the shape `chunk`, of the level
         below. It has at most `max_voxels` voxels, or the smallest such number of chunks.

@@ -434,20 +434,25 @@ class Job(Section):
         PyramidConfig | None,
         key_doc(
             "Outputs",
-            "Resolution levels of the output.",
+            "Resolution levels of the output, which viewers need for large volumes. Workers write "
+            "them while the job runs.",
             example={"levels": 5, "method": "mode"},
             unit=None,
             omitted="the full resolution only",
+            see="guides/pyramids.md",
         ),
     ] = None
     storage_shards: Annotated[
         Shape | None,
         key_doc(
             "Outputs",
-            "Size of the Zarr shards of the output along each axis. Only for `zarr_format` 3.",
+            "Size of the Zarr shards of the output along each axis: files that hold many storage "
+            "chunks. A multiple of `storage_chunks` and a divisor of `chunksize`. Only for "
+            "`zarr_format` 3.",
             example=[256, 256, 256],
             unit="voxels",
             omitted="no shards",
+            see="guides/pyramids.md#shards",
         ),
     ] = None
     codec: Annotated[
@@ -1180,6 +1185,8 @@ def _input_problems(job: Job) -> list[str]:
 def _output_problems(job: Job) -> list[str]:
     """Return the problems of the outputs, whatever the network returns."""
     configs = job.output_configs()
+    if job.zarr_format == 2 and any(config.storage_shards for config in configs.values()):
+        return ["storage_shards: Zarr v2 has no shards; remove it, or set zarr_format: 3"]
     if job.outputs is None:
         keys = {**dict(configs[""]), "pyramid": job.pyramid}
         return unsupported_problems("", keys) or value_problems("", configs[""])

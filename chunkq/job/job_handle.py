@@ -22,14 +22,17 @@ from chunkq.errors import (
     QueueError,
     StoreError,
 )
+from chunkq.geometry.box import Box
 from chunkq.job.allowed_paths import with_allowed_files
 from chunkq.job.items import Image, Item
 from chunkq.job.job_folder import JobFolder
 from chunkq.job.known_empty import KnownEmpty, has_known_empty
 from chunkq.job.ledger import ItemLedger, Ledger
+from chunkq.job.level_arrays import LevelArray, level_box
 from chunkq.job.mask_source import mask_of, mask_time
 from chunkq.job.output import Output
 from chunkq.job.output_handle import OutputHandle
+from chunkq.job.pyramids import pyramids_of
 from chunkq.job.record import JobRecord
 from chunkq.job.resolve import empty_rule
 from chunkq.job.task_records import RecentCommits
@@ -38,6 +41,7 @@ from chunkq.paths import without_secret
 from chunkq.plan.item_tasks import ItemTasks
 from chunkq.plan.patch_selection import SkipRules
 from chunkq.plan.plan import Chunk, Costs, Index, Plan, total_costs
+from chunkq.plan.pyramid import Pyramid
 from chunkq.storage.array import Array
 from chunkq.storage.formats.zarr_writing import WritableArray
 from chunkq.storage.images import ImageSource
@@ -203,6 +207,19 @@ class ImageHandle:
         self.job.check_unchanged()
         return tuple(output.open() for output in self.job.output.images_of(self.image))
 
+    def level(self, output: int, number: int) -> WritableArray:
+        """Return the array of a level of an output, to read and write. Raises as `targets`."""
+        key = output, number
+        if key not in self._levels:
+            self.job.check_unchanged()
+            image = self.job.output.image(self.image, output)
+            self._levels[key] = image.open(number) if number else self.targets[output]
+        return self._levels[key]
+
+    @cached_property
+    def _levels(self) -> dict[tuple[int, int], WritableArray]:
+        return {}
+
     def check_inputs(self) -> None:
         """Raise ChunkReadError if an input is missing or was replaced since the job was produced.
 
@@ -263,6 +280,24 @@ class ItemHandle:
         """The chunks and blocks of the item that are tasks."""
         known = self.known_empty
         return ItemTasks(self.plan, None if known is None else known.counts)
+
+    @cached_property
+    def pyramids(self) -> tuple[Pyramid, ...]:
+        """The pyramid of each output; empty if the job has none."""
+        return pyramids_of(self.job.record.job, self.item.image, self.tasks)
+
+    def level(self, output: int, number: int) -> LevelArray:
+        """The array of a level of an output, as the item reads and writes it."""
+        array, view = self.image.level(output, number), self.plan.of_output(output)
+        return LevelArray(array, self.item.point, view.channel_numbers, view.storage_chunks)
+
+    def level_object_names(
+        self, output: int, number: int, box: Box, channel: int | None
+    ) -> Iterator[str]:
+        """Yield the names in the output of the objects of a box of a level, as `object_names`."""
+        stored = self.job.output.image(self.item.image, output)
+        for name in stored.grids[number].names(level_box(self.item.point, box, channel)):
+            yield f"{stored.array_folder(number)}/{name}"
 
     @cached_property
     def known_empty(self) -> KnownEmpty | None:

@@ -3,7 +3,8 @@
 On a local disk the array is named `0.<epoch>` while the job runs, and is renamed to `0` when the
 job is sealed. A suspended process of an earlier job on the same path therefore cannot write into
 the array of a later job. A bucket cannot rename objects. There the first job writes `0`, and a job
-that replaces another one writes `0.<epoch>` and keeps this name.
+that replaces another one writes `0.<epoch>` and keeps this name. The levels of a pyramid have the
+names `1`, `2`, …, and are handled alike.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from typing import Any, NamedTuple
 
 from chunkq import __version__
 from chunkq.errors import ErrorCode, StoreError
-from chunkq.geometry.axes import Axis, channel_axis, cropped, with_unique_names
+from chunkq.geometry.axes import Axis, channel_axis, cropped, reduced, with_unique_names
 from chunkq.job.items import Image
 from chunkq.job.output_documents import ATTRIBUTE, WrittenDocument, parsed, to_text
 from chunkq.job.parent_groups import unlisted_in_groups
+from chunkq.job.pyramids import method_of
 from chunkq.job.record import JobRecord
 from chunkq.job.tasks import EPOCH_DIGITS
 from chunkq.paths import is_url, join, without_secret
@@ -45,7 +47,8 @@ OTHER_FORMAT = {2: ("zarr.json",), 3: (".zgroup", ".zattrs", ".zarray", ".zmetad
 """Zarr format -> documents of the other format in the root of a store."""
 LOCK_AGE = 120.0
 """Age (s) from which a temporary file of tensorstore belongs to a killed writer."""
-EPOCH_NAME = re.compile(rf"{SEALED_NAME}\.[0-9a-f]{{{EPOCH_DIGITS}}}")
+LEVEL_NAME = re.compile(rf"[0-9]+(\.[0-9a-f]{{{EPOCH_DIGITS}}})?")
+"""Name of the array of a level, with or without an epoch."""
 
 
 def new_record(record: JobRecord, *, replaces: bool) -> JobRecord:
@@ -57,29 +60,49 @@ def new_record(record: JobRecord, *, replaces: bool) -> JobRecord:
     has_final_name = is_url(record.job.output) and not replaces
     name = SEALED_NAME if has_final_name else f"{SEALED_NAME}.{epoch}"
     metadata: dict[str, str] = {}
-    for image, plan in _named_plans(record):
-        axes = output_axes(image, plan)
-        leading = (1,) * (len(axes) - plan.rank)
-        chunks = (min(u, v) for u, v in zip(plan.storage_chunks, plan.region.shape, strict=True))
-        documents = array_metadata(
-            name,
-            shape=[axis.size for axis in axes],
-            chunks=(*leading, *chunks),
-            dtype=plan.output_dtype,
-            fill_value=plan.output.fill.item(),
-            zarr_format=record.job.zarr_format,
-            axes=[axis.name for axis in axes] if is_image(axes) else None,
-        )
-        folder = image_folder(image, plan.output.name)
-        metadata |= {_below(folder, path): text for path, text in documents.items()}
+    for image, plan in zip(record.images, record.image_plans(), strict=True):
+        for number, view in enumerate(plan.views):
+            folder = image_folder(image, view.output.name)
+            for level, axes in enumerate(level_axes(record, image, number)):
+                documents = _array_documents(record, view, axes, level_name(name, level))
+                metadata |= {_below(folder, path): text for path, text in documents.items()}
     return replace(record, epoch=epoch, array=name, metadata=metadata)
 
 
-def _named_plans(record: JobRecord) -> Iterator[tuple[Image, Plan]]:
-    """Yield the plan of each output of each image."""
-    for image, plan in zip(record.images, record.image_plans(), strict=True):
-        for view in plan.views:
-            yield image, view
+def _array_documents(
+    record: JobRecord, plan: Plan, axes: Sequence[Axis], name: str
+) -> dict[str, str]:
+    """Return the metadata documents of the array of a level, which has these axes."""
+    leading, shape = (1,) * (len(axes) - plan.rank), [axis.size for axis in axes]
+    spatial = shape[len(leading) :]
+    chunks = [min(u, v) for u, v in zip(plan.storage_chunks, spatial, strict=True)]
+    shards = plan.storage_shards and [
+        min(s, -(-v // u) * u) for s, v, u in zip(plan.storage_shards, spatial, chunks, strict=True)
+    ]
+    return array_metadata(
+        name,
+        shape=shape,
+        chunks=(*leading, *chunks),
+        shards=shards and (*leading, *shards),
+        dtype=plan.output_dtype,
+        fill_value=plan.output.fill.item(),
+        zarr_format=record.job.zarr_format,
+        axes=[axis.name for axis in axes] if is_image(axes) else None,
+    )
+
+
+def level_name(name: str, level: int) -> str:
+    """Return the name of the array of a level, beside level 0 that has this name."""
+    return f"{level}{name.removeprefix(SEALED_NAME)}"
+
+
+def level_axes(record: JobRecord, image: Image, output: int) -> Iterator[tuple[Axis, ...]]:
+    """Yield the axes of the array of an output of an image, and of each level above it."""
+    axes = output_axes(image, record.image_plan(image).of_output(output))
+    yield axes
+    for level in record.levels(image, output):
+        spatial = iter(zip(level.shape, level.total, strict=True))
+        yield tuple(reduced(a, *next(spatial)) if a.kind == "space" else a for a in axes)
 
 
 def image_folder(image: Image, output: str) -> str:
@@ -190,11 +213,8 @@ class Output:
     def unlisted(self) -> list[str]:
         """Return warnings for groups that contain the output and whose readers do not find it."""
         record = self._record
-        final = record.array if is_url(self._path) else SEALED_NAME
-        documents = {
-            name.replace(f"{record.array}/", f"{final}/"): text
-            for name, text in record.metadata.items()
-        }
+        epoch = "" if is_url(self._path) else record.array.removeprefix(SEALED_NAME)
+        documents = {name.replace(f"{epoch}/", "/"): text for name, text in record.metadata.items()}
         return unlisted_in_groups(self._path, record.job.zarr_format, documents)
 
     @property
@@ -231,6 +251,9 @@ class ImageOutput:
         self._objects = ObjectFolder(self.path)
         self._local = not is_url(path)
         self._format = record.job.zarr_format
+        count = len({name.partition("/")[0] for name in self._metadata})
+        self._names = tuple(level_name(record.array, level) for level in range(count))
+        """Names of the arrays of all levels while the job runs."""
 
     def prepare(self, *, anything_done: bool, check_unchanged: Callable[[], None]) -> None:
         """Create the missing parts of the output of a running job; delete those of earlier jobs.
@@ -239,53 +262,64 @@ class ImageOutput:
         replaced, before each change. Raises StoreError if the array's metadata changed, or if the
         array is missing although chunks are committed (`anything_done`).
         """
-        name = self._record.array
-        if not self._exists(name):
+        absent = [name for name in self._names if not self._exists(name)]
+        if absent:
             if anything_done:
                 raise StoreError(
-                    f"output: {without_secret(self.path)}/{name}/{ARRAY[self._format]} is missing "
-                    "although chunks are committed; restore the file, or use --overwrite to start "
-                    "again",
+                    f"output: {without_secret(self.path)}/{absent[0]}/{ARRAY[self._format]} is "
+                    "missing although chunks are committed; restore the file, or use --overwrite "
+                    "to start again",
                     code=ErrorCode.OUTPUT_CHANGED,
                 )
             check_unchanged()
             for document in OTHER_FORMAT[self._format]:
                 self._objects.delete(document)
             self._put(self._metadata)
-        self.check(name)
+        for name in self._names:
+            self.check(name)
         self._delete_stray_arrays(check_unchanged)
         if self._local:
             delete_stale_locks(self.path, time.time() - LOCK_AGE)
         check_unchanged()
-        self._write_group("incomplete", name)
+        self._write_group("incomplete", self._names)
 
     @property
     def has_final_name(self) -> bool:
-        """Whether the array was renamed to its final name."""
-        return self._local and not self._exists(self._record.array) and self._exists(SEALED_NAME)
+        """Whether an array was renamed to its final name."""
+        return any(map(self._was_renamed, range(len(self._names))))
+
+    def _was_renamed(self, level: int) -> bool:
+        final = level_name(SEALED_NAME, level)
+        return self._local and not self._exists(self._names[level]) and self._exists(final)
 
     def unseal(self) -> None:
-        """Rename a sealed array back to the name it has while the job runs.
+        """Rename sealed arrays back to the names they have while the job runs.
 
         Only the process that holds the claim on the job's record may call this: the name `0` has
         no epoch, so the array could otherwise belong to a later job.
         """
-        if self.has_final_name:
-            os.rename(join(self.path, SEALED_NAME), join(self.path, self._record.array))
+        for level, name in enumerate(self._names):
+            if self._was_renamed(level):
+                # A late process of this job may have written under the old name.
+                self._objects.discard(name)
+                os.rename(join(self.path, level_name(SEALED_NAME, level)), join(self.path, name))
 
     @property
     def arrays(self) -> list[StoredArray]:
         """The arrays of the image, where they are now."""
-        folder = _below(self._folder, self._current_name)
-        return [StoredArray(self.array_folder, folder, self.grid)]
+        names = (_below(self._folder, name) for name in self._current_names)
+        folders = map(self.array_folder, range(len(self._names)))
+        return list(map(StoredArray, folders, names, self.grids))
 
     def documents(self, state: str) -> list[WrittenDocument]:
         """Return the metadata documents that an image in this state has."""
-        name = self._current_name
-        group = _written_group(self._format, self._attributes(state, name))
-        created = f"{self._record.array}/"
+        names = self._current_names
+        group = _written_group(self._format, self._attributes(state, names))
+        current = dict(zip(self._names, names, strict=True))
         arrays = {
-            f"{name}/{path.removeprefix(created)}": text for path, text in self._metadata.items()
+            f"{current[name]}/{document}": text
+            for path, text in self._metadata.items()
+            for name, _, document in [path.partition("/")]
         }
         return [
             WrittenDocument(
@@ -297,35 +331,51 @@ class ImageOutput:
         ]
 
     @property
-    def _current_name(self) -> str:
-        """Name of the folder of the array: another one than while the job runs once it is sealed.
+    def _current_names(self) -> tuple[str, ...]:
+        """Names of the folders of the arrays: others than while the job runs once it is sealed.
 
         Judged by the folders, because documents can be missing.
         """
-        name = self._record.array
-        is_renamed = not self._objects.exists(name) and self._objects.exists(SEALED_NAME)
-        return SEALED_NAME if self._local and is_renamed else name
+        finals = (level_name(SEALED_NAME, level) for level in range(len(self._names)))
+        return tuple(
+            final
+            if self._local and not self._objects.exists(name) and self._objects.exists(final)
+            else name
+            for name, final in zip(self._names, finals, strict=True)
+        )
 
     @property
-    def array_folder(self) -> str:
-        """Name in the output of the folder of the array, while the job runs."""
-        return _below(self._folder, self._record.array)
+    def axes(self) -> tuple[Axis, ...]:
+        """The axes of level 0."""
+        plan = self._record.image_plan(self._image).of_output(self._number)
+        return output_axes(self._image, plan)
+
+    @property
+    def present_path(self) -> str:
+        """Path of the folder of level 0 now."""
+        return join(self.path, self._current_names[0])
+
+    def array_folder(self, level: int = 0) -> str:
+        """Return the name in the output of the folder of an array, while the job runs."""
+        return _below(self._folder, self._names[level])
 
     @cached_property
-    def grid(self) -> ObjectGrid:
-        """The objects of the array."""
-        document = self._metadata[f"{self._record.array}/{ARRAY[self._format]}"]
-        return ObjectGrid.of_document(document, self._format)
+    def grids(self) -> tuple[ObjectGrid, ...]:
+        """The objects of the array of each level."""
+        document = ARRAY[self._format]
+        texts = (self._metadata[f"{name}/{document}"] for name in self._names)
+        return tuple(ObjectGrid.of_document(text, self._format) for text in texts)
 
-    def open(self) -> WritableArray:
-        """Open the array of a running job for writing. Raises StoreError if it was changed."""
-        self.check(self._record.array)
-        path = join(self.path, self._record.array)
+    def open(self, level: int = 0) -> WritableArray:
+        """Open an array of a running job for writing. Raises StoreError if it was changed."""
+        name = self._names[level]
+        self.check(name)
+        path = join(self.path, name)
         return ZarrFormat().open_for_writing(path, {ZARR_FORMAT: self._format})
 
     def open_present(self) -> Array:
-        """Open the array for reading, sealed or not. Raises StoreError."""
-        return ZarrFormat().open(join(self.path, self._current_name), {})
+        """Open the array of level 0 for reading, sealed or not. Raises StoreError."""
+        return ZarrFormat().open(self.present_path, {})
 
     def check(self, name: str) -> None:
         """Raise StoreError unless the array's metadata are those that were created.
@@ -334,7 +384,8 @@ class ImageOutput:
         """
         document = ARRAY[self._format]
         stored = parsed(self._objects.get(f"{name}/{document}"))
-        created = json.loads(self._metadata[f"{self._record.array}/{document}"])
+        running = self._names[int(name.partition(".")[0])]
+        created = json.loads(self._metadata[f"{running}/{document}"])
         differences = sorted(
             key
             for key in (stored or {}).keys() | created.keys()
@@ -349,56 +400,66 @@ class ImageOutput:
             )
 
     def check_array(self) -> None:
-        """Raise StoreError unless the array, under its current name, is the one created."""
-        name = self._record.array
-        self.check(name if not self._local or self._exists(name) else SEALED_NAME)
+        """Raise StoreError unless every array, under its current name, is the one created."""
+        for level, name in enumerate(self._names):
+            is_current = not self._local or self._exists(name)
+            self.check(name if is_current else level_name(SEALED_NAME, level))
 
     def mark_incomplete(self, *, check_unchanged: Callable[[], None]) -> None:
         """Write the group metadata of an output that will be read before it is complete."""
         check_unchanged()
-        self._write_group("incomplete", self._record.array)
+        self._write_group("incomplete", self._names)
 
     def seal(self, *, check_unchanged: Callable[[], None]) -> None:
-        """Mark the output as complete; rename a local array to its final name. Idempotent."""
-        name = self._record.array
-        if self._local:
-            if self._exists(name):
+        """Mark the output as complete; rename local arrays to their final names. Idempotent."""
+        names = self._final_names
+        # Level 0 last. A suspended process that finds no voxels under the old name of a level
+        # then writes the next one under its old name, too.
+        for name, final in reversed(list(zip(self._names, names, strict=True))):
+            if self._local and self._exists(name):
                 self.check(name)
                 check_unchanged()
-                self._rename_to_final(name)
-            name = SEALED_NAME
-        self.check(name)
+                self._rename_to_final(name, final)
+            self.check(final)
         self._delete_stray_arrays(check_unchanged)
         if self._local:
-            delete_stale_locks(join(self.path, name))
+            for final in names:
+                delete_stale_locks(join(self.path, final))
         check_unchanged()
-        self._write_group("complete", name)
+        self._write_group("complete", names)
         check_unchanged()  # raises if this process was suspended above and the job was replaced
+
+    @property
+    def _final_names(self) -> tuple[str, ...]:
+        """Names of the arrays of all levels in the sealed output."""
+        if not self._local:
+            return self._names
+        return tuple(level_name(SEALED_NAME, level) for level in range(len(self._names)))
 
     def is_sealed(self) -> bool:
         """Return whether the group metadata mark this job as complete."""
-        return self._is_described("complete", SEALED_NAME if self._local else self._record.array)
+        return self._is_described("complete", self._final_names)
 
-    def _is_described(self, state: str, name: str) -> bool:
+    def _is_described(self, state: str, names: Sequence[str]) -> bool:
         """Return whether the group metadata are those of this job; other keys are ignored."""
         attributes = _group_attributes(self._objects, self._format)
-        return _key_values(attributes) == _key_values(self._attributes(state, name))
+        return _key_values(attributes) == _key_values(self._attributes(state, names))
 
     def _exists(self, name: str) -> bool:
         return self._objects.exists(f"{name}/{ARRAY[self._format]}")
 
-    def _rename_to_final(self, name: str) -> None:
-        final = join(self.path, SEALED_NAME)
-        if os.path.lexists(final) and self._exists(name):
+    def _rename_to_final(self, name: str, final: str) -> None:
+        path = join(self.path, final)
+        if os.path.lexists(path) and self._exists(name):
             raise StoreError(
-                f"output: {final} was created by another job or program; remove it, then run the "
+                f"output: {path} was created by another job or program; remove it, then run the "
                 "command again",
                 code=ErrorCode.OUTPUT_CHANGED,
             )
         try:
-            os.rename(join(self.path, name), final)
+            os.rename(join(self.path, name), path)
         except FileNotFoundError:
-            if not self._exists(SEALED_NAME):  # else another finalizer has renamed it
+            if not self._exists(final):  # else another finalizer has renamed it
                 raise
 
     def _delete_stray_arrays(self, check_unchanged: Callable[[], None]) -> None:
@@ -411,23 +472,29 @@ class ImageOutput:
         self._objects.delete_partial_files()
 
     def _is_stray(self, name: str) -> bool:
-        if name == self._record.array:
-            return self._local and self.has_final_name
-        if name == SEALED_NAME:  # on a local disk it may belong to a later job
-            return not self._local
-        return EPOCH_NAME.fullmatch(name) is not None
+        if name in self._names:
+            return self._local and self._was_renamed(self._names.index(name))
+        if LEVEL_NAME.fullmatch(name) is None:
+            return False
+        if "." in name:
+            return True
+        # On a local disk it may belong to a later job, and beside `0` to the user.
+        return not self._local and self._record.array != SEALED_NAME
 
-    def _write_group(self, state: str, name: str) -> None:
+    def _write_group(self, state: str, names: Sequence[str]) -> None:
         """Write the group metadata unless they are current; keep the user's attributes."""
-        if not self._is_described(state, name):
-            self._put(_group_documents(self._objects, self._format, self._attributes(state, name)))
+        if not self._is_described(state, names):
+            attributes = self._attributes(state, names)
+            self._put(_group_documents(self._objects, self._format, attributes))
 
-    def _attributes(self, state: str, name: str) -> dict[str, Any]:
+    def _attributes(self, state: str, names: Sequence[str]) -> dict[str, Any]:
         """Return the group attributes that chunkq writes: `chunkq` and OME-Zarr metadata."""
         record = self._record
-        status = _status(record, state) | {"array": name}
+        status = _status(record, state) | {"array": names[0]}
         plan = record.image_plan(self._image).of_output(self._number)
-        image = image_metadata(output_axes(self._image, plan), self._format, name)
+        axes = level_axes(record, self._image, self._number)
+        method = method_of(record.job, plan.output) if len(names) > 1 else None
+        image = image_metadata(dict(zip(names, axes, strict=True)), self._format, method)
         if image and plan.output.class_names and not plan.output.is_average:
             labels = label_metadata(plan.output.class_names, self._format)
             image |= labels | {"ome": image["ome"] | labels["ome"]} if "ome" in image else labels
@@ -562,7 +629,7 @@ def _key_values(attributes: dict[str, Any]) -> tuple[Any, ...]:
     status = status if isinstance(status, dict) else {}
     ome = attributes.get("ome", attributes)
     try:
-        path = ome["multiscales"][0]["datasets"][0]["path"]
+        paths = [dataset["path"] for dataset in ome["multiscales"][0]["datasets"]]
     except (KeyError, IndexError, TypeError):
-        path = None
-    return path, *(status.get(key) for key in ("state", "array", "digest", "epoch"))
+        paths = []
+    return paths, *(status.get(key) for key in ("state", "array", "digest", "epoch"))

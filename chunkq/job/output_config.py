@@ -363,8 +363,6 @@ def unsupported_problems(prefix: str, keys: Mapping[str, Any]) -> list[str]:
             "scale",
             "range",
             "activation_after",
-            "pyramid",
-            "storage_shards",
             "codec",
         )
         if keys.get(name) is not None

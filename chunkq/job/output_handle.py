@@ -87,8 +87,8 @@ class OutputHandle:
         if not box.size:
             return
         image = self.image
-        for name in image.grid.names(self._stored_box(box)):
-            yield f"{image.array_folder}/{name}"
+        for name in image.grids[0].names(self._stored_box(box)):
+            yield f"{image.array_folder()}/{name}"
 
     def _stored_box(self, box: Box) -> Box:
         """Return the box of the stored array that has a box of voxels of the item."""

@@ -12,9 +12,11 @@ from typing import Any
 
 from chunkq import __version__, json_values
 from chunkq.errors import ChunkqError, ErrorCode, JobError, StoreError
+from chunkq.geometry.levels import Level
 from chunkq.job.file_hashes import changed_files, hash_files
 from chunkq.job.items import Image, Item, images_of, items_of, largest_image
 from chunkq.job.job_file import Job, parse_job
+from chunkq.job.pyramids import levels_of, pyramid_problems
 from chunkq.job.resolve import resolve
 from chunkq.job.tasks import EPOCH_DIGITS
 from chunkq.paths import without_secret
@@ -149,15 +151,23 @@ class JobRecord:
 
     def image_plans(self) -> list[Plan]:
         """Return a plan for each image. Raises JobError with the problems of all images."""
-        plans, problems = [], []
+        plans: list[Plan] = []
+        problems: list[str] = []
         for image in self.images:
             try:
-                plans.append(self.image_plan(image))
+                plan = self.image_plan(image)
+                plans.append(plan)
+                found = pyramid_problems(self.job, image, plan)
             except JobError as error:
-                problems += [line for line in error.problems if line not in problems]
+                found = list(error.problems)
+            problems += [line for line in found if line not in problems]
         if problems:
             raise JobError(problems)
         return plans
+
+    def levels(self, image: Image, output: int = 0) -> tuple[Level, ...]:
+        """Return the levels above level 0 of an output of an image."""
+        return levels_of(self.job, image, self.image_plan(image), output)
 
     def plans(self) -> list[Plan]:
         """Return the plans of all items. Raises JobError with the problems of all images."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from math import lcm, prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from chunkq.job.axis_order import (
 from chunkq.job.fields import MAX_INTEGER, Below, bounds_of, printed_bounds
 from chunkq.job.job_file import Job
 from chunkq.job.output_specs import MAX_PATCH_VALUES, NetworkOutput, ResolvedOutput
-from chunkq.plan.chunk_choice import choose_chunks, storage_edge
+from chunkq.plan.chunk_choice import choose_chunks, inner_chunk, storage_edge
 from chunkq.plan.empty_rule import EmptyRule
 from chunkq.plan.plan import Plan, Volume
 from chunkq.storage.remedies import JOB_FILE, Remedies
@@ -160,6 +160,7 @@ def _length_problems(job: Job, volume: Volume, path: str, remedies: Remedies) ->
         "strides": job.strides,
         "margin": job.margin,
         "storage_chunks": job.storage_chunks,
+        "storage_shards": job.storage_shards,
         "roi": job.roi,
     }
     lists |= {f"offsets.{i}": offset for i, offset in enumerate(job.offsets)}
@@ -421,24 +422,27 @@ class _Shapes:
         # are not skipped, so with such patches a chunk computes all of its batches.
         skips = job.mask is not None or job.skip_empty is not None
         batch = MAX_INTEGER if skips else job.model.max_batch_size
-        grid, storages = self._with_chunks(spec)
+        grid, stored = self._with_chunks(spec)
         grid = replace(grid, region=region, batch=batch)
         specs = [output.spec() for output in self.outputs]
         if len(specs) > 1:
             specs = [
-                spec if storage == grid.storage else replace(spec, storage=storage)
-                for spec, storage in zip(specs, storages, strict=True)
+                spec
+                if one == _Stored(grid.storage, grid.shard)
+                else replace(spec, storage=one.chunk, shard=one.shard or ())
+                for spec, one in zip(specs, stored, strict=True)
             ]
         return Plan(self.volume, grid, tuple(specs))
 
-    def _with_chunks(self, spec: GridSpec) -> tuple[GridSpec, list[Shape]]:
-        """Return the geometry with the shapes of chunks, and the storage chunks of each output.
+    def _with_chunks(self, spec: GridSpec) -> tuple[GridSpec, list[_Stored]]:
+        """Return the geometry with the shapes of chunks, and what each output stores.
 
-        They are chosen where they are not set. Storage chunks of the geometry are the smallest that
-        all those of the outputs divide.
+        Shapes are chosen where they are not set. Those of the geometry are the smallest that all
+        those of the outputs divide.
         """
-        chunks, set_storages = self.job.chunksize, [o.config.storage_chunks for o in self.outputs]
-        common = _common_multiple([one for one in set_storages if one is not None])
+        configs = [output.config for output in self.outputs]
+        written = [config.storage_shards or config.storage_chunks for config in configs]
+        chunks, common = self.job.chunksize, _common_multiple([w for w in written if w is not None])
         chosen = common
         if chunks is None:
             # Not the input's dtype: the same voxels in another format have the same chunks.
@@ -449,9 +453,26 @@ class _Shapes:
             default = tuple(storage_edge(c, spec.rank) for c in chunks)
         else:
             default = chosen
-        storages = [default if one is None else one for one in set_storages]
-        storage = _common_multiple(storages) or chunks
-        return replace(spec, chunk=chunks, storage=storage), storages
+        stored = [
+            _Stored(config.storage_chunks or default, None)
+            if config.storage_shards is None
+            else _Stored(
+                config.storage_chunks or inner_chunk(config.storage_shards), config.storage_shards
+            )
+            for config in configs
+        ]
+        storage = _common_multiple([one.chunk for one in stored]) or chunks
+        shard = None
+        if any(one.shard for one in stored):
+            shard = _common_multiple([one.shard or one.chunk for one in stored])
+        return replace(spec, chunk=chunks, storage=storage, shard=shard), stored
+
+
+class _Stored(NamedTuple):
+    """Shapes of a storage chunk and of a shard of an output, None without shards."""
+
+    chunk: Shape
+    shard: Shape | None
 
 
 def _common_multiple(shapes: Sequence[Shape]) -> Shape | None:
@@ -473,9 +494,16 @@ def _chunk_problems(grid: GridSpec, source: str, prefix: str) -> list[str]:
                 f"({kept} in {source}); use at least {min(kept, axis.volume)}"
             )
         if axis.chunk < axis.volume and axis.chunk % axis.storage:
+            key = "storage_chunks" if grid.shard is None else "storage_shards"
             problems.append(
-                f"{prefix}storage_chunks: {axis.storage} along axis {number} does not divide the "
-                f"chunk ({axis.chunk}); use a divisor of {axis.chunk}"
+                f"{prefix}{key}: {axis.storage} along axis {number} does not divide the chunk "
+                f"({axis.chunk}); use a divisor of {axis.chunk}"
+            )
+        if axis.storage % grid.storage[number]:
+            problems.append(
+                f"{prefix}storage_shards: {axis.storage} along axis {number} is not a multiple of "
+                f"the storage chunk ({grid.storage[number]}); use a multiple of "
+                f"{grid.storage[number]}"
             )
     return problems
 

@@ -85,6 +85,11 @@ def storage_edge(chunk: int, rank: int) -> int:
     return min(_divisors(chunk), key=lambda d: (abs(log(d / target)), -d))
 
 
+def inner_chunk(shard: Shape) -> Shape:
+    """Return the default shape of the storage chunks of a shard: divisors near the usual edge."""
+    return tuple(_largest_divisor(length, STORAGE_EDGE[len(shard)]) for length in shard)
+
+
 def _divisors(number: int) -> set[int]:
     small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
     return {*small, *(number // d for d in small)}

@@ -97,6 +97,15 @@ class ItemTasks:
             pieces + (interior - core) * output.voxel_bytes,
         )
 
+    def is_written(self, index: Index) -> bool:
+        """Return whether a block is one that a task writes."""
+        return self.is_task(index) or (self.plan.has_band(index) and bool(self.contributors(index)))
+
+    @cached_property
+    def written_blocks(self) -> Bools | None:
+        """Which blocks tasks write, of the shape of `plan.index_bounds`; None if all are."""
+        return None if self.counts is None else self._is_task | self._is_finalized
+
     @cached_property
     def _is_task(self) -> Bools:
         if self.counts is None:

@@ -58,6 +58,7 @@ class OutputSpec:
 
     patch             shape of the output patch, in voxels of the output
     storage           shape of a storage chunk, in voxels of the output
+    shard             shape of a shard, in voxels of the output
     scale             voxels of the input per voxel of the output
     """
 
@@ -78,6 +79,7 @@ class OutputSpec:
     class_names: tuple[str, ...] = ()
     patch: tuple[int, ...] = ()
     storage: tuple[int, ...] = ()
+    shard: tuple[int, ...] = ()
     scale: tuple[Fraction, ...] = ()
 
     @property

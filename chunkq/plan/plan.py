@@ -266,18 +266,19 @@ class Plan:
         return tuple(map(self._view, self.outputs))
 
     def _view(self, output: OutputSpec) -> Plan:
-        is_own = bool(output.patch or output.storage or output.scale)
+        is_own = bool(output.patch or output.storage or output.shard or output.scale)
         if len(self.outputs) == 1 and not is_own:
             return self
         grid = self.grid.of_output(
             output.scale or (Fraction(1),) * self.rank,
             output.patch or self.output_patch,
             output.storage or self.storage_chunks,
+            output.shard or (None if output.storage else self.grid.shard),
         )
         if grid == self.grid:
             grid = self.grid
         volume = replace(self.volume, shape=grid.shape)
-        return Plan(volume, grid, (replace(output, patch=(), storage=(), scale=()),))
+        return Plan(volume, grid, (replace(output, patch=(), storage=(), shard=(), scale=()),))
 
     def own_patches(self, plan: Plan, patches: Sequence[Patch]) -> Sequence[Patch]:
         """Return patches of a plan with the boxes that they have in this plan, a view of it."""
@@ -325,6 +326,11 @@ class Plan:
         return self.output.channel_axis
 
     @property
+    def channel_numbers(self) -> tuple[int | None, ...]:
+        """The numbers of the channels of the only output; one None if it has no channel axis."""
+        return tuple(range(self.channels)) if self.channel_axis else (None,)
+
+    @property
     def rank(self) -> int:
         """Number of spatial axes."""
         return len(self.axes)
@@ -338,6 +344,11 @@ class Plan:
     def storage_chunks(self) -> tuple[int, ...]:
         """Shape of an output storage chunk along the spatial axes."""
         return self.grid.storage
+
+    @property
+    def storage_shards(self) -> tuple[int, ...] | None:
+        """Shape of a shard of the output along the spatial axes; None without shards."""
+        return self.grid.shard
 
     @property
     def blocks(self) -> tuple[int, ...]:

@@ -31,12 +31,15 @@ class Stage(ABC):
     The results of a temporary stage serve the stage that follows it, and are deleted when the job
     is sealed. Its tasks are complete once those of the stage that follows it are.
 
+    Tasks of a layered stage can wait for tasks of the same stage.
+
     A task writes its results, then its commit record. Running it again writes the same bytes.
     """
 
     kind: ClassVar[str]
     is_queued: ClassVar[bool] = False
     is_temporary: ClassVar[bool] = False
+    is_layered: ClassVar[bool] = False
     after: ClassVar[str | None] = None
 
     @abstractmethod

@@ -24,9 +24,9 @@ NAMES_SHOWN = 20
 def uncommitted(item: ItemHandle, stage: Stage) -> list[Index]:
     """Return the chunks of a stage's tasks without a commit record.
 
-    Makes one listing if the item has tasks of a temporary stage, or one of another stage.
+    Makes one listing if the item has tasks of the stage.
     """
-    if stage.is_temporary and not stage.count(item):
+    if not stage.count(item):
         return []
     committed = item.ledger.committed(stage.kind)
     return [chunk for chunk in stage.chunks(item) if chunk not in committed]
@@ -62,7 +62,7 @@ class JobCompletion:
             (item.number, TaskKey(kind, chunk))
             for kind, tasks in self.pending.items()
             for item, chunk in tasks
-            if kind != stage.kind
+            if stage.is_layered or kind != stage.kind
         }
         if not absent:
             return self.pending[stage.kind]

@@ -8,11 +8,12 @@ from graphlib import CycleError, TopologicalSorter
 from chunkq.errors import ErrorCode, JobError
 from chunkq.extensions import ExtensionPoint
 from chunkq.stages.base import Stage
+from chunkq.stages.downsample import DownsampleStage
 from chunkq.stages.finalize import FinalizeStage
 from chunkq.stages.infer import InferStage
 from chunkq.stages.ingest import IngestStage
 
-BUILT_IN: tuple[type[Stage], ...] = (IngestStage, InferStage, FinalizeStage)
+BUILT_IN: tuple[type[Stage], ...] = (IngestStage, InferStage, FinalizeStage, DownsampleStage)
 EXTENSIONS = ExtensionPoint(
     "chunkq.stages",
     Stage,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from colorsys import hsv_to_rgb
 from typing import Any
 
@@ -159,24 +159,37 @@ def label_metadata(names: Sequence[str], zarr_format: int) -> dict[str, Any]:
     return {"image-label": {"version": "0.4", **label}}
 
 
-def image_metadata(axes: Sequence[Axis], zarr_format: int, path: str) -> dict[str, Any]:
-    """Return the group attributes of an image whose only level is the array `path`.
+def image_metadata(
+    levels: Mapping[str, Sequence[Axis]], zarr_format: int, method: str | None = None
+) -> dict[str, Any]:
+    """Return the group attributes of an image, whose levels have these paths and axes.
 
     They are of OME-Zarr 0.5 for Zarr v3, of 0.4 for v2, and empty if OME-Zarr has no such image.
+    `method` is how a level is made of the one before.
     """
+    axes = next(iter(levels.values()))
     if not is_image(axes):
         return {}
-    transforms: list[dict[str, Any]] = [{"type": "scale", "scale": [axis.scale for axis in axes]}]
-    translation = [axis.translation for axis in axes]
-    if any(translation):
-        transforms.append({"type": "translation", "translation": translation})
     image: dict[str, Any] = {
         "axes": [
             {"name": axis.name, "type": axis.kind} | ({"unit": axis.unit} if axis.unit else {})
             for axis in axes
         ],
-        "datasets": [{"path": path, "coordinateTransformations": transforms}],
+        "datasets": [
+            {"path": path, "coordinateTransformations": _transformations(axes)}
+            for path, axes in levels.items()
+        ],
     }
+    if method is not None:
+        image["type"] = method
     if zarr_format == 3:
         return {"ome": {"version": "0.5", "multiscales": [image]}}
     return {"multiscales": [{"version": "0.4", **image}]}
+
+
+def _transformations(axes: Sequence[Axis]) -> list[dict[str, Any]]:
+    transforms: list[dict[str, Any]] = [{"type": "scale", "scale": [axis.scale for axis in axes]}]
+    translation = [axis.translation for axis in axes]
+    if any(translation):
+        transforms.append({"type": "translation", "translation": translation})
+    return transforms

@@ -14,6 +14,7 @@ from chunkq.job.task_records import Commit
 from chunkq.job.tasks import chunk_name
 from chunkq.plan.footprint import largest_footprint
 from chunkq.plan.plan import Costs, Plan, total_costs
+from chunkq.plan.pyramid import LevelCosts
 from chunkq.queue.contract.executor import WorkerName
 from chunkq.timing.intervals import (
     Intervals,
@@ -32,6 +33,7 @@ from chunkq.timing.timing import (
     Durations,
     Fetching,
     FinalizeTiming,
+    LevelTiming,
     Straggler,
     Stragglers,
     Timeline,
@@ -49,18 +51,24 @@ def aggregate_timing(
     infer: Iterable[Commit],
     finalize: Iterable[Commit] = (),
     costs: Costs | None = None,
+    downsample: Iterable[Commit] = (),
+    levels: Iterable[LevelCosts] = (),
 ) -> Timing:
-    """Return the timing of a job from its commit records of inference and finalizing.
+    """Return the timing of a job from its commit records of inference, finalizing and pyramids.
 
-    `plans` are the plans of its items, `costs` those of its tasks, by default of all chunks. Reads
-    each record once and holds about 50 bytes of it.
+    `plans` are the plans of its items, `costs` those of its tasks, by default of all chunks, and
+    `levels` those of the levels of its pyramids. Reads each record once and holds about 50 bytes
+    of it.
     """
-    chunks, blocks = _Columns(plans), _Columns(plans)
+    chunks, blocks, units = _Columns(plans), _Columns(plans), _Columns(None)
     for commit in infer:
         chunks.add(commit)
     for commit in finalize:
         blocks.add(commit)
-    return _JobTiming(plans, chunks, blocks).timing(costs or total_costs(plans))
+    for commit in downsample:
+        units.add(commit)
+    timing = _JobTiming(plans, chunks, blocks, units)
+    return timing.timing(costs or total_costs(plans), list(levels))
 
 
 @dataclass
@@ -93,11 +101,11 @@ class _Columns:
     """Commit records as columns.
 
     `item` is the number of the item, `flat_index` the C-order index of the chunk. `worker` is a
-    number into `names`, whose totals are in `by_worker`.
+    number into `names`, whose totals are in `by_worker`. Without `plans`, chunks are no blocks.
     """
 
-    def __init__(self, plans: Sequence[Plan]) -> None:
-        self._blocks = [plan.index_bounds.stop for plan in plans]
+    def __init__(self, plans: Sequence[Plan] | None) -> None:
+        self._blocks = [] if plans is None else [plan.index_bounds.stop for plan in plans]
         self.started, self.finished = array("d"), array("d")
         self.stages = {stage: array("f") for stage in STAGES}
         self.flat_index, self.attempt, self.worker = array("q"), array("H"), array("l")
@@ -113,8 +121,9 @@ class _Columns:
             self.by_worker.append(_Totals())
         self.by_worker[number].add(commit)
         flat_index = 0
-        for index, count in zip(commit.chunk, self._blocks[commit.item], strict=True):
-            flat_index = flat_index * count + index
+        if self._blocks:
+            for index, count in zip(commit.chunk, self._blocks[commit.item], strict=True):
+                flat_index = flat_index * count + index
         self.started.append(commit.started)
         # The clock can be set back during a task; its interval must not be negative.
         self.finished.append(max(commit.started, commit.finished))
@@ -133,18 +142,22 @@ class _JobTiming:
     `duration` and `own_duration` are the times `whole` and `own` of `Durations`.
     """
 
-    def __init__(self, plans: Sequence[Plan], chunks: _Columns, blocks: _Columns) -> None:
-        self.plans, self.columns, self.blocks = plans, chunks, blocks
-        begins = [min(c.started) for c in (chunks, blocks) if c.started]
+    def __init__(
+        self, plans: Sequence[Plan], chunks: _Columns, blocks: _Columns, units: _Columns
+    ) -> None:
+        self.plans, self.columns, self.blocks, self.units = plans, chunks, blocks, units
+        begins = [min(c.started) for c in (chunks, blocks, units) if c.started]
         self.origin = min(begins, default=0.0)
         self.start, self.stop = self._intervals(chunks)
         self.block_start, self.block_stop = self._intervals(blocks)
+        self.unit_start, self.unit_stop = self._intervals(units)
         self.stages = {
             stage: np.frombuffer(column, np.float32) if column else np.empty(0, np.float32)
             for stage, column in chunks.stages.items()
         }
         self.worker = np.array(chunks.worker, np.int64)
         self.finalized_by = np.array(blocks.worker, np.int64)
+        self.downsampled_by = np.array(units.worker, np.int64)
         splits = np.searchsorted(np.sort(self.worker), np.arange(1, len(chunks.names)))
         self.rows_by_worker = np.split(np.argsort(self.worker, kind="stable"), splits)
         self.first = float(self.start.min(initial=np.inf)) if len(self.start) else 0.0
@@ -164,17 +177,18 @@ class _JobTiming:
         name = chunk_name(tuple(int(along) for along in index))
         return name if len(self.plans) == 1 else f"{item}/{name}"
 
-    def timing(self, costs: Costs) -> Timing:
+    def timing(self, costs: Costs, levels: Sequence[LevelCosts]) -> Timing:
         """Return the timing of the job, whose tasks have these costs."""
         total = self.columns.total
         workers = {name: self._worker(name) for name in sorted(self.columns.names)}
-        ends = np.concatenate([self.stop, self.block_stop])
-        begins = np.concatenate([self.start, self.block_start])
+        ends = np.concatenate([self.stop, self.block_stop, self.unit_stop])
+        begins = np.concatenate([self.start, self.block_start, self.unit_start])
         wall = float(ends.max(initial=0.0))
         work = max(0.0, self.last - self.first)
         all_voxels = sum(plan.region.size for plan in self.plans)
         voxels = round(all_voxels * total.patches / total_costs(self.plans).patches)
         moved, finalize_moved = total.moved, self.blocks.total.moved
+        units = self.units.total
         in_flight = max((w.chunks_in_flight for w in workers.values()), default=0)
         arrays = largest_footprint(self.plans)
         return Timing(
@@ -200,12 +214,16 @@ class _JobTiming:
                 "output": moved["output"] + finalize_moved["output"],
                 "pieces_written": moved["pieces"],
                 "pieces_read": finalize_moved["pieces_read"],
+                "levels": units.moved["level"],
+                "level_below": units.moved["level_below"],
             },
             planned_bytes={
                 "input": costs.input_bytes,
                 "output": costs.output_bytes,
                 "pieces_written": costs.piece_bytes,
                 "pieces_read": costs.piece_bytes,
+                "levels": sum(level.bytes_written for level in levels),
+                "level_below": sum(level.bytes_read for level in levels),
             },
             peak_rss_bytes=max((w.peak_rss_bytes for w in workers.values()), default=0),
             planned_array_bytes=arrays.peak_bytes(max(1, in_flight)),
@@ -224,6 +242,7 @@ class _JobTiming:
             stragglers=self._stragglers(),
             workers=workers,
             fetching=Fetching(total.requests, moved["fetched"]),
+            levels=LevelTiming(units.count, sum(level.tasks for level in levels), units.busy),
         )
 
     def _intervals(self, columns: _Columns) -> Intervals:
@@ -247,12 +266,14 @@ class _JobTiming:
         first, last = float(start.min()), float(stop.max())
         finalizer = self.blocks.names.get(name, -1)
         block_rows = self.finalized_by == finalizer
+        unit_rows = self.downsampled_by == self.units.names.get(name, -1)
         peaks = [total.peak_rss]
         if finalizer >= 0:
             peaks.append(self.blocks.by_worker[finalizer].peak_rss)
         layers = [
             *(self._stage(stage, rows) for stage in TIME_PARTS[:4]),
             (self.block_start[block_rows], self.block_stop[block_rows]),
+            (self.unit_start[unit_rows], self.unit_stop[unit_rows]),
             (start, stop),
         ]
         seconds = attribute_time(layers, first, last)

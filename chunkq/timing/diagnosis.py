@@ -22,6 +22,7 @@ LOSSES = {
     "read": "waiting for input",
     "write": "waiting for output to be written",
     "finalize": "finalizing blocks",
+    "downsample": "making pyramids",
     "other": "between the stages of a chunk",
     "idle": "waiting for tasks",
     "tail": "waiting for the last worker",
@@ -84,6 +85,10 @@ def _finalize(timing: Timing) -> str:
     return "Blocks overlap a lot. Set a larger `chunksize` or smaller `storage_chunks`."
 
 
+def _downsample(timing: Timing) -> str:
+    return "Making pyramids took long. Put the output on faster storage."
+
+
 def _other(timing: Timing) -> str:
     return (
         "The job folder's storage is slow, or other jobs used the devices. Put the job folder on "
@@ -129,6 +134,7 @@ REMEDIES: MappingProxyType[str, Callable[[Timing], str]] = MappingProxyType(
         "read": lambda timing: _storage(timing, "read"),
         "write": lambda timing: _storage(timing, "write"),
         "finalize": _finalize,
+        "downsample": _downsample,
         "other": _other,
         "idle": _idle,
         "tail": _tail,

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 STAGES = ("read", "wait", "load", "compute", "write")
 """Stages of a chunk, in the order in which it passes them; `wait` is for the device."""
-TIME_PARTS = ("compute", "load", "read", "write", "finalize", "other", "idle")
+TIME_PARTS = (
+    "compute", "load", "read", "write", "finalize", "downsample", "other", "idle",
+)  # fmt: skip
 """Parts of a worker's time. Each moment belongs to the first one that is in progress."""
 BINS = 60
 """Number of bins of a timeline."""
@@ -26,7 +28,8 @@ class Worker:
     shares          shares of its time by `TIME_PARTS`; they add up to 1. `compute`: the device
                     computes. `load`: it loads the network. Otherwise the device is idle while a
                     chunk is read (`read`) or written (`write`), a block is finalized (`finalize`),
-                    another task is in flight (`other`), or no task is in flight (`idle`)
+                    a level of a pyramid is made (`downsample`), another task is in flight
+                    (`other`), or no task is in flight (`idle`)
     tail_seconds    from its end to the end of the job's last chunk; 0 if another chunk was started
                     after it, because the worker was then stopped
     """
@@ -124,6 +127,15 @@ class FinalizeTiming:
 
 
 @dataclass(frozen=True)
+class LevelTiming:
+    """Tasks that made levels of pyramids, those that the plan has, and seconds summed over them."""
+
+    tasks: int = 0
+    planned: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class Fetching:
     """What the workers fetched of the inputs, as far as it is counted.
 
@@ -149,6 +161,8 @@ class Timing:
     voxels                     of the output; each patch stands for an equal part of them
     patches_per_second         speed over `work_seconds`, and so is `voxels_per_second`
     seconds                    seconds by stage, summed over all chunks, and `finalize`
+    bytes                      moved by kind; `levels` and `level_below` are what the levels of
+                               pyramids wrote, and what they read for it
     planned_array_bytes        planned peak of the arrays of `chunks_in_flight` chunks
     one_more_in_flight_bytes   planned increase of that peak per additional chunk in flight
     worker_time_shares         shares of the time and tails of all workers by `TIME_PARTS` and
@@ -186,3 +200,4 @@ class Timing:
     stragglers: Stragglers
     workers: dict[str, Worker]
     fetching: Fetching = Fetching()
+    levels: LevelTiming = LevelTiming()

@@ -5,20 +5,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.geometry.axes import Axis
 from chunkq.paths import without_secret
+from chunkq.plan.pyramid import Method
 from chunkq.storage.array import Voxels
 from chunkq.storage.oriented import Orientation
 from chunkq.writers.blocks import Blocks
 from chunkq.writers.file_space import FileSpace
 
-Method = Literal["mean", "mode", "nearest"]
-"""How a voxel of a level is computed."""
 Report = Callable[[int], None]
 """Receives the number of finished steps."""
 

@@ -13,8 +13,8 @@ import numpy as np
 from typing_extensions import override
 
 from chunkq.blend.downsampling import downsample
-from chunkq.geometry.axes import Axis
-from chunkq.geometry.axis_units import METERS
+from chunkq.geometry.axes import Axis, reduced
+from chunkq.geometry.axis_units import voxel_sizes
 from chunkq.geometry.box import Box
 from chunkq.geometry.levels import Level, pyramid_levels
 from chunkq.storage.array import Array, Voxels
@@ -44,7 +44,7 @@ class PyramidWriter(ExportWriter):
         self.lead = len(self.axes) - self.rank
         self.blocks = tiles(stored.shape, self.dtype.itemsize, chunk)
         spatial = self.axes[self.lead :]
-        sizes = [abs(axis.scale) * METERS.get(axis.unit or "", 1.0) or 1.0 for axis in spatial]
+        sizes = voxel_sizes(spatial)
         storage = self.chunk[self.lead :]
         unit = tuple(UNIT_CHUNKS * edge for edge in storage)
         # `pyramid_levels` divides the unit by the factors of each level.
@@ -79,20 +79,8 @@ class PyramidWriter(ExportWriter):
         """Return the axes of a level. A voxel has the position of its center."""
         if not number:
             return self.axes
-        spatial = [
-            replace(
-                axis,
-                size=size,
-                scale=axis.scale * total,
-                translation=axis.translation + (total - 1) / 2 * axis.scale,
-            )
-            for axis, size, total in zip(
-                self.axes[self.lead :],
-                self.levels[number - 1].shape,
-                self.levels[number - 1].total,
-                strict=True,
-            )
-        ]
+        level = self.levels[number - 1]
+        spatial = map(reduced, self.axes[self.lead :], level.shape, level.total)
         return (*self.axes[: self.lead], *spatial)
 
     @override

@@ -77,14 +77,9 @@ class ZarrWriter(PyramidWriter):
 
     @override
     def _finish(self, path: str) -> None:
-        attributes: dict[str, Any] = image_metadata(self.axes, FORMAT, "0")
-        if attributes:
-            (image,) = attributes["ome"]["multiscales"]
-            for number in range(1, len(self.levels) + 1):
-                level = image_metadata(self.level_axes(number), FORMAT, str(number))
-                image["datasets"] += level["ome"]["multiscales"][0]["datasets"]
-            if self.levels:
-                image["type"] = self.method
+        axes = {str(n): self.level_axes(n) for n in range(len(self.levels) + 1)}
+        method = self.method if self.levels else None
+        attributes: dict[str, Any] = image_metadata(axes, FORMAT, method)
         attributes |= self.image.attributes
         group = {"zarr_format": FORMAT, "node_type": "group", "attributes": attributes}
         ObjectFolder(path).put(DOCUMENT, json.dumps(group, indent=2).encode())

@@ -9,8 +9,8 @@ from chunkq.errors import ChunkqError, ErrorCode
 from chunkq.job.events import Sink, StageProgress, ignore
 from chunkq.job.job_handle import JobHandle
 from chunkq.queue.contract.executor import Executor
+from chunkq.stages.base import Stage
 from chunkq.stages.completion import Pending, check_completion
-from chunkq.stages.registry import stages
 
 log = logging.getLogger("chunkq.queue")
 
@@ -27,16 +27,16 @@ def distribute(
     allow_missing: bool = False,
     emit: Sink = ignore,
 ) -> None:
-    """Submit every block that can be completed and wait until workers have completed them.
+    """Submit every task that can run and that no queue has; wait until workers have run them.
 
-    Raises IncompleteError like `finalize_job`, and ChunkqError if blocks fail on every attempt.
+    Raises IncompleteError like `finalize_job`, and ChunkqError if tasks fail on every attempt.
     """
-    completion = check_completion(job, allow_missing=allow_missing)
-    for stage in stages():
-        if not stage.is_queued:
-            ready = completion.ready(stage)
-            _run_on_workers(job, executor, stage.kind, ready, emit)
-            completion = completion.without(stage, ready)
+
+    def run(stage: Stage, tasks: Pending) -> Pending:
+        _run_on_workers(job, executor, stage.kind, tasks, emit)
+        return tasks
+
+    check_completion(job, allow_missing=allow_missing).complete(run)
 
 
 def _run_on_workers(

@@ -271,7 +271,7 @@ def output_files(output: Path) -> dict[str, bytes]:
     return files | group
 
 
-def run_inline(values: dict[str, Any]) -> tuple[JobHandle, dict[str, Any]]:
+def run_inline(values: dict[str, Any] | Path) -> tuple[JobHandle, dict[str, Any]]:
     """Produce, compute every chunk and finalize in this process; return the job and its report."""
     job = create_job(check_job(load_job(values)))
     run_tasks(job)

@@ -109,6 +109,8 @@ def test_the_measured_figures_match_the_plan(sealed: Workspace) -> None:
         plan["output_bytes"],
         plan["piece_bytes"],
         plan["piece_bytes"],
+        sum(level["bytes"] for level in plan["pyramid"]),
+        sum(level["bytes_read"] for level in plan["pyramid"]),
     )
     for key, expected in zip(figures["bytes"], planned_bytes, strict=True):
         assert figures["planned_bytes"][key] == expected

@@ -14,8 +14,9 @@ from chunkq_worker.run_task import run_task
 
 from chunkq.errors import ErrorCode, IncompleteError, MissingJobError
 from chunkq.finalize import finalize_job
-from chunkq.job.job_handle import ItemHandle, open_job
+from chunkq.job.job_handle import open_job
 from chunkq.job.ledger import ItemLedger
+from chunkq.job.output_handle import OutputHandle
 from chunkq.job.tasks import Task
 from chunkq.queue.backends.sqlite import SqliteExecutor
 from chunkq.queue.contract.executor import Attempt, TaskResult, WorkerOptions
@@ -442,7 +443,7 @@ def run_chunk(workspace: Workspace, index: tuple[int, ...]) -> TaskResult:
     return run_task(Task("infer", *workspace.job.id, 0, index), Attempt(1, "worker"))
 
 
-@pytest.mark.parametrize(("owner", "name"), [(ItemHandle, "write"), (ItemLedger, "put_piece")])
+@pytest.mark.parametrize(("owner", "name"), [(OutputHandle, "write"), (ItemLedger, "put_piece")])
 def test_a_worker_killed_while_it_writes_commits_nothing(
     workspace: Workspace,
     reference: Workspace,

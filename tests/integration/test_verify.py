@@ -150,6 +150,19 @@ def test_a_damaged_object_of_one_chunk_costs_one_chunk(workspace: Workspace) -> 
     check_repair(workspace, original)
 
 
+def test_a_repaired_output_is_incomplete_until_it_is_finalized(workspace: Workspace) -> None:
+    name = next(workspace_objects(workspace, "infer", (1, 0)))
+    (workspace.output / name).unlink()
+    verify(workspace, "--repair")
+    report = verify(workspace, code=3)
+    assert (report["state"], report["pending"]) == ("incomplete", ["infer 1.0"])
+    assert zarr.open_group(workspace.output, mode="r").attrs["chunkq"]["state"] == "incomplete"
+    workspace.compute_inline()
+    report = verify(workspace, code=3)
+    assert (report["state"], report["pending"]) == ("incomplete", [])
+    workspace.finalize().ok()
+
+
 def workspace_objects(workspace: Workspace, kind: str, chunk: tuple[int, ...]) -> Iterator[str]:
     """Yield the present names of the objects that a task of a sealed output has stored."""
     item = workspace.item
@@ -328,6 +341,38 @@ def test_the_images_of_a_group_are_verified_and_repaired(tmp_path: Path) -> None
     assert damages(workspace, report) == expected
     assert report["documents"] == {"OME/zarr.json": "missing"}
     assert {name.partition("/")[0] for name in report["chunks"]} == {"0", "1"}
+    verify(workspace, "--repair")
+    run_tasks(workspace.job)
+    workspace.finalize().ok()
+    assert files_below(workspace.output) == original
+    assert verify(workspace)["state"] == "sound"
+
+
+def test_several_outputs_are_verified_and_repaired_in_one_pass(tmp_path: Path) -> None:
+    outputs = {"mean": {"channels": "0:2", "combine": "weighted_avg"}, "label": {"combine": "soft"}}
+    write_zarr(tmp_path / "other.zarr", random_volume((20, 30)), (8, 8))
+    workspace = small_workspace(tmp_path, input=["in.zarr", "other.zarr"], outputs=outputs)
+    workspace.produce()
+    run_tasks(workspace.job)
+    workspace.finalize().ok()
+    assert verify(workspace)["state"] == "sound"
+    report = workspace.report()
+    assert {(seam["output"], seam["axis"]) for seam in report["seams"]} == {
+        (name, axis) for name in outputs for axis in "yx"
+    }
+    original = files_below(workspace.output)
+    expected = {}
+    for name in outputs:
+        path = objects_of(workspace.output / "in" / name / "0")[-1]
+        path.write_bytes(path.read_bytes()[1:])
+        expected[path] = "damaged"
+    (workspace.output / "in/label/zarr.json").unlink()
+    (workspace.output / "in/zarr.json").unlink()
+    found = verify(workspace, code=1)
+    assert damages(workspace, found) == expected
+    assert found["documents"] == {"in/label/zarr.json": "missing", "in/zarr.json": "missing"}
+    assert len(found["damaged"]) == 2
+    assert len({entry["task"] for entry in found["damaged"]}) == 1
     verify(workspace, "--repair")
     run_tasks(workspace.job)
     workspace.finalize().ok()

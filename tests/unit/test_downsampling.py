@@ -1,6 +1,3 @@
-from collections import Counter
-from itertools import product
-from math import ceil
 from typing import Any
 
 import numpy as np
@@ -10,30 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from chunkq.blend.downsampling import Method, downsample
+from chunkq.blend.downsampling import downsample
+from chunkq.plan.pyramid import Method
+from tests.reference import reduce_cells
 
 METHODS: tuple[Method, ...] = ("mean", "mode", "nearest")
 DTYPES = ("uint8", "uint16", "int8", "int16", "uint32", "int32", "float16", "float32")
-
-
-def naive(values: npt.NDArray[Any], factors: tuple[int, ...], method: Method) -> npt.NDArray[Any]:
-    """Return the reduction of the last axes, cell by cell in plain Python."""
-    lead = values.ndim - len(factors)
-    every = (1,) * lead + factors
-    shape = [ceil(n / f) for n, f in zip(values.shape, every, strict=True)]
-    result = np.empty(shape, values.dtype)
-    for index in product(*map(range, shape)):
-        cell = values[tuple(slice(i * f, i * f + f) for i, f in zip(index, every, strict=True))]
-        flat = cell.ravel().tolist()
-        if method == "nearest":
-            result[index] = flat[0]
-        elif method == "mode":
-            counts = Counter(flat)
-            result[index] = min(v for v, n in counts.items() if n == max(counts.values()))
-        else:
-            mean = np.mean(cell.astype(np.float64))
-            result[index] = np.rint(mean) if values.dtype.kind in "iu" else mean
-    return result
 
 
 @st.composite
@@ -61,7 +40,7 @@ def test_a_reduction_equals_that_of_each_cell(
     values, factors = case
     reduced = downsample(values, factors, method)
     assert reduced.dtype == values.dtype
-    np.testing.assert_array_equal(reduced, naive(values, factors, method))
+    np.testing.assert_array_equal(reduced, reduce_cells(values, factors, method))
 
 
 def test_means_of_integers_are_rounded_half_to_even() -> None:

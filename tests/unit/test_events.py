@@ -85,6 +85,23 @@ def test_without_a_terminal_progress_is_a_line_per_interval(
     assert capsys.readouterr().err.splitlines() == ["queueing: 2/3", "[a] line"]
 
 
+def test_a_line_says_how_long_the_stage_will_take(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    with ProgressDisplay() as display:
+        for done in (10, 20, 50, 90, 110):
+            display(StageProgress("verifying", done, 110))
+            now += 30.0
+    assert capsys.readouterr().err.splitlines() == [
+        "verifying: 20/110, about 4 min 30 s left",
+        "verifying: 50/110, about 1 min 30 s left",
+        "verifying: 90/110, about 22 s left",
+        "verifying: 110/110",
+    ]
+
+
 @pytest.mark.parametrize("display_type", [ProgressDisplay, RunDisplay])
 def test_a_terminal_shows_one_stage_at_a_time_and_nothing_at_the_end(
     display_type: type[ProgressDisplay],

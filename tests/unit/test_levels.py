@@ -73,16 +73,20 @@ def test_a_task_writes_what_a_block_becomes_and_at_least_one_storage_unit() -> N
     assert [level.unit for level in levels] == [(96, 32), (32, 32), (32, 32), (32, 32)]
 
 
-@given(pyramids())
-def test_units_storage_units_and_their_parts_partition_a_level(levels: tuple[Level, ...]) -> None:
+@given(pyramids(), st.integers(1, 60))
+def test_units_and_what_they_write_partition_a_level(
+    levels: tuple[Level, ...], max_voxels: int
+) -> None:
     for level in levels:
         whole = Box.of_shape(level.shape)
         units = [level.box(index) for index in product(*map(range, level.units))]
         assert_partition(units, voxels(whole))
         index = tuple(n - 1 for n in level.units)
-        writes = list(level.writes(index))
+        writes = list(level.writes(index, max_voxels))
+        assert all(w.size <= max(max_voxels, prod(level.storage)) for w in writes)
+        assert [w.start for w in writes] == sorted(w.start for w in writes)
         assert_partition(writes, voxels(level.box(index)))
-        # Each write is a whole storage unit of the level.
+        # Each write is a whole number of storage units of the level.
         for box in writes:
             assert all(low % s == 0 for low, s in zip(box.start, level.storage, strict=True))
             assert all(
@@ -97,7 +101,7 @@ def test_parts_of_a_storage_unit_read_every_storage_chunk_below_once(
 ) -> None:
     chunk = (2,) * len(levels[0].shape) if levels else ()
     for level in levels:
-        box = next(level.writes((0,) * len(level.units)))
+        box = next(level.writes((0,) * len(level.units), 1))
         parts = list(level.parts(box, chunk, max_voxels))
         assert_partition(parts, voxels(box))
         for part in parts:

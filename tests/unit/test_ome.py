@@ -100,7 +100,7 @@ def test_written_axes_are_read_unchanged(zarr_format: int, channels: list[int]) 
         Axis("x", "space", 4, "micrometer", 0.25, -7.5),
         Axis("y", "space", 5, None, 0.5, 0.0),
     )
-    image = first_image(image_metadata(axes, zarr_format, "level"))
+    image = first_image(image_metadata({"level": axes}, zarr_format))
     assert image is not None
     assert image.datasets[0].path == "level"
     assert read_axes(image, [axis.size for axis in axes]) == axes
@@ -108,7 +108,7 @@ def test_written_axes_are_read_unchanged(zarr_format: int, channels: list[int]) 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 3, 4, 5)])
 def test_axes_that_ome_zarr_does_not_know_have_no_image_metadata(shape: tuple[int, ...]) -> None:
-    assert image_metadata(plain_axes(shape), 3, "0") == {}
+    assert image_metadata({"0": plain_axes(shape)}, 3) == {}
 
 
 def test_the_transformations_of_the_image_follow_those_of_the_level() -> None:

@@ -206,7 +206,7 @@ def test_reading_and_writing_during_computation_is_no_loss() -> None:
     assert worker.seconds == 10
     assert worker.shares == pytest.approx(
         {"compute": 0.8, "load": 0, "read": 0.1, "write": 0.1}
-        | {"finalize": 0, "other": 0, "idle": 0}
+        | {"finalize": 0, "downsample": 0, "other": 0, "idle": 0}
     )
     assert worker.chunks_in_flight == 2
 

@@ -93,3 +93,16 @@ def test_storage_that_tensorstore_does_not_access_gets_the_same_objects(
 def test_an_object_never_has_the_checksum_of_one_that_is_not_stored() -> None:
     assert object_checksum(NOT_STORED) != NOT_STORED
     assert object_checksum(5) == 5
+
+
+def test_arrays_with_an_axis_of_length_1_lose_no_object(tmp_path: Path) -> None:
+    shape, chunk = (1, 5, 9, 8, 9), (1, 2, 4, 4, 4)
+    metadata = array_metadata(
+        "0", shape=shape, chunks=chunk, dtype="float32", fill_value=0, zarr_format=3, axes=None
+    )
+    (tmp_path / "zarr.json").write_text(metadata["0/zarr.json"])
+    array = ZarrFormat().open_for_writing(str(tmp_path), {ZARR_FORMAT: 3})
+    noise = np.random.default_rng(0).random(shape, np.float32)
+    box = Box.of_shape(shape)
+    assert NOT_STORED not in array.store(box, noise)
+    np.testing.assert_array_equal(array.read(box), noise)

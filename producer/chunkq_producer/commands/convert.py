@@ -11,10 +11,11 @@ import click
 from chunkq.convert import convert as run_conversion
 from chunkq.convert import plan_conversion
 from chunkq.errors import JobError
+from chunkq.plan.pyramid import Method
 from chunkq.progress_bar import ProgressDisplay
 from chunkq.system.standard_output import print_line, print_text
 from chunkq.units import seconds
-from chunkq.writers.base import Method, WriterOptions
+from chunkq.writers.base import WriterOptions
 from chunkq_producer.commands.options import json_option
 
 METHODS = get_args(Method)

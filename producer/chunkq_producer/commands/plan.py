@@ -181,6 +181,8 @@ def _values(job: CheckedJob, depth: int, trial: Trial | None) -> dict[str, Any]:
         "output_dtype": str(plan.outputs[0].dtype),
         "chunksize": list(plan.chunksize),
         "storage_chunks": list(plan.storage_chunks),
+        "storage_shards": plan.storage_shards and list(plan.storage_shards),
+        "pyramid": _pyramid_values(job),
         "blocks": list(plan.blocks),
         "chunks": costs.chunks,
         "blocks_to_finalize": costs.finalized_blocks,
@@ -243,6 +245,7 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
         ("axes", _axes_text(job.record.sources)),
         *([("region", _region_text(job))] if plan.grid.region else []),
         *_output_rows(job),
+        *_pyramid_rows(job),
         ("chunks", _chunks(plan, total, is_alone=count == 1)),
         ("precision", f"{model.effective_precision}, on {model.device}"),
         ("patches", f"{total.patches}, each computed once; {per_voxel:.1f} per voxel on average"),
@@ -276,6 +279,43 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
                 "temporary files); set a larger chunksize or smaller storage_chunks",
             )
         )
+    return rows
+
+
+def _shards_text(plan: Plan) -> str:
+    return f" in shards {_shape(plan.storage_shards)}" if plan.storage_shards else ""
+
+
+def _pyramid_values(job: CheckedJob) -> list[dict[str, Any]]:
+    """Return the levels of each output, with shapes of the largest item and costs of all items."""
+    largest = job.pyramids[job.record.largest_item.number]
+    values = []
+    for output, pyramid in enumerate(largest):
+        for number, level in enumerate(pyramid.levels):
+            costs = [p[output].costs[number] for p in job.pyramids if number < len(p[output].costs)]
+            values.append(
+                {
+                    "output": pyramid.plan.output.name,
+                    "level": number + 1,
+                    "shape": list(level.shape),
+                    "method": pyramid.method,
+                    "tasks": sum(c.tasks for c in costs),
+                    "bytes_read": sum(c.bytes_read for c in costs),
+                    "bytes": sum(c.bytes_written for c in costs),
+                }
+            )
+    return values
+
+
+def _pyramid_rows(job: CheckedJob) -> list[tuple[str, str]]:
+    """Return a row with the levels of each output."""
+    rows, values = [], _pyramid_values(job)
+    for name in dict.fromkeys(level["output"] for level in values):
+        levels = [level for level in values if level["output"] == name]
+        shapes = ", ".join(_shape(tuple(level["shape"])) for level in levels)
+        count, size = len(levels) + 1, si(sum(level["bytes"] for level in levels), "B")
+        text = f"{count} levels by {levels[0]['method']}, above the output {shapes}: {size}"
+        rows.append((f"pyramid {name}".rstrip(), text))
     return rows
 
 
@@ -407,7 +447,7 @@ def _region_text(job: CheckedJob) -> str:
 
 def _aligned_start(plan: Plan) -> tuple[int, ...]:
     """Return the largest start of storage chunks that is not after the region's start."""
-    return tuple(n - n % s for n, s in zip(plan.region.start, plan.storage_chunks, strict=True))
+    return tuple(n - n % s for n, s in zip(plan.region.start, plan.grid.aligned_steps, strict=True))
 
 
 def _output_rows(job: CheckedJob) -> list[tuple[str, str]]:
@@ -416,7 +456,7 @@ def _output_rows(job: CheckedJob) -> list[tuple[str, str]]:
     for number, view in enumerate(job.largest.views):
         text = (
             f"{_shape(_output_shape(job, view))} {view.output_dtype}, storage chunks "
-            f"{_shape(view.storage_chunks)}"
+            f"{_shape(view.storage_chunks)}{_shards_text(view)}"
         )
         if view.output.name:
             text = f"{view.output.name}: {text}, {si(sum(_output_bytes(job, number)), 'B')}"

@@ -17,7 +17,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from chunkq.timing.timing import TIME_PARTS, Timing
 from chunkq.units import PREFIXES, seconds, si
 from chunkq_producer.reports.job_report import JobReport
-from chunkq_producer.reports.rows import BYTES, STAGE_LABELS
+from chunkq_producer.reports.rows import STAGE_LABELS, bytes_labels
 
 FIGURE_WIDTH = 8.0
 """Inches."""
@@ -30,6 +30,7 @@ COLORS = {
     "read": "#E69F00",
     "write": "#009E73",
     "finalize": "#56B4E9",
+    "downsample": "#F0E442",
     "other": "#8a8a8a",
     "idle": "#d9d9d9",
 }
@@ -143,15 +144,16 @@ def duration_chart(timing: Timing) -> Markup:
 
 
 def bytes_chart(timing: Timing) -> Markup:
-    """Plot the measured and the planned bytes of input, output and pieces."""
-    rows = np.arange(len(BYTES))
-    measured = [timing.bytes[key] for key in BYTES]
-    planned = [timing.planned_bytes[key] for key in BYTES]
+    """Plot the measured and the planned bytes of input, output, pieces and pyramids."""
+    labels = bytes_labels(timing)
+    rows = np.arange(len(labels))
+    measured = [timing.bytes[key] for key in labels]
+    planned = [timing.planned_bytes[key] for key in labels]
     figure = Figure(figsize=(FIGURE_WIDTH, 2.3), layout="constrained")
     axes = figure.subplots()
     axes.barh(rows - 0.18, measured, 0.34, color=BLUE, label="measured")
     axes.barh(rows + 0.18, planned, 0.34, color="#d9d9d9", label="planned")
-    axes.set_yticks(rows, list(BYTES.values()))
+    axes.set_yticks(rows, list(labels.values()))
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("bytes of uncompressed voxels")
@@ -160,7 +162,7 @@ def bytes_chart(timing: Timing) -> Markup:
     figure.legend(loc="outside upper right", ncols=2, frameon=False)
     summary = "; ".join(
         f"{label} {si(timing.bytes[key], 'B')} of {si(timing.planned_bytes[key], 'B')}"
-        for key, label in BYTES.items()
+        for key, label in labels.items()
     )
     return _svg(figure, f"Measured and planned bytes: {summary}.")
 

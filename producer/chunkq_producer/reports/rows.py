@@ -12,13 +12,18 @@ BYTES = {
     "output": "output written",
     "pieces_written": "pieces written",
     "pieces_read": "pieces read",
+    "levels": "pyramids written",
+    "level_below": "read for pyramids",
 }
+LEVEL_BYTES = frozenset({"levels", "level_below"})
+"""Kinds of bytes that only pyramids have."""
 STAGE_LABELS = {
     "compute": "computing",
     "load": "loading the network",
     "read": "waiting for input",
     "write": "waiting for output",
     "finalize": "completing blocks",
+    "downsample": "making pyramids",
     "other": "between stages",
     "idle": "no chunk in flight",
     "tail": "waiting for the last worker",
@@ -39,10 +44,23 @@ def plan_rows(timing: Timing) -> Rows:
     ]
     if timing.skipped_patches:
         rows.insert(2, ("empty patches", count(timing.skipped_patches), "", ""))
-    for key, label in BYTES.items():
+    levels = timing.levels
+    if levels.tasks or levels.planned:
+        pair = levels.tasks, levels.planned
+        rows.append(("parts of pyramids", *map(count, pair), _percent_of_plan(*pair)))
+    for key, label in bytes_labels(timing).items():
         moved, planned = timing.bytes[key], timing.planned_bytes[key]
         rows.append((label, si(moved, "B"), si(planned, "B"), _percent_of_plan(moved, planned)))
     return rows
+
+
+def bytes_labels(timing: Timing) -> dict[str, str]:
+    """Return the kinds of bytes of a job, with their labels: those of pyramids if it has any."""
+    return {
+        key: label
+        for key, label in BYTES.items()
+        if key not in LEVEL_BYTES or timing.bytes.get(key) or timing.planned_bytes.get(key)
+    }
 
 
 def stage_rows(timing: Timing) -> Rows:

@@ -189,7 +189,7 @@ FAULTS = (
     Fault(
         "output-metadata-not-compared",
         OUTPUT,
-        "        self.check(self._record.array)\n        path = join(",
+        "        self.check(name)\n        path = join(",
         "        path = join(",
         "chunks are written into an array with another codec or fill value",
         named(DAMAGE, "changed_metadata"),
@@ -213,8 +213,8 @@ FAULTS = (
     Fault(
         "damaged-commit-sealed",
         FINALIZE,
-        "    _check_records(completion, valid)\n",
-        "",
+        "    if again := _check_records(completion, valid):\n",
+        "    if again := ():\n",
         "an output is sealed although one of its chunks has no valid commit record",
         named(DAMAGE, "damaged_commit_record_is"),
     ),

@@ -1,0 +1,1 @@
+"""Show an output and its input in a viewer."""

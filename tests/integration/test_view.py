@@ -1,0 +1,395 @@
+"""`chunkq view` serves an output and its input to a viewer on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import types
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import fsspec
+import numpy as np
+import pytest
+import tifffile
+import uvicorn
+import zarr
+from chunkq_producer.view.layers import dimensions_of, layers_of, link
+from chunkq_producer.view.served import Served, ServedFolder
+from chunkq_producer.view.server import application, listen, new_token
+
+from chunkq.access import DEFAULT_ACCESS
+from chunkq.errors import ErrorCode
+from tests.harness.browser import Page, chromium
+from tests.harness.processes import RunningCommand
+from tests.harness.volumes import random_volume, read_output, write_zarr
+from tests.harness.waiting import TIMEOUT, wait_until
+from tests.harness.workspace import Workspace, run_tasks
+
+ROOT = Path(__file__).parents[2]
+SIZE = 96
+VIEWPORT = (1000, 557)
+CENTERS = ((249, 174), (749, 174), (749, 429))
+"""Middle of the sections along z, y and x in the page (x, y); a voxel is one pixel."""
+CLASSES = """
+import numpy as np
+
+def net(batch):
+    scores = [batch < 60, (batch >= 60) & (batch < 140), batch >= 140]
+    return np.stack(scores, axis=1).astype(np.float32)
+"""
+
+
+def ball(size: int = SIZE) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """A ball that is bright in its middle."""
+    offsets = np.indices((size,) * 3) - size // 2
+    return np.clip(220 - 4 * np.sqrt((offsets**2).sum(axis=0)), 0, 255).astype(np.uint8)
+
+
+def finished(folder: Path, source: str, size: int, **changes: Any) -> Workspace:
+    """Run a job that stores labels of three classes."""
+    (folder / "net.py").write_text(CLASSES)
+    chunk = [size // 2] * 3
+    values = {
+        "input": source,
+        "output": "out.zarr",
+        "inference_type": "patch",
+        "combine": "soft",
+        "chunksize": chunk,
+        "storage_chunks": [size // 4] * 3,
+        "model_config": {
+            "runtime": "numpy",
+            "type": "class",
+            "class_file": "net.py",
+            "class_name": "net",
+            "dtype": "float32",
+            "model_input_shape": chunk,
+            "model_output_shape": [3, *chunk],
+        },
+    }
+    changed = {key: value for key, value in (values | changes).items() if value is not None}
+    workspace = Workspace(folder, changed)
+    workspace.produce()
+    run_tasks(workspace.job)
+    workspace.finalize().ok()
+    return workspace
+
+
+@contextmanager
+def serving(served: Mapping[str, Served]) -> Iterator[str]:
+    """Serve in a thread; yield the address with the token."""
+    listening, token = listen(), new_token()
+    config = uvicorn.Config(application(token, served), log_level="warning", access_log=False)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/{token}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def fetch(url: str, method: str = "GET", **headers: str) -> tuple[int, bytes, dict[str, str]]:
+    """Return status, content and headers of a response."""
+    request = urllib.request.Request(url, method=method, headers=headers)
+    try:
+        with urllib.request.urlopen(request) as answer:
+            return answer.status, answer.read(), {k.lower(): v for k, v in answer.headers.items()}
+    except urllib.error.HTTPError as error:
+        return error.code, error.read(), {k.lower(): v for k, v in error.headers.items()}
+
+
+@pytest.fixture(scope="module", params=["local", "memory"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A server of a folder with a file of ten digits; the file above it is secret."""
+    folder = tmp_path_factory.mktemp("served")
+    root = str(folder / "data") if request.param == "local" else "memory://served/data"
+    filesystem, inner = fsspec.core.url_to_fs(root)
+    filesystem.makedirs(f"{inner}/sub", exist_ok=True)
+    filesystem.pipe_file(f"{inner}/sub/digits", b"0123456789")
+    filesystem.pipe_file(f"{inner.rpartition('/')[0]}/secret", b"secret")
+    if request.param == "local":
+        (folder / "data" / "link").symlink_to(folder / "secret")
+    with serving({"0": ServedFolder(root, DEFAULT_ACCESS)}) as base:
+        yield base
+
+
+@pytest.mark.parametrize(
+    ("requested", "status", "content"),
+    [
+        (None, 200, b"0123456789"),
+        ("bytes=2-4", 206, b"234"),
+        ("bytes=7-", 206, b"789"),
+        ("bytes=8-99", 206, b"89"),
+        ("bytes=-3", 206, b"789"),
+        ("bytes=10-12", 416, None),
+    ],
+)
+def test_parts_of_objects_are_served(
+    server: str, requested: str | None, status: int, content: bytes | None
+) -> None:
+    headers = {"Range": requested} if requested else {}
+    answer = fetch(f"{server}/0/sub/digits", **headers)
+    assert answer[0] == status
+    if content is not None:
+        assert answer[1] == content
+
+
+def test_pages_of_other_origins_may_read(server: str) -> None:
+    _, _, headers = fetch(f"{server}/0/sub/digits", Origin="https://example.org")
+    assert headers["access-control-allow-origin"] == "*"
+    asked = {
+        "Origin": "https://example.org",
+        "Access-Control-Request-Method": "GET",
+        "Access-Control-Request-Headers": "range",
+    }
+    status, _, headers = fetch(f"{server}/0/sub/digits", "OPTIONS", **asked)
+    assert status == 200
+    assert "range" in headers["access-control-allow-headers"].lower()
+    status, content, headers = fetch(f"{server}/0/sub/digits", "HEAD")
+    assert (status, content, headers["content-length"]) == (200, b"", "10")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["0/none", "0/sub", "0/", "1/sub/digits", "0/../secret", "0/%2e%2e/secret", "0/link", "0"],
+)
+def test_nothing_else_is_served(server: str, path: str) -> None:
+    assert fetch(f"{server}/{path}")[0] == 404
+
+
+def test_the_path_must_have_the_token_and_the_host_must_be_this_machine(server: str) -> None:
+    base, _, token = server.rpartition("/")
+    assert len(token) > 20
+    for wrong in ("x" * len(token), "%C3%A9", token[:-1]):
+        assert fetch(f"{base}/{wrong}/0/sub/digits")[0] == 404
+    assert fetch(f"{server}/0/sub/digits", Host="attacker.example")[0] == 400
+    assert fetch(f"{server}/0/sub/digits", "POST")[0] == 405
+
+
+@pytest.fixture(scope="module")
+def of_tiff(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A finished job over a TIFF file with a voxel size."""
+    folder = tmp_path_factory.mktemp("tiff")
+    tifffile.imwrite(
+        folder / "in.ome.tif",
+        ball(32),
+        metadata={
+            "axes": "ZYX",
+            "PhysicalSizeX": 0.5,
+            "PhysicalSizeXUnit": "µm",
+            "PhysicalSizeY": 0.5,
+            "PhysicalSizeYUnit": "µm",
+            "PhysicalSizeZ": 2,
+            "PhysicalSizeZUnit": "µm",
+        },
+    )
+    return finished(folder, "in.ome.tif", 32)
+
+
+def test_layers_have_types_voxel_sizes_and_ranges(of_tiff: Workspace) -> None:
+    layers = layers_of(of_tiff.job)
+    assert [(layer.name, layer.type) for layer in layers] == [
+        ("in.ome.tif", "image"), ("out.zarr", "segmentation"),
+    ]  # fmt: skip
+    low, high = layers[0].window or (0, 0)
+    assert low < high
+    assert np.percentile(ball(32), 1) == low
+    assert dimensions_of(of_tiff.job) == {
+        "x": [pytest.approx(5e-7), "m"], "y": [pytest.approx(5e-7), "m"],
+        "z": [pytest.approx(2e-6), "m"],
+    }  # fmt: skip
+
+
+def test_an_input_of_any_format_is_served_as_an_image(of_tiff: Workspace) -> None:
+    layers = layers_of(of_tiff.job)
+    served = {str(number): layer.served for number, layer in enumerate(layers)}
+    with serving(served) as base:
+        image = zarr.open_group(f"{base}/0", mode="r")
+        assert isinstance(image, zarr.Group)
+        scale = image.attrs["ome"]["multiscales"][0]["datasets"][0]["coordinateTransformations"]  # type: ignore[index, call-overload]
+        assert scale[0]["scale"] == [2, 0.5, 0.5]
+        array = zarr.open_array(f"{base}/0/0", mode="r", zarr_format=3)
+        np.testing.assert_array_equal(array[...], ball(32))
+        labels = zarr.open_array(f"{base}/1/0", mode="r", zarr_format=3)
+        np.testing.assert_array_equal(labels[...], read_output(str(of_tiff.output)))
+        assert fetch(f"{base}/0/0/c/9/0/0")[0] == 404
+        assert fetch(f"{base}/0/0/c/0/0")[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("keys", "window"),
+    [({"activation": "softmax"}, (0, 1)), ({"activation": "none"}, None)],
+)
+def test_averages_are_images_and_arrays_without_axes_get_those_of_the_output(
+    tmp_path: Path, keys: dict[str, str], window: tuple[float, float] | None
+) -> None:
+    write_zarr(tmp_path / "in.zarr", random_volume((16, 16, 16), "uint8"), (8, 8, 8))
+    workspace = finished(tmp_path, "in.zarr", 16, combine="weighted_avg", **keys)
+    states = [layer.as_state(f"http://h/{n}/") for n, layer in enumerate(layers_of(workspace.job))]
+    source, output = states
+    dimensions = {axis: [1.0, ""] for axis in "zyx"}
+    assert source["source"] == {
+        "url": "zarr://http://h/0/", "transform": {"outputDimensions": dimensions},
+    }  # fmt: skip
+    assert (output["type"], output["source"]) == ("image", "zarr://http://h/1/")
+    shown = tuple(output["shaderControls"]["normalized"]["range"])
+    assert shown == window or (window is None and 0 <= shown[0] < shown[1] <= 1.5)
+    state = json.loads(unquote(link("p", states, dimensions).removeprefix("p#!")))
+    assert state["layers"] == states
+
+
+def test_each_output_of_several_is_a_layer(tmp_path: Path) -> None:
+    write_zarr(tmp_path / "in.zarr", random_volume((16, 16, 16), "uint8"), (8, 8, 8))
+    outputs = {"score": {"channels": "0:2", "activation": "softmax"}, "label": {"combine": "soft"}}
+    workspace = finished(tmp_path, "in.zarr", 16, combine=None, outputs=outputs)
+    layers = layers_of(workspace.job)
+    assert {layer.name: layer.type for layer in layers} == {
+        "in.zarr": "image", "score": "image", "label": "segmentation",
+    }  # fmt: skip
+    served = {str(number): layer.served for number, layer in enumerate(layers)}
+    with serving(served) as base:
+        for number, layer in enumerate(layers[1:], start=1):
+            document = json.loads(fetch(f"{base}/{number}/zarr.json")[1])
+            path = workspace.output / layer.name / "zarr.json"
+            assert document == json.loads(path.read_text())
+
+
+def printed_by(command: RunningCommand) -> dict[str, Any]:
+    """Return what the command prints before it serves."""
+    wait_until(lambda: command.output().endswith("\n"), "it has printed the link")
+    printed: dict[str, Any] = json.loads(command.output())
+    return printed
+
+
+def test_the_command_prints_a_link_and_serves_until_it_is_interrupted(of_tiff: Workspace) -> None:
+    with of_tiff.start("view", of_tiff.output, "--no-open", "--json") as command:
+        printed = printed_by(command)
+        assert printed["url"].startswith("https://neuroglancer-demo.appspot.com/#!{")
+        address = printed["layers"][1]["source"].removeprefix("zarr://")
+        assert address.startswith("http://127.0.0.1:")
+        document = json.loads(fetch(f"{address}zarr.json")[1])
+        assert document == json.loads((of_tiff.output / "zarr.json").read_text())
+        command.process.send_signal(signal.SIGINT)
+        assert command.wait().code in (0, 130)
+
+
+def test_a_folder_that_is_no_page_is_refused(of_tiff: Workspace) -> None:
+    result = of_tiff.call("view", of_tiff.output, "--no-open", "--page", of_tiff.folder)
+    assert result.code == 1
+    assert "--page" in result.err
+
+
+def test_napari_shows_images_and_labels(
+    of_tiff: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[tuple[str, Any, dict[str, Any]]] = []
+
+    class Viewer:
+        def add_image(self, data: Any, **options: Any) -> None:
+            shown.append(("image", data, options))
+
+        def add_labels(self, data: Any, **options: Any) -> None:
+            shown.append(("labels", data, options))
+
+    napari = types.SimpleNamespace(Viewer=Viewer, run=lambda: None)
+    monkeypatch.setitem(sys.modules, "napari", napari)  # type: ignore[arg-type]
+    of_tiff.call("view", of_tiff.output, "--napari").ok()
+    assert [kind for kind, *_ in shown] == ["image", "labels"]
+    for (_, data, options), expected in zip(
+        shown, (ball(32), read_output(str(of_tiff.output))), strict=True
+    ):
+        assert options["scale"] == [2, 0.5, 0.5]
+        np.testing.assert_array_equal(np.asarray(data), expected)
+        np.testing.assert_array_equal(data[3], expected[3])
+        np.testing.assert_array_equal(data[1:9, -1, ::2], expected[1:9, -1, ::2])
+        assert data[2, 3, 4] == expected[2, 3, 4]
+
+
+def test_a_missing_napari_is_one_line(of_tiff: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "napari", None)  # type: ignore[arg-type]
+    result = of_tiff.call("view", of_tiff.output, "--napari")
+    assert result.code == 1
+    assert ErrorCode.PACKAGE_MISSING in result.err
+
+
+# ------------------------------------------------------------------------- a real page
+
+
+@pytest.mark.proof("view")
+def test_neuroglancer_in_a_browser_shows_the_input_and_its_labels(tmp_path: Path) -> None:
+    page = built_page(tmp_path / "npm")
+    write_zarr(tmp_path / "in.zarr", ball(), (32, 32, 32))
+    workspace = finished(tmp_path, "in.zarr", SIZE)
+    with (
+        workspace.start("view", workspace.output, "--no-open", "--json", "--page", page) as command,
+        chromium(tmp_path / "profile") as address,
+    ):
+        url = printed_by(command)["url"]
+        picture = tmp_path / "page.png"
+        pixels = asyncio.run(shown_pixels(address, url, picture))
+    for x, y in CENTERS:
+        nothing, outer, bright_outer, inner = (
+            pixels[y - offset, x - offset] for offset in (34, 26, 16, 10)
+        )
+        assert np.ptp(nothing) == 0, "class 0 has no color"
+        assert nothing[0] < 40, "the input is dark there"
+        for pixel in (outer, bright_outer, inner):
+            assert np.ptp(pixel) > 20, "the other classes have a color"
+        assert hue(outer) == hue(bright_outer) != hue(inner)
+        assert outer.sum() < bright_outer.sum(), "the input shines through"
+        assert (pixels[y - 60, x - 60] == 128).all(), "nothing outside of the volume"
+
+
+def hue(pixel: np.ndarray[Any, Any]) -> int:
+    """Return which color is the strongest."""
+    return int(pixel.argmax())
+
+
+def built_page(folder: Path) -> Path:
+    """Build the page from the npm package, as `deploy/neuroglancer` says."""
+    source = ROOT / "deploy/neuroglancer"
+    folder.mkdir()
+    for name in ("package.json", "build.mjs"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    environment = {**os.environ, "npm_config_cache": str(folder / "cache")}
+    for command in (
+        ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund"],
+        ["node", "build.mjs", "page"],
+    ):
+        subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+    return folder / "page"
+
+
+async def shown_pixels(address: str, url: str, picture: Path) -> np.ndarray[Any, Any]:
+    """Open a page, wait until it has drawn all data, and return its picture (y, x, RGB)."""
+    import aiohttp
+    from PIL import Image
+
+    async with (
+        aiohttp.ClientSession() as session,
+        session.ws_connect(address, max_msg_size=0) as socket,
+    ):
+        page = Page(session, socket)
+        size = dict(zip(("width", "height"), VIEWPORT, strict=True))
+        await page.call(
+            "Emulation.setDeviceMetricsOverride", deviceScaleFactor=1, mobile=False, **size
+        )
+        await page.call("Page.navigate", url=url)
+        async with asyncio.timeout(TIMEOUT):
+            while not await page.evaluate("!!(window.viewer && viewer.isReady())"):
+                await asyncio.sleep(0.5)
+        await page.screenshot(picture)
+    with Image.open(picture) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
