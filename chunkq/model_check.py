@@ -49,8 +49,8 @@ class ValueCheck:
     """Smallest and largest finite values of one batch of patches.
 
     `input_range` is that of what the network receives, after the steps of `has_preprocessing`, and
-    `output_range` that of what it returns, before any activation. They are None if there are no such
-    values. `warnings` are lines about what the values suggest.
+    `output_range` that of what it returns, before any activation. They are None if there are no
+    such values. `warnings` are lines about what the values suggest.
     """
 
     input_range: tuple[float, float] | None = None

@@ -130,17 +130,19 @@ def assemble_parts(content: Any, names: NetworkNames) -> tuple[dict[str, Any], s
     for name, shape in names.shapes.items():
         first, _, rest = name.partition(".")
         groups.setdefault(first, {})[rest] = shape
-    parts, state = [], dict[str, Any]()
+    places, state = dict[str, str](), dict[str, Any]()
+    if len(groups) < 2:
+        return None
     for first, shapes in groups.items():
         own = NetworkNames(shapes)
         fits = [fit for keys, part in _states(content) for fit in _fits(keys, part, own)]
         if len(fits) > 1:
             fits = [fit for fit in fits if any(first in key for key in fit.keys)]
-        if len(fits) != 1 or "" in shapes:
+        if len(fits) != 1 or "" in shapes or fits[0].place in places.values():
             return None
         state |= {f"{first}.{name}": value for name, value in fits[0].state.items()}
-        parts.append(f"{fits[0].place} for {first}")
-    return state, f"used weights {', '.join(parts)}"
+        places[first] = fits[0].place
+    return state, f"used weights {', '.join(f'{place} for {n}' for n, place in places.items())}"
 
 
 def describe_misfit(content: Mapping[str, Any], state: Mapping[str, Any], names: Shapes) -> str:
