@@ -9,7 +9,7 @@ DEMO := demo
 RESULTS := benchmarks/results
 # Duration of make prove PART=soak
 MINUTES := 30
-PROOFS := mutations dask frameworks oldest ray slurm soak tune verify view
+PROOFS := mutations dask fleet frameworks oldest ray slurm soak tune verify view
 OLDEST := $(VENV)/oldest
 
 # The tests import ONNX Runtime directly; chunkq also sets this variable.
@@ -29,7 +29,7 @@ help:
 	@echo "make test    install all requirements of the tests, check and test all (12 minutes)"
 	@echo "make prove PART=NAME  a longer proof: $(PROOFS)"
 	@echo "make fuzz    mutated job files and damaged jobs (10 minutes)"
-	@echo "make parity  write the inputs of other tools for the tests again (2 minutes)"
+	@echo "make parity  write the inputs of other tools for the tests again, read outputs (2 minutes)"
 	@echo "make bench   run all benchmarks and write benchmarks/RESULTS.md (an hour)"
 	@echo "make containers  run a job in containers, if an engine has the images of deploy/compose"
 	@echo "make dist    build the wheel and the sdist, check them, run the demo with the wheel alone"
@@ -131,13 +131,14 @@ fuzz: $(VENV)/test-installed
 	$(BIN)/python -m tests.fuzz --json $(RESULTS)/fuzz.json
 
 # Each tool in an environment of its own.
-parity: $(VENV)/made
+parity: $(VENV)/test-installed
 	@for tool in $$(cat tests/fixtures/requirements.txt); do \
 	  name=$${tool%%[=[]*}; \
 	  $(PYTHON) -m venv $(VENV)/parity/$$name && \
 	  $(VENV)/parity/$$name/bin/python -m pip --disable-pip-version-check install --quiet "$$tool" && \
 	  $(VENV)/parity/$$name/bin/python tests/fixtures/write_inputs.py $$name || exit 1; \
 	done
+	$(BIN)/python tests/fixtures/read_outputs.py $(VENV)/parity/cloud-volume/bin/python
 
 containers: $(VENV)/test-installed
 	$(BIN)/python -m pytest tests/containers/test_compose_up.py

@@ -5,6 +5,7 @@ from chunkq_producer.api import finalize as finalize
 from chunkq_producer.api import produce as produce
 from chunkq_producer.api import run as run
 from chunkq_producer.api import status as status
+from chunkq_producer.api import verify as verify
 from chunkq_worker.predictor import Predictor as Predictor
 
 from chunkq.blend.prediction import Prediction as Prediction

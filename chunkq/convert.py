@@ -27,7 +27,7 @@ from chunkq.storage.formats.zarr_nodes import read_node
 from chunkq.storage.images import ImageSource, find_array, source_of
 from chunkq.storage.objects import ObjectFolder
 from chunkq.storage.staged import Slabs, StagedCopy
-from chunkq.writers.base import ExportWriter, ImageToWrite, WriterOptions
+from chunkq.writers.base import ExportWriter, ImageToWrite, StoredValues, WriterOptions
 from chunkq.writers.copying import copy_image
 from chunkq.writers.file_space import FileSpace, file_space
 from chunkq.writers.partial import Partial, check_target, partial_output
@@ -36,8 +36,6 @@ from chunkq.writers.whole_image import WholeImage, whole_axes, whole_storage
 
 CONVERTING, STAGING = "converting", "staging the input"
 COMPLETE = "complete"
-CHUNKQ_ATTRIBUTES = ("range", "scale", "offset")
-"""Attributes of a range of values that a conversion keeps."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,8 @@ def plan_conversion(
         options = replace(options, dataset=dataset)
     array_format, array = find_array(config.path, config.selection, config.access)
     found = source_of(array, config.selection, config.path, array_format)
-    _check_complete(found, config)
+    attributes = _chunkq_attributes(found, config)
+    _check_complete(found, attributes)
     output = _chunkq_output(found.path)
     labels = output.is_labels if is_labels is None and output else bool(is_labels)
     axes = whole_axes(found)
@@ -107,6 +106,7 @@ def plan_conversion(
         whole_storage(found),
         tuple(array.labels[n] for n in found.channels) if any(array.labels) else (),
         space,
+        _stored_values(attributes),
     )
     if _overlap(path, found.path):
         raise StoreError(
@@ -195,40 +195,61 @@ def _chunkq_output(path: str) -> ChunkqOutput | None:
         if record is None:
             continue
         for image in record.images:
-            for plan in record.image_plan(image).views:
-                folder = image_folder(image, plan.output.name)
+            plan = record.image_plan(image)
+            for view, spec in zip(plan.views, plan.outputs, strict=True):
+                folder = image_folder(image, spec.name)
                 if folder and not f"{inner}/".startswith(f"{folder}/"):
                     continue
-                axes = [axis for axis in output_axes(image, plan) if axis.kind == "space"]
+                axes = [axis for axis in output_axes(image, view) if axis.kind == "space"]
                 space = file_space(
-                    image.sources[0], [axis.size for axis in axes], plan.region.start
+                    image.sources[0],
+                    [axis.size for axis in axes],
+                    plan.region.start,
+                    [float(factor) for factor in spec.scale],
                 )
-                return ChunkqOutput(not plan.output.is_average, space)
+                return ChunkqOutput(not spec.is_average, space)
     return None
 
 
 def _parents(path: str) -> Iterator[tuple[str, str]]:
-    """Yield the folders above an array that can be an output, and the rest of the path."""
+    """Yield what can be the output that is or contains an array, and the rest of the path."""
+    yield path, ""
     parts = path.rstrip("/").split("/")
     for count in range(len(parts) - 1, max(0, len(parts) - 4), -1):
         yield "/".join(parts[:count]), "/".join(parts[count:])
 
 
-def _check_complete(source: ImageSource, config: InputConfig) -> None:
-    """Raise StoreError if the array is that of a job that is not complete."""
+def _chunkq_attributes(source: ImageSource, config: InputConfig) -> dict[str, Any]:
+    """Return the attributes that chunkq has written for an array; empty for other arrays."""
     if source.format != "zarr":
-        return
-    parent = source.path.rstrip("/").rpartition("/")[0]
+        return {}
     node = None
     with suppress(Exception):  # no group above the array, or one that cannot be read
-        node = read_node(parent, config.access)
+        node = read_node(_group_of(source), config.access)
     attributes = {} if node is None else node.attributes.get(ATTRIBUTE)
-    state = attributes.get("state") if isinstance(attributes, dict) else None
-    if state is not None and state != COMPLETE:
+    return attributes if isinstance(attributes, dict) else {}
+
+
+def _group_of(source: ImageSource) -> str:
+    return source.path.rstrip("/").rpartition("/")[0]
+
+
+def _check_complete(source: ImageSource, attributes: Mapping[str, Any]) -> None:
+    """Raise StoreError if the array is that of a job that is not complete."""
+    state = attributes.get("state", COMPLETE)
+    if state != COMPLETE:
         raise StoreError(
-            f"input: {without_secret(parent)} is {state}; run `chunkq finalize` first",
+            f"input: {without_secret(_group_of(source))} is {state}; run `chunkq finalize` first",
             code=ErrorCode.STORE_UNUSABLE,
         )
+
+
+def _stored_values(attributes: Mapping[str, Any]) -> StoredValues | None:
+    """Return what the integers of an array stand for, as its attributes say."""
+    try:
+        return StoredValues(float(attributes["scale"]), float(attributes["offset"]))
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _input_config(values: Mapping[str, Any]) -> InputConfig:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from chunkq.errors import ErrorCode, JobError, StoreError
+from chunkq.job.exports import ExportedFile, check_exports, exported_files
 from chunkq.job.items import find_sources
 from chunkq.job.job_file import Job
 from chunkq.job.job_folder import RECORD, JobFolder
@@ -118,13 +119,14 @@ def check_job(
             f"output: {without_secret(job.output)} is on a web server, which is read-only; use a "
             "local path or a bucket"
         )
+    paths = {job.output, *(file.path for file in exported_files(record))}
     for name, source in (*(("input", s) for s in sources), *([("mask", mask)] if mask else [])):
-        if _overlap(job.output, source.path):
+        if any(_overlap(path, source.path) for path in paths):
             raise JobError(
                 f"output: {without_secret(job.output)} would overwrite the {name} "
                 f"{without_secret(source.path)}; choose another output"
             )
-    doubts = [*doubts[:1], *pyramid_doubts(job, plans[0])]
+    doubts = [*doubts[:1], *pyramid_doubts(job, plans[0]), *check_exports(record)]
     checked = CheckedJob(record, plans, (*_warnings(sources), *doubts))
     if job.skip_empty == MISSING:
         _ = checked.known_empty  # refused before work starts if storage chunks cannot be listed
@@ -153,7 +155,10 @@ def check_output(job: CheckedJob, *, resume: bool = False, overwrite: bool = Fal
     folder = JobFolder(job_folder_of(output))
     if overwrite:
         # The record may be damaged.
-        _check_overwritable(output, is_job=folder.objects.exists(RECORD))
+        if files := list(exported_files(job.record)):
+            _check_overwritable_files(files)
+        else:
+            _check_overwritable(output, is_job=folder.objects.exists(RECORD))
         _check_writable(output)
         return
     stored_record = folder.read_record()
@@ -167,10 +172,12 @@ def check_output(job: CheckedJob, *, resume: bool = False, overwrite: bool = Fal
             code=ErrorCode.JOB_MISSING,
         )
     _check_writable(output)
-    filesystem, inner = open_filesystem(output)
-    if filesystem.exists(inner):
+    for path in (output, *(file.path for file in exported_files(job.record))):
+        filesystem, inner = open_filesystem(path)
+        if not filesystem.exists(inner):
+            continue
         raise StoreError(
-            f"output: {without_secret(output)} exists but does not belong to this job "
+            f"output: {without_secret(path)} exists but does not belong to this job "
             f"(missing {without_secret(folder.path)}); choose another output, or use --overwrite",
             code=ErrorCode.OUTPUT_EXISTS,
         )
@@ -251,7 +258,11 @@ def _replace(folder: JobFolder, record: JobRecord) -> None:
     def clear() -> None:
         # Delete commits first: after an interruption, the old job then starts from its beginning.
         folder.delete_epochs()
-        ObjectFolder(folder.output).clear()
+        files = [file.path for file in exported_files(record)]
+        for path in files:
+            ObjectFolder(path.rpartition("/")[0]).delete(path.rpartition("/")[2])
+        if not files:
+            ObjectFolder(folder.output).clear()
 
     folder.replace_record(old_content, new, prepare=clear)
 
@@ -342,6 +353,18 @@ def _check_overwritable(output: str, *, is_job: bool) -> None:
             "--overwrite; choose another output",
             code=ErrorCode.OUTPUT_EXISTS,
         )
+
+
+def _check_overwritable_files(files: Sequence[ExportedFile]) -> None:
+    """Raise StoreError if a file of a job would replace a folder."""
+    for file in files:
+        filesystem, inner = open_filesystem(file.path)
+        if filesystem.isdir(inner):
+            raise StoreError(
+                f"output: {without_secret(file.path)} is a folder and cannot be replaced by "
+                "--overwrite; choose another output",
+                code=ErrorCode.OUTPUT_EXISTS,
+            )
 
 
 def _differences(stored: JobRecord, record: JobRecord) -> str:

@@ -89,8 +89,6 @@ class ErrorCode(StrEnum):
     """The URL of the queue has an unknown scheme, or an invalid part."""
     QUEUE_VERSION_MISMATCH = auto()
     """The cluster of the queue and this process run different versions of a package."""
-    QUEUE_NO_WORKERS = auto()
-    """The cluster of the queue has no free workers, or no GPU, for the job."""
     MODEL_UNUSABLE = auto()
     """The network cannot be loaded, or does not match its declaration."""
     MODEL_UNTRUSTED = auto()

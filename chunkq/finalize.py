@@ -87,10 +87,16 @@ def _run_tasks(
     """Run tasks of a stage in the pool; return those that succeeded, and the damaged results."""
     succeeded: list[tuple[ItemHandle, Index]] = []
     lost: Lost = {}
+
+    def report(label: str, done: int, total: int) -> None:
+        emit(StageProgress(label, done, total))
+
     emit(StageProgress(PROGRESS_STAGE, 0, len(tasks)))
     for first in range(0, len(tasks), BATCH_SIZE):
         batch = tasks[first : first + BATCH_SIZE]
-        futures = {pool.submit(stage.run, *task, attempt): task for task in batch}
+        futures = {
+            pool.submit(stage.run_with_progress, *task, attempt, report): task for task in batch
+        }
         try:
             for done, future in enumerate(as_completed(futures), start=first + 1):
                 try:
@@ -163,7 +169,8 @@ def _seal(
     `run` runs tasks whose commit record is damaged, and that can run again by themselves.
     """
     job, valid = completion.job, ValidCommits(set)
-    seams = [] if missing else measure_seams(job)
+    # The store of files is deleted when they are sealed.
+    seams = [] if missing or not job.output.arrays else measure_seams(job)
     warnings = [*warnings, *(seam.warning for seam in seams if seam.is_visible)]
     report = _report(job, valid, missing, warnings, seams)
     if again := _check_records(completion, valid):
@@ -222,7 +229,8 @@ def job_report(job: JobHandle, missing: Pending = ()) -> dict[str, Any]:
 
     Of a sealed output, borders between blocks are measured again.
     """
-    seams = measure_seams(job) if job.ledger.is_sealed() else []
+    has_arrays = job.ledger.is_sealed() and job.output.arrays
+    seams = measure_seams(job) if has_arrays else []
     return _report(job, ValidCommits(set), missing, seams=seams)
 
 

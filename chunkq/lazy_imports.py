@@ -71,6 +71,7 @@ API: MappingProxyType[str, str] = MappingProxyType(
         "produce": "chunkq_producer.api:produce",
         "status": "chunkq_producer.api:status",
         "finalize": "chunkq_producer.api:finalize",
+        "verify": "chunkq_producer.api:verify",
         "ChunkqError": "chunkq.errors:ChunkqError",
         "JobError": "chunkq.errors:JobError",
         "ModelError": "chunkq.errors:ModelError",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from chunkq.job.job_folder import RECORD
 from chunkq.job.job_handle import JobHandle
+from chunkq.stages.base import TaskKey
 from chunkq.stages.registry import stage_of, stages
 from chunkq.storage.objects import ObjectFolder
 from chunkq.verify import Task, Verification
@@ -33,6 +34,14 @@ def tasks_to_run(job: JobHandle, damaged: list[Task]) -> list[Task]:
     """
     order = {stage.kind: number for number, stage in enumerate(stages())}
     tasks = dict.fromkeys(damaged)
+    if job.ledger.is_sealed() and any(stage_of(key.kind).is_final for _, key in damaged):
+        # A file is made of the whole output, which is deleted when the job is sealed.
+        tasks |= dict.fromkeys(
+            (item.number, TaskKey(stage.kind, chunk))
+            for stage in stages()
+            for item in job.items
+            for chunk in stage.chunks(item)
+        )
     pending = list(tasks)
     while pending:
         number, (kind, chunk) = pending.pop()
@@ -68,7 +77,7 @@ def repair_output(job: JobHandle, verification: Verification) -> Repair:
     tasks = [*repair.others, *repair.chunks]
     if tasks:
         job.check_inputs()
-    objects = ObjectFolder(job.folder.output)
+    objects = ObjectFolder(job.output.path)
     with job.folder.claim(job.folder.objects.get(RECORD)):
         job.check_unchanged()
         for document, _ in verification.documents:
@@ -77,7 +86,8 @@ def repair_output(job: JobHandle, verification: Verification) -> Repair:
         for name in repair.foreign:
             objects.delete(name)
         for problem in verification.problems:
-            if problem.damage == "missing" and problem.name:
+            is_file = problem.task is not None and stage_of(problem.task[1].kind).is_final
+            if problem.damage == "missing" and problem.name and not is_file:
                 objects.delete_folder(problem.name)  # a folder in the place of an object
         if tasks:
             job.ledger.unseal()

@@ -15,9 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from chunkq.job.events import Sink, StageProgress, ignore
+from chunkq.job.exported_output import KIND as EXPORT
+from chunkq.job.exported_output import ExportedOutput, first_item
 from chunkq.job.job_handle import ItemHandle, JobHandle
 from chunkq.job.ledger import BATCH_SIZE
-from chunkq.job.object_checksums import decode_checksums
+from chunkq.job.object_checksums import decode_checksums, encode_checksums
 from chunkq.job.output import StoredArray
 from chunkq.job.output_documents import Damage, WrittenDocument
 from chunkq.job.task_records import Commit
@@ -99,10 +101,10 @@ def verify_job(job: JobHandle, emit: Sink = ignore) -> Verification:
     """
     check = _Check(job, emit)
     is_sealed = job.ledger.is_sealed()
-    for stage in stages():
-        if not stage.is_temporary:
-            for item in job.items:
-                check.verify_tasks(stage, item, is_sealed=is_sealed)
+    for stage in check.stages:
+        for item in job.items:
+            check.verify_tasks(stage, item, is_sealed=is_sealed)
+    check.verify_files(is_sealed=is_sealed)
     check.find_foreign()
     state = "complete" if is_sealed else "incomplete"
     return Verification(
@@ -124,7 +126,7 @@ def task_name(job: JobHandle, task: Task) -> str:
 
 def damaged_documents(job: JobHandle, state: str) -> Iterator[tuple[WrittenDocument, Damage]]:
     """Yield the metadata documents that an output in this state must have and that differ."""
-    objects = ObjectFolder(job.folder.output)
+    objects = ObjectFolder(job.output.path)
     for document in job.output.documents(state):
         if (damage := document.damage(objects.get(document.name))) is not None:
             yield document, damage
@@ -159,15 +161,16 @@ class _Check:
             np.zeros(array.grid.counts, np.bool_) for array in self._arrays
         ]
         self._numbers = {array.running: number for number, array in enumerate(self._arrays)}
-        self._folder = ObjectFolder(self.job.folder.output)
+        self._folder = ObjectFolder(self.job.output.path)
         largest = max((_object_bytes(array) for array in self._arrays), default=1)
         self._readers = max(1, min(READERS, READER_BYTES // largest))
-        self._total = sum(
-            stage.count(item)
-            for stage in stages()
-            if not stage.is_temporary
-            for item in self.job.items
-        )
+        output = self.job.output
+        self._files = output.files if isinstance(output, ExportedOutput) else ()
+        # The store of files is deleted when they are complete.
+        is_deleted = bool(self._files) and self.job.ledger.is_sealed()
+        self.stages = [s for s in stages() if not (s.is_temporary or s.is_final or is_deleted)]
+        counts = (stage.count(item) for stage in self.stages for item in self.job.items)
+        self._total = sum(counts) + len(self._files)
         self._progress(0)
 
     def verify_tasks(self, stage: Stage, item: ItemHandle, *, is_sealed: bool) -> None:
@@ -242,10 +245,33 @@ class _Check:
             )
         self._progress(1)
 
+    def verify_files(self, *, is_sealed: bool) -> None:
+        """Compare the files of a job, whose output is not Zarr, with their checksums."""
+        for file in self._files:
+            item = self.job.items[first_item(self.job.record, file)]
+            task = (item.number, TaskKey(EXPORT, (file.number,)))
+            folder, _, name = file.path.rpartition("/")
+            commits = item.ledger.commits(EXPORT, [(file.number,)])
+            self._progress(1)
+            if not commits:
+                if is_sealed:
+                    self.problems.append(Problem("", "missing", task))
+                else:
+                    self.pending.append(task_name(self.job, task))
+                continue
+            fingerprint = ObjectFolder(folder).fingerprint(name)
+            self.objects += 1
+            if fingerprint is None:
+                self.problems.append(Problem(name, "missing", task))
+                continue
+            self.bytes += fingerprint.size
+            if encode_checksums([object_checksum(fingerprint.crc32)]) != commits[0].stored:
+                self.problems.append(Problem(name, "damaged", task))
+
     def find_foreign(self) -> None:
         """Find the objects in the folders of the arrays that no task has written."""
         for array, used in zip(self._arrays, self._used, strict=True):
-            for name in ObjectFolder(f"{self.job.folder.output}/{array.folder}").names():
+            for name in ObjectFolder(f"{self.job.output.path}/{array.folder}").names():
                 if name in ARRAY_DOCUMENTS:
                     continue
                 index = array.grid.index_of(name)

@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -26,9 +27,12 @@ WeightFunction = Callable[[Shape], NDArray[Any]]  # Q -> (*Q)
 
 
 def axis_starts(
-    volume: int, patch: int, stride: int, pad: int, offset: int, edge: str
+    volume: int, patch: int, stride: int, pad: int, offset: int, edge: str, unit: int = 1
 ) -> list[int]:
-    """Return the starts of all input patches along one axis in ascending order."""
+    """Return the starts of all input patches along one axis in ascending order.
+
+    The last one that `shift` moves is rounded up to a multiple of `unit`.
+    """
     if stride < 1 or patch < 1 or edge not in {"pad", "shift"}:
         raise ValueError(f"invalid patch {patch}, stride {stride} or edge {edge}")
     padded_end = volume + pad
@@ -37,15 +41,18 @@ def axis_starts(
     while starts[-1] + patch < padded_end:
         starts.append(starts[-1] + stride)
     if edge == "shift" and len(starts) > 1:
-        starts[-1] = max(padded_end - patch, first)
+        starts[-1] = max(math.ceil((padded_end - patch) / unit) * unit, first)
     return starts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """The geometry of one job; every tuple has one integer per spatial axis.
+    """The geometry of one output of a job; every tuple has one integer per spatial axis.
 
-    Grid 0 has offset 0, grid g has offset `offsets[g - 1]`.
+    Grid 0 has offset 0, grid g has offset `offsets[g - 1]`. `scale` are voxels of the input per
+    voxel of the output, 1 if empty. `output_patch` is in voxels of the output, all other lengths
+    are in voxels of the input and multiples of `unit`, the least common multiple of the scales of
+    all outputs, 1 if empty.
     """
 
     volume: Shape
@@ -58,13 +65,31 @@ class Setup:
     offsets: tuple[Shape, ...] = ()
     pad_mode: Literal["constant", "reflect", "symmetric", "edge"] = "constant"
     pad_value: float = 0.0
+    scale: tuple[Fraction, ...] = ()
+    unit: Shape = ()
 
     def __post_init__(self) -> None:
-        for p, q, m in zip(self.input_patch, self.output_patch, self.margin, strict=True):
-            if q > p or (p - q) % 2:
+        axes = zip(self.input_patch, self.output_patch, self.margin, self.scales, strict=True)
+        for p, q, m, f in axes:
+            if q * f > p or (p - q * f) % 2:
                 raise ValueError(f"output patch {q} cannot be centered in input patch {p}")
-            if m < 0 or q - 2 * m < 1:
+            if m < 0 or q * f - 2 * m < f:
                 raise ValueError(f"margin {m} removes the whole output patch {q}")
+
+    @property
+    def scales(self) -> tuple[Fraction, ...]:
+        """Voxels of the input per voxel of the output."""
+        return self.scale or (Fraction(1),) * len(self.volume)
+
+    @property
+    def own_margin(self) -> Shape:
+        """The margin in voxels of the output."""
+        return tuple(int(m / f) for m, f in zip(self.margin, self.scales, strict=True))
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of the output in its own voxels: those that begin inside the volume."""
+        return tuple(math.ceil(v / f) for v, f in zip(self.volume, self.scales, strict=True))
 
 
 def _setup(defaults: dict[str, Any], options: dict[str, Any]) -> Setup:
@@ -112,18 +137,24 @@ def patches(setup: Setup) -> list[tuple[int, Shape, tuple[Shape, Shape]]]:
     """Return (grid, input start, kept box) of the patches whose kept box intersects the volume.
 
     They are ordered by grid, then by start, last axis fastest. The kept box is the output patch
-    without its margin; it is not clipped to the volume.
+    without its margin, in voxels of the output; it is not clipped to the volume.
     """
     s, rank, listed = setup, len(setup.volume), []
     for grid, offset in enumerate([(0,) * rank, *s.offsets]):
-        numbers = zip(s.volume, s.input_patch, s.stride, s.pad_width, offset, strict=True)
-        for start in itertools.product(*(axis_starts(*of_axis, s.edge) for of_axis in numbers)):
+        edges, units = (s.edge,) * rank, s.unit or (1,) * rank
+        numbers = zip(
+            s.volume, s.input_patch, s.stride, s.pad_width, offset, edges, units, strict=True
+        )
+        for start in itertools.product(*(axis_starts(*of_axis) for of_axis in numbers)):
             lo, hi = [], []
             for a in range(rank):
-                output_start = start[a] + (s.input_patch[a] - s.output_patch[a]) // 2
-                lo.append(output_start + s.margin[a])
-                hi.append(output_start + s.output_patch[a] - s.margin[a])
-            if all(hi[a] > 0 and lo[a] < s.volume[a] for a in range(rank)):
+                f, q = s.scales[a], s.output_patch[a]
+                output_start = start[a] / f + (s.input_patch[a] / f - q) / 2
+                if output_start != int(output_start):
+                    raise ValueError(f"a patch at {start} begins between voxels of the output")
+                lo.append(int(output_start) + s.own_margin[a])
+                hi.append(int(output_start) + q - s.own_margin[a])
+            if all(hi[a] > 0 and lo[a] < s.shape[a] for a in range(rank)):
                 listed.append((grid, start, (tuple(lo), tuple(hi))))
     return listed
 
@@ -131,7 +162,7 @@ def patches(setup: Setup) -> list[tuple[int, Shape, tuple[Shape, Shape]]]:
 def _inside(setup: Setup, box: tuple[Shape, Shape]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
     """Return the slices of a kept box clipped to the volume, into the volume and a (*Q) array."""
     in_volume, in_patch = [], []
-    for lo, hi, v, m in zip(*box, setup.volume, setup.margin, strict=True):
+    for lo, hi, v, m in zip(*box, setup.shape, setup.own_margin, strict=True):
         a, b = max(lo, 0), min(hi, v)
         in_volume.append(slice(a, b))
         in_patch.append(slice(a - lo + m, b - lo + m))
@@ -139,8 +170,8 @@ def _inside(setup: Setup, box: tuple[Shape, Shape]) -> tuple[tuple[slice, ...], 
 
 
 def covered(setup: Setup) -> NDArray[np.bool_]:
-    """Return whether each voxel is in the kept box of a patch: bool, (*V)."""
-    mask = np.zeros(setup.volume, dtype=np.bool_)
+    """Return whether each voxel of the output is in the kept box of a patch: bool, (*V)."""
+    mask = np.zeros(setup.shape, dtype=np.bool_)
     for _, _, box in patches(setup):
         mask[_inside(setup, box)[0]] = True
     return mask
@@ -314,7 +345,7 @@ def reference(
     _check(setup, volume, combine)
     all_patches = patches(setup)
     log_w = _log_of(weight, setup.output_patch)
-    largest = np.full(setup.volume, -np.inf)
+    largest = np.full(setup.shape, -np.inf)
     for _, _, box in all_patches:
         in_volume, in_patch = _inside(setup, box)
         largest[in_volume] = np.maximum(largest[in_volume], log_w[in_patch])
@@ -325,8 +356,8 @@ def reference(
     shape = tuple(b + p - a for a, b, p in zip(low, high, setup.input_patch, strict=True))
     padded = pad_read(volume, low, shape, setup.pad_mode, setup.pad_value).astype(np.float64)
 
-    sums, total = np.zeros((channels, *setup.volume)), np.zeros(setup.volume)
-    margin = np.full(setup.volume, np.inf)
+    sums, total = np.zeros((channels, *setup.shape)), np.zeros(setup.shape)
+    margin = np.full(setup.shape, np.inf)
     outcomes = skipped(setup, volume, skip)
     for (_, start, box), (by_mask, is_empty) in zip(all_patches, outcomes, strict=True):
         if by_mask:
@@ -347,7 +378,7 @@ def reference(
             raise ValueError(f"non-finite prediction in the patch at {start}")
         y = activate(y, activation)
         if sums.size == 0:
-            sums = np.zeros((len(y), *setup.volume))
+            sums = np.zeros((len(y), *setup.shape))
         in_volume, in_patch = _inside(setup, box)
         if combine == "hard":
             margin[in_volume] = np.minimum(margin[in_volume], decision_margin(y)[in_patch])

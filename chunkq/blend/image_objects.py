@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from importlib import import_module
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chunkq.errors import ChunkqError
-from chunkq.geometry.axes import Axis, cropped
+from chunkq.geometry.axes import Axis, cropped, scaled
 from chunkq.geometry.box import Box
 
 NIFTI_UNITS = {"millimeter": "mm", "micrometer": "micron", "meter": "meter"}
@@ -40,6 +41,25 @@ class ImageGeometry:
     dims: tuple[Any, ...] = ()
     coords: Mapping[Any, Any] = field(default_factory=dict)
     series: tuple[Axis, ...] = ()
+
+    def scaled(self, scale: Sequence[Fraction]) -> ImageGeometry:
+        """Return the geometry of an output with this scale, without coordinates of scaled axes."""
+        affine = self.affine
+        if affine is not None:
+            affine = affine.astype(np.float64)
+            for column, axis in enumerate(self.file_order or range(len(scale))):
+                affine[:3, 3] += affine[:3, column] * float((scale[axis] - 1) / 2)
+                affine[:3, column] *= float(scale[axis])
+        spatial = self.dims[len(self.series) :]
+        changed = {dim for dim, factor in zip(spatial, scale, strict=False) if factor != 1}
+        return replace(
+            self,
+            axes=tuple(map(scaled, self.axes, scale)),
+            affine=affine,
+            coords={
+                name: coord for name, coord in self.coords.items() if not changed & {*coord.dims}
+            },
+        )
 
     def cropped(self, region: Box) -> ImageGeometry:
         """Return the geometry of a region of the image, along its spatial axes."""

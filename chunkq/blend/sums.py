@@ -59,6 +59,8 @@ class Accumulator:
     def add(self, batch: Sequence[Patch], predictions: Array) -> None:
         """Add predictions (n, C, *output patch), float32, after activation and voting."""
         for patch, prediction in zip(batch, predictions, strict=True):
+            if not patch.target.size:
+                continue
             used = prediction[(slice(None), *target_slices(self._plan, patch))]
             sums = self._view(patch.target)
             if self._weights.has_no_overlap(patch):

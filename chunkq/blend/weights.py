@@ -66,8 +66,9 @@ class Neighbors:
     """The patches that overlap one patch along one axis, itself included.
 
     Positions are relative to the first kept voxel of the patch. `[low, high)` is the part of its
-    kept voxels inside the volume. `starts[g]` holds the first kept voxels of the patches of grid g
-    whose kept voxels intersect that part. Normalized weights depend on nothing else.
+    kept voxels inside the volume; it can be empty. `starts[g]` holds the first kept voxels of the
+    patches of grid g whose kept voxels intersect that part. Normalized weights depend on nothing
+    else.
     """
 
     low: int
@@ -80,7 +81,10 @@ def neighbors(axis: AxisGeometry, grid: int, number: int) -> Neighbors:
     """Return the neighbors of patch `number` of grid `grid` along the axis."""
     own_grid = axis.grids[grid]
     start = own_grid.start(number) + own_grid.lead
-    low, high = max(0, -start), min(own_grid.kept, axis.volume - start)
+    first, end = own_grid.kept_in_volume(number)
+    if first == end:
+        return Neighbors(0, 0, ((),) * len(axis.grids))
+    low, high = first - start, end - start
     starts = tuple(
         tuple(
             other.start(k) + other.lead - start for k in other.touching(start + low, start + high)

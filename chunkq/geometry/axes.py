@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import pairwise
+from math import ceil
 from typing import Literal
 
 AxisKind = Literal["space", "channel", "time"]
@@ -147,7 +149,7 @@ def cropped(axis: Axis, start: int, stop: int) -> Axis:
     return replace(axis, size=stop - start, translation=axis.translation + start * axis.scale)
 
 
-def reduced(axis: Axis, size: int, factor: int) -> Axis:
+def reduced(axis: Axis, size: int, factor: int | Fraction) -> Axis:
     """Return an axis of `size` voxels, each of which `factor` voxels of this axis become.
 
     The first voxel is in the middle of those that it is made of.
@@ -155,9 +157,14 @@ def reduced(axis: Axis, size: int, factor: int) -> Axis:
     return replace(
         axis,
         size=size,
-        scale=axis.scale * factor,
-        translation=axis.translation + (factor - 1) / 2 * axis.scale,
+        scale=axis.scale * float(factor),
+        translation=axis.translation + float((factor - 1) / 2) * axis.scale,
     )
+
+
+def scaled(axis: Axis, factor: Fraction) -> Axis:
+    """Return an axis with voxels of which each is `factor` of these long, from the same edge on."""
+    return reduced(axis, ceil(axis.size / factor), factor)
 
 
 def looks_like_color(shape: Sequence[int]) -> bool:

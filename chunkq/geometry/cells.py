@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -35,6 +36,10 @@ class CellAxis:
             np.int64
         )
         return cells
+
+    def of_scale(self, factor: Fraction) -> CellAxis:
+        """Return the same cells for voxels of which each is `factor` of these long."""
+        return CellAxis(self.count, float(self.scale / factor), float(self.shift / factor))
 
     @property
     def covered(self) -> tuple[float, float]:

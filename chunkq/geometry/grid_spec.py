@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -13,6 +12,8 @@ from chunkq.geometry.grids import AxisGeometry, AxisGrid, Edge
 from chunkq.geometry.padding import PadMode
 
 Shape = tuple[int, ...]
+Scale = tuple[Fraction, ...]
+"""Voxels of the input per voxel of an output, one factor per spatial axis."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class GridSpec:
     alignment      a region that starts at multiples of these has the blocks of the whole image;
                    None for the shards or storage chunks
     unit           the last patch that `edge` `shift` moves starts at a multiple of this; None for 1
+    scale          voxels of the input per voxel of this grid; None for 1
     shard          shape of a shard of the output, a whole number of storage chunks; None without
     """
 
@@ -60,6 +62,7 @@ class GridSpec:
     reach: Shape | None = None
     alignment: Shape | None = None
     unit: Shape | None = None
+    scale: Scale | None = None
     shard: Shape | None = None
 
     @property
@@ -101,7 +104,7 @@ class GridSpec:
         return self.alignment or self.written
 
     def of_output(
-        self, scale: Sequence[Fraction], patch: Shape, storage: Shape, shard: Shape | None = None
+        self, scale: Scale, patch: Shape, storage: Shape, shard: Shape | None = None
     ) -> GridSpec:
         """Return the same patches and blocks in voxels of an output, of which each is `scale` long.
 
@@ -120,6 +123,7 @@ class GridSpec:
         if region is not None:
             region = Box(scaled(region.start), rounded_up(region.stop))
         margin, widest = scaled(self.margin), scaled(self.output_patch)
+        steps = scaled(self.aligned_steps)
         return GridSpec(
             shape=rounded_up(self.shape),
             patch=inner,
@@ -135,8 +139,11 @@ class GridSpec:
             region=region,
             batch=self.batch,
             reach=_unless(0, tuple((w - q) // 2 for w, q in zip(widest, patch, strict=True))),
-            alignment=None if (steps := scaled(self.aligned_steps)) == storage else steps,
+            alignment=None
+            if (steps := scaled(self.aligned_steps)) == (shard or storage)
+            else steps,
             unit=_unless(1, scaled(self.unit or (1,) * self.rank)),
+            scale=None if set(scale) == {1} else scale,
             shard=shard,
         )
 

@@ -85,6 +85,12 @@ class AxisGrid:
         regular = self.first + number * self.stride
         return np.where(number == self.count - 1, self.last, regular).astype(np.int64)
 
+    def kept_in_volume(self, number: int) -> tuple[int, int]:
+        """Return the range of the kept voxels of a patch inside the volume; it can be empty."""
+        start = self.start(number) + self.lead
+        low = min(max(0, start), self.volume)
+        return low, max(low, min(start + self.kept, self.volume))
+
     def count_below(self, position: IntArray, reach: int = 0) -> IntArray:
         """Return the number of patches whose kept voxels start before `position`.
 

@@ -182,10 +182,12 @@ class Job(Section):
         str,
         key_doc(
             "Input and output",
-            "OME-Zarr image to write. The job folder is created beside it, as `OUTPUT.chunkq`. "
-            "Names of other formats, such as `labels.tif`, are refused.",
+            "OME-Zarr image to write. The name of a file, `seg.nii.gz`, `seg.tif` or `seg.h5`, "
+            "writes NIfTI, OME-TIFF or HDF5 when all chunks are done. The job folder is created "
+            "beside it, as `OUTPUT.chunkq`.",
             example="labels.zarr",
             unit=None,
+            see="guides/convert.md#the-output-of-a-job",
         ),
     ]
     queue: Annotated[

@@ -67,8 +67,16 @@ def has_known_empty(job: Job) -> bool:
 
 
 def mask_counts(plan: Plan, mask: Mask) -> Counts:
-    """Return how many patches of each chunk have a kept voxel inside a mask."""
-    return count_patches(plan, [[Condition(mask.axes, mask.read)]])
+    """Return how many patches of each chunk have a kept voxel, of any output, inside a mask."""
+    return count_patches(plan, [_inside_any(plan, mask)])
+
+
+def _inside_any(plan: Plan, mask: Mask) -> list[Condition]:
+    """Return the conditions of which a patch meets one if it has a kept voxel inside a mask."""
+    views = {view.grid: view for view in plan.views}
+    return [
+        Condition(mask.of_scale(view.grid.scale), mask.read, plan=view) for view in views.values()
+    ]
 
 
 class EmptyFinder:
@@ -102,7 +110,7 @@ class EmptyFinder:
             stored = tuple(self._stored(source, item) for source in item.image.sources)
             condition = [Condition(s.axes, s.read, of_input=True) for s in stored]
             mask = self._mask(item)
-            masks = [] if mask is None else [[Condition(mask.axes, mask.read)]]
+            masks = [] if mask is None else [_inside_any(plan, mask)]
             return KnownEmpty(count_patches(plan, [*masks, condition]), stored)
         image, (number, _) = item.image.sources[0], item.series_point
         time = 0 if record.mask is None else mask_time(record.mask, image, number)

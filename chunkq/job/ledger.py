@@ -29,6 +29,8 @@ from chunkq.storage import documents
 from chunkq.storage.objects import PART_BYTES, ObjectFolder
 from chunkq.system import buffers
 
+STORE, EXPORTS = "output.zarr", "export"
+"""Folders of the store from which files are assembled, and of files that are being written."""
 STAGED = "ingest"
 """Folder of the staged inputs, and kind of the tasks that write them."""
 CRC_BYTES, ALIGNMENT = 4, 16
@@ -67,6 +69,20 @@ class Ledger:
     def staged(self) -> ObjectFolder:
         """The folder of the staged inputs."""
         return ObjectFolder(f"{self.path}/{STAGED}")
+
+    @property
+    def store(self) -> str:
+        """Path of the Zarr store of a job whose output is files."""
+        return f"{self.path}/{STORE}"
+
+    @property
+    def exports(self) -> str:
+        """Path of the folder in which files are written before they appear."""
+        return f"{self.path}/{EXPORTS}"
+
+    def delete_store(self) -> None:
+        """Delete the store from which files are assembled, and files that are not complete."""
+        self.objects.discard(STORE, EXPORTS)
 
     def delete_temporary(self) -> None:
         """Delete the pieces of all items, the staged inputs, and partial files.

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from chunkq import __version__
 from chunkq.errors import ErrorCode, StoreError
-from chunkq.geometry.axes import Axis, channel_axis, cropped, reduced, with_unique_names
+from chunkq.geometry.axes import Axis, channel_axis, cropped, reduced, scaled, with_unique_names
 from chunkq.job.items import Image
 from chunkq.job.output_documents import ATTRIBUTE, WrittenDocument, parsed, to_text
 from chunkq.job.parent_groups import unlisted_in_groups
@@ -121,8 +121,10 @@ def output_axes(image: Image, plan: Plan) -> tuple[Axis, ...]:
     region of the job.
     """
     channels = [channel_axis(plan.channels)] if plan.channel_axis else []
-    region = plan.region
-    spatial = map(cropped, image.spatial_axes, region.start, region.stop)
+    region, spatial_axes = plan.region, image.spatial_axes
+    if plan.grid.scale is not None:
+        spatial_axes = tuple(map(scaled, spatial_axes, plan.grid.scale))
+    spatial = map(cropped, spatial_axes, region.start, region.stop)
     return with_unique_names([*image.series_axes, *channels, *spatial])
 
 
@@ -165,6 +167,11 @@ class Output:
     def images_of(self, image: Image) -> tuple[ImageOutput, ...]:
         """Return all outputs of an image."""
         return self._by_image[image.number]
+
+    @property
+    def path(self) -> str:
+        """Path of the store."""
+        return self._path
 
     @property
     def has_final_name(self) -> bool:

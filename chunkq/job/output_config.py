@@ -360,7 +360,6 @@ def unsupported_problems(prefix: str, keys: Mapping[str, Any]) -> list[str]:
         f"{prefix}{name}: unsupported in this version; remove it"
         for name in (
             "head",
-            "scale",
             "range",
             "activation_after",
             "codec",

@@ -59,7 +59,7 @@ class OutputHandle:
 
     def inside(self, box: Box) -> npt.NDArray[np.bool_] | None:
         """Return which voxels of a box are inside the mask, None if all are."""
-        inside = self.item.skip_rules.inside
+        inside = self.item.skip_rules.inside_of(self.plan)
         return None if inside is None else inside(box)
 
     def write(self, box: Box, values: npt.NDArray[Any]) -> list[int]:

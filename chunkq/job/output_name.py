@@ -1,7 +1,8 @@
-"""Names of outputs that promise another format than Zarr."""
+"""Formats that the names of outputs promise."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -56,11 +57,35 @@ ZARR_SCHEMES = frozenset({"zarr", "zarr2", "zarr3"})
 """Schemes with which Neuroglancer names Zarr arrays."""
 
 
-EXPORTS = MappingProxyType({"a NIfTI file": "nifti", "a TIFF file": "tiff", "an HDF5 file": "hdf5"})
-"""What a suffix promises -> name of the writer."""
-WRITTEN_SUFFIXES = ("nii", "tif", "tiff", "btf", "tf8", "h5", "hdf5", "hdf")
-"""Suffixes of files that can be written."""
+WRITTEN = MappingProxyType(
+    {
+        "nii": "nifti",
+        **dict.fromkeys(("tif", "tiff", "btf", "tf8"), "tiff"),
+        **dict.fromkeys(("h5", "hdf5", "hdf"), "hdf5"),
+    }
+)
+"""Suffix of a file that can be written -> format of its writer."""
 PRECOMPUTED = "precomputed://"
+
+
+@dataclass(frozen=True)
+class FileName:
+    """Path of a file that can be written: its folder, name, suffix, and the format it promises."""
+
+    folder: str
+    stem: str
+    suffix: str
+    format: str
+
+    @classmethod
+    def parse(cls, path: str) -> FileName | None:
+        """Return the parts of a path; None if it is not that of a file that can be written."""
+        folder, _, name = path.rstrip("/").rpartition("/")
+        stem, suffixes = _split(name)
+        kinds = suffixes[:-1] if suffixes[-2:] == ["nii", "gz"] else suffixes
+        if not stem or not kinds or kinds[-1] not in WRITTEN:
+            return None
+        return cls(folder, stem, name.removeprefix(stem), WRITTEN[kinds[-1]])
 
 
 def export_target(target: str, base: Path) -> tuple[str, str, str]:
@@ -73,12 +98,8 @@ def export_target(target: str, base: Path) -> tuple[str, str, str]:
         return "precomputed", output_path(target.removeprefix(PRECOMPUTED), base), ""
     file, dataset = _dataset(target)
     path = output_path(file, base)
-    _, suffixes = _split(path.rstrip("/").rpartition("/")[2])
-    last = suffixes[-1] if suffixes else ""
-    if last == "gz" and suffixes[-2:-1] == ["nii"]:
-        last = "nii"
-    if last in WRITTEN_SUFFIXES:
-        return EXPORTS[FORMATS[last]], path, dataset
+    if (name := FileName.parse(path)) is not None:
+        return name.format, path, dataset
     if problem := format_problem(path):
         raise JobError(
             f"output: {printable_path(path)} {problem}", code=ErrorCode.STORE_UNSUPPORTED
@@ -95,13 +116,19 @@ def _dataset(target: str) -> tuple[str, str]:
     return target, ""
 
 
-def check_new_output(output: str, base: Path) -> None:
+def check_new_output(output: str, base: Path, *, zarr_only: bool = False) -> None:
     """Raise JobError if a path, relative to `base`, cannot be that of a new output.
 
-    That has the name of a file of another format, or is no path of an output (`output_path`).
+    That has the name of a format that cannot be written, or is no path of an output
+    (`output_path`).
     """
+    if output.startswith(PRECOMPUTED):
+        raise JobError(
+            f"output: {printable_path(output)} {format_problem(output)}",
+            code=ErrorCode.STORE_UNSUPPORTED,
+        )
     path = output_path(output, base)
-    if problem := format_problem(path):
+    if (zarr_only or FileName.parse(path) is None) and (problem := format_problem(path)):
         raise JobError(
             f"output: {printable_path(path)} {problem}", code=ErrorCode.STORE_UNSUPPORTED
         )
@@ -122,7 +149,12 @@ def format_problem(path: str) -> str | None:
     found = SCHEMES.get(scheme) or FORMATS.get(last)
     if found is None:
         return None
-    return f"names {found}, but this version writes Zarr only; use {stem or 'out'}.zarr"
+    if scheme == "precomputed":
+        return (
+            f"names {found}, which `chunkq convert` writes of a Zarr output; use "
+            f"{stem or 'out'}.zarr"
+        )
+    return f"names {found}, which cannot be written; use {stem or 'out'}.zarr"
 
 
 def _split(name: str) -> tuple[str, list[str]]:

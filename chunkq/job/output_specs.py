@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from math import prod
 
@@ -68,6 +69,25 @@ class ResolvedOutput:
             if not isinstance(pick, int) or not 0 <= pick < size:
                 raise ValueError(f"expected positions from 0 to {size - 1}, found {pick!r}")
         return tuple(int(pick) for pick in entries)
+
+    @property
+    def factors(self) -> tuple[Fraction, ...]:
+        """Voxels of the input per voxel of the output along each spatial axis."""
+        return self.config.factors or (Fraction(1),) * len(self.head.patch)
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether its voxels have another size than those of the input."""
+        return set(self.factors) != {1}
+
+    @property
+    def span(self) -> tuple[Fraction, ...]:
+        """Shape of the output patch in voxels of the input."""
+        return tuple(q * f for q, f in zip(self.head.patch, self.factors, strict=True))
+
+    def in_input(self, lengths: Sequence[int]) -> tuple[Fraction, ...]:
+        """Return lengths in voxels of the output in voxels of the input."""
+        return tuple(n * f for n, f in zip(lengths, self.factors, strict=True))
 
     @property
     def network_channels(self) -> int:

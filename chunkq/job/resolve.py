@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 from math import lcm, prod
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from chunkq.job.job_file import Job
 from chunkq.job.output_specs import MAX_PATCH_VALUES, NetworkOutput, ResolvedOutput
 from chunkq.plan.chunk_choice import choose_chunks, inner_chunk, storage_edge
 from chunkq.plan.empty_rule import EmptyRule
+from chunkq.plan.outputs import OutputSpec
 from chunkq.plan.plan import Plan, Volume
 from chunkq.storage.remedies import JOB_FILE, Remedies
 
@@ -284,9 +286,19 @@ class _Shapes:
             for name, config in job.output_configs().items()
         ]
         self.margin = job.margin or (0,) * rank
-        self.kept = tuple(q - 2 * m for q, m in zip(self.output, self.margin, strict=True))
+        spans = list(zip(*(output.span for output in self.outputs), strict=True))
+        # Between patches are the kept voxels of the narrowest output, which must be covered too.
+        self.kept = tuple(
+            int(min(along)) - 2 * m for along, m in zip(spans, self.margin, strict=True)
+        )
         self.lead = tuple(
-            (p - q) // 2 + m for p, q, m in zip(self.patch, self.output, self.margin, strict=True)
+            (p - int(min(along))) // 2 + m
+            for p, along, m in zip(self.patch, spans, self.margin, strict=True)
+        )
+        self.widest = tuple(int(max(along)) for along in spans)
+        self.unit = tuple(
+            common_multiple(along)
+            for along in zip(*(output.factors for output in self.outputs), strict=True)
         )
 
     @property
@@ -314,22 +326,61 @@ class _Shapes:
             *(line for output in self.outputs for line in output.problems()),
         ]
         problems += self._channel_problems(found)
-        for axis, (p, q) in enumerate(zip(self.patch, self.output, strict=True)):
-            if axis == self.lost_axis:
-                continue
-            if q > p or (p - q) % 2:
-                problems.append(
-                    f"model_config.model_output_shape: found {q} along axis {axis} (entry "
-                    f"{self._output_entry(axis)}); expected {p} as in model_input_shape, or less "
-                    "by an even number, half of it on each side"
-                )
+        for output in self.outputs:
+            problems += self._patch_problems(output)
+        problems += self._multiple_problems()
         for axis, (m, q, kept) in enumerate(zip(self.margin, self.output, self.kept, strict=True)):
             if kept < 1:
                 problems.append(
                     f"margin: {m} along axis {axis} removes the whole output patch ({q} in "
                     f"model_config.{self.output_key}); use at most {(q - 1) // 2}"
                 )
+        return [*dict.fromkeys(problems)]
+
+    def _patch_problems(self, output: ResolvedOutput) -> list[str]:
+        """Return a line for each axis along which an output is not centered in the input patch."""
+        problems = []
+        for axis, (p, q, span) in enumerate(
+            zip(self.patch, output.head.patch, output.span, strict=True)
+        ):
+            unit = self.unit[axis]
+            if axis == self.lost_axis or (span <= p and (p - span) % (2 * unit) == 0):
+                continue
+            if output.factors[axis] == 1 and (q > p or (p - q) % 2):
+                problems.append(
+                    f"model_config.{output.head.key}: found {q} along axis {axis} (entry "
+                    f"{self._output_entry(axis)}); expected {p} as in model_input_shape, or less "
+                    "by an even number, half of it on each side"
+                )
+            else:
+                problems.append(
+                    f"{output.prefix}scale: the output patch has {q} voxels along axis {axis}, "
+                    f"which are {span} of the input; expected {p} as in model_input_shape, or less "
+                    f"by a multiple of {2 * unit}, half of it on each side"
+                )
         return problems
+
+    def _multiple_problems(self) -> list[str]:
+        """Return a line for each length of the job that is no multiple of all scales."""
+        job = self.job
+        lists: dict[str, Sequence[int] | None] = {
+            "strides": job.strides,
+            "pad_width": job.pad_width,
+            "margin": job.margin,
+            "chunksize": job.chunksize,
+        }
+        lists |= {f"offsets.{n}": offset for n, offset in enumerate(job.offsets)}
+        if (region := _region(job, self.volume)) is not None:
+            lists["roi"] = region.start
+        return [
+            f"{key}{f'.{axis}' if key == 'roi' else ''}: "
+            f"{'start ' if key == 'roi' else ''}{length} along axis {axis} is no multiple of "
+            f"{unit}, the least common multiple of the scales of the outputs; use "
+            f"{length // unit * unit or unit}"
+            for key, lengths in lists.items()
+            for axis, (length, unit) in enumerate(zip(lengths or (), self.unit, strict=False))
+            if length % unit
+        ]
 
     def channels_last_problems(self) -> list[str]:
         """Return a line for each shape of a network that seems to have its channels last.
@@ -408,7 +459,7 @@ class _Shapes:
         spec = GridSpec(
             shape=self.volume.shape,
             patch=self.patch,
-            output_patch=self.output,
+            output_patch=self.widest,
             margin=self.margin,
             strides=job.strides or self.kept,
             pads=pads,
@@ -417,6 +468,7 @@ class _Shapes:
             pad_mode=job.pad_mode,
             chunk=self.volume.shape,
             storage=self.volume.shape,
+            unit=None if set(self.unit) == {1} else self.unit,
         )
         # The chunks of a region are those of the whole volume. Batches are made of the patches that
         # are not skipped, so with such patches a chunk computes all of its batches.
@@ -424,48 +476,67 @@ class _Shapes:
         batch = MAX_INTEGER if skips else job.model.max_batch_size
         grid, stored = self._with_chunks(spec)
         grid = replace(grid, region=region, batch=batch)
-        specs = [output.spec() for output in self.outputs]
-        if len(specs) > 1:
-            specs = [
-                spec
-                if one == _Stored(grid.storage, grid.shard)
-                else replace(spec, storage=one.chunk, shard=one.shard or ())
-                for spec, one in zip(specs, stored, strict=True)
-            ]
+        specs = [
+            self._own_grid(output, grid, one)
+            for output, one in zip(self.outputs, stored, strict=True)
+        ]
         return Plan(self.volume, grid, tuple(specs))
+
+    def _own_grid(self, output: ResolvedOutput, grid: GridSpec, stored: _Stored) -> OutputSpec:
+        """Return an output with what differs from the grid of the plan."""
+        spec, patch = output.spec(), output.head.patch
+        if not output.is_scaled:
+            spec = replace(spec, patch=() if patch == grid.output_patch else patch)
+            if stored == _Stored(grid.storage, grid.shard):
+                return spec
+            return replace(spec, storage=stored.chunk, shard=stored.shard or ())
+        return replace(
+            spec,
+            patch=patch,
+            storage=stored.chunk,
+            shard=stored.shard or (),
+            scale=output.factors,
+        )
 
     def _with_chunks(self, spec: GridSpec) -> tuple[GridSpec, list[_Stored]]:
         """Return the geometry with the shapes of chunks, and what each output stores.
 
         Shapes are chosen where they are not set. Those of the geometry are the smallest that all
-        those of the outputs divide.
+        those of the outputs divide, in voxels of the input.
         """
-        configs = [output.config for output in self.outputs]
-        written = [config.storage_shards or config.storage_chunks for config in configs]
-        chunks, common = self.job.chunksize, _common_multiple([w for w in written if w is not None])
+        chunks, outputs = self.job.chunksize, self.outputs
+        given = [
+            one.in_input(written)
+            for one in outputs
+            if (written := one.config.storage_shards or one.config.storage_chunks)
+        ]
+        common = self._common_multiple(given) if given else None
         chosen = common
         if chunks is None:
             # Not the input's dtype: the same voxels in another format have the same chunks.
-            output_bytes = sum(8 * (output.channels + 1) for output in self.outputs)
-            voxel_bytes = 4 * self.volume.channels * self.volume.inputs + output_bytes
+            output_bytes = sum(8 * (one.channels + 1) / prod(one.factors) for one in outputs)
+            voxel_bytes = 4 * self.volume.channels * self.volume.inputs + float(output_bytes)
             chunks, chosen = choose_chunks(spec, common, voxel_bytes)
-        if chosen is None or chosen == common:
-            default = tuple(storage_edge(c, spec.rank) for c in chunks)
-        else:
-            default = chosen
-        stored = [
-            _Stored(config.storage_chunks or default, None)
-            if config.storage_shards is None
-            else _Stored(
-                config.storage_chunks or inner_chunk(config.storage_shards), config.storage_shards
-            )
-            for config in configs
-        ]
-        storage = _common_multiple([one.chunk for one in stored]) or chunks
+        is_chosen = chosen is not None and chosen != common
+        stored = []
+        for one in outputs:
+            shard, chunk = one.config.storage_shards, one.config.storage_chunks
+            own = tuple(int(n / f) for n, f in zip(chunks, one.factors, strict=True))
+            if chunk is None and shard is not None:
+                chunk = inner_chunk(shard)
+            elif chunk is None and is_chosen:
+                chunk = inner_chunk(own) if one.is_scaled else chosen
+            stored.append(_Stored(chunk or tuple(storage_edge(n, spec.rank) for n in own), shard))
+        pairs = list(zip(outputs, stored, strict=True))
+        storage = self._common_multiple([one.in_input(n.chunk) for one, n in pairs])
         shard = None
         if any(one.shard for one in stored):
-            shard = _common_multiple([one.shard or one.chunk for one in stored])
+            shard = self._common_multiple([one.in_input(n.shard or n.chunk) for one, n in pairs])
         return replace(spec, chunk=chunks, storage=storage, shard=shard), stored
+
+    def _common_multiple(self, shapes: Sequence[Sequence[Fraction]]) -> Shape:
+        """Return the smallest shape of whole voxels that is a multiple of shapes and scales."""
+        return tuple(map(common_multiple, zip(*shapes, self.unit, strict=True)))
 
 
 class _Stored(NamedTuple):
@@ -475,9 +546,9 @@ class _Stored(NamedTuple):
     shard: Shape | None
 
 
-def _common_multiple(shapes: Sequence[Shape]) -> Shape | None:
-    """Return the smallest shape that is a multiple of all, None without any."""
-    return tuple(lcm(*along) for along in zip(*shapes, strict=True)) or None
+def common_multiple(lengths: Sequence[Fraction | int]) -> int:
+    """Return the smallest whole number that is a multiple of all lengths."""
+    return lcm(*(Fraction(length).numerator for length in lengths))
 
 
 def _chunk_problems(grid: GridSpec, source: str, prefix: str) -> list[str]:
@@ -487,11 +558,13 @@ def _chunk_problems(grid: GridSpec, source: str, prefix: str) -> list[str]:
     """
     problems = []
     for number, axis in enumerate(grid.axes):
-        kept = axis.grids[0].kept
+        kept = axis.grids[0].kept + 2 * axis.grids[0].reach  # of the widest output
         if axis.chunk < min(kept, axis.volume):
+            factor = 1 if grid.scale is None else grid.scale[number]
             problems.append(
-                f"chunksize: {axis.chunk} along axis {number} is smaller than the output patch "
-                f"({kept} in {source}); use at least {min(kept, axis.volume)}"
+                f"chunksize: {axis.chunk * factor} along axis {number} is smaller than the output "
+                f"patch ({kept * factor} in {source}); use at least "
+                f"{min(kept, axis.volume) * factor}"
             )
         if axis.chunk < axis.volume and axis.chunk % axis.storage:
             key = "storage_chunks" if grid.shard is None else "storage_shards"
@@ -524,10 +597,11 @@ def _coverage_problems(spec: GridSpec, source: str) -> list[str]:
             elif low > axis.low > grid.first + grid.lead:
                 gap = axis.low  # the patch before ends before the region
         if gap is not None and len(axis.grids) == 1:
+            factor = 1 if spec.scale is None else spec.scale[number]
             problems.append(
-                f"strides: {grid.stride} along axis {number} is larger than the output patch "
-                f"({grid.kept} in {source}) and leaves voxel {gap} without a prediction; "
-                f"use at most {grid.kept}"
+                f"strides: {grid.stride * factor} along axis {number} is larger than the output "
+                f"patch ({grid.kept * factor} in {source}) and leaves voxel {gap * factor} without "
+                f"a prediction; use at most {grid.kept * factor}"
             )
     if problems:
         return problems
@@ -540,9 +614,9 @@ def _coverage_problems(spec: GridSpec, source: str) -> list[str]:
         return []
     for number, axis in enumerate(axes):
         if axis.grids[0].span(axis.low, axis.high) != (axis.low, axis.high):
-            voxel = uncovered[0].start[number]
+            factor = 1 if spec.scale is None else spec.scale[number]
             problems.append(
-                f"pad_width: no output patch covers voxel {voxel} along axis {number}; "
-                f"use {spec.lead[number]} along this axis"
+                f"pad_width: no output patch covers voxel {uncovered[0].start[number] * factor} "
+                f"along axis {number}; use {spec.lead[number] * factor} along this axis"
             )
     return problems

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from math import log, prod
+from math import lcm, log, prod
 from typing import Any
 
 import numpy as np
@@ -129,16 +129,17 @@ def _candidates(spec: GridSpec, a: int, storage: int | None, longest: int) -> _C
     grid, volume, edge = axis.grids[0], axis.volume, STORAGE_EDGE[spec.rank]
     smallest = min(grid.kept, volume)
     last = max(0, grid.start(max(0, grid.end_kept - 1)) + grid.lead)
+    unit = spec.unit[a] if spec.unit else 1
     if storage is not None:
         steps = [storage]
     else:
-        steps = [edge, MIN_STORAGE_EDGE if smallest > MIN_STORAGE_EDGE else 1]
+        steps = [lcm(edge, unit), lcm(MIN_STORAGE_EDGE if smallest > MIN_STORAGE_EDGE else 1, unit)]
     lengths: dict[int, int] = {}
     for step in steps:
         for length in _lengths(smallest, last, step):
             if length <= last and (length <= longest or not lengths):
                 lengths.setdefault(length, storage or _largest_divisor(length, edge))
-    whole = storage or min(edge, volume)
+    whole = storage or lcm(min(edge, volume), unit)
     lengths[-(-volume // whole) * whole] = whole  # one block
     chunk, storage_edges = (np.array(list(n), np.int64) for n in (lengths, lengths.values()))
     patches = max(1, grid.end_kept - grid.first_kept)

@@ -26,7 +26,8 @@ Counts = npt.NDArray[np.uint32]
 class Condition:
     """A patch runs only if its window has a voxel in an occupied cell.
 
-    `axes` are the cells along each axis of the volume. `read` returns which cells of a box are
+    `axes` are the cells along each axis of `plan`, the plan of an output, or of the plan whose
+    patches are counted if it is None. `read` returns which cells of a box are
     occupied, bool (*box.shape). The window is the whole input patch inside the volume if
     `of_input`, else the kept voxels.
     """
@@ -34,6 +35,7 @@ class Condition:
     axes: tuple[CellAxis, ...]
     read: Callable[[Box], Bools]
     of_input: bool = False
+    plan: Plan | None = None
 
 
 Conditions = Sequence[Sequence[Condition]]
@@ -60,8 +62,13 @@ def _tiles(plan: Plan, conditions: Conditions, blocks: Box) -> Iterator[Box]:
     """Yield disjoint boxes of blocks, each with a bounded number of cells and patches."""
     lengths = []
     for a, axis in enumerate(plan.axes):
-        voxels = (blocks.stop[a] - blocks.start[a]) * axis.chunk
-        cells = max(voxels / c.axes[a].scale for group in conditions for c in group)
+        count = blocks.stop[a] - blocks.start[a]
+        voxels = count * axis.chunk
+        cells = max(
+            count * (c.plan or plan).axes[a].chunk / c.axes[a].scale
+            for group in conditions
+            for c in group
+        )
         patches = max(voxels / grid.stride for grid in axis.grids)
         lengths.append(max(cells, patches, 1.0))
     splittable = [a for a in range(plan.rank) if blocks.shape[a] > 1]
@@ -78,15 +85,15 @@ def _tiles(plan: Plan, conditions: Conditions, blocks: Box) -> Iterator[Box]:
 
 def _count(plan: Plan, conditions: Conditions, tile: Box, number: int) -> npt.NDArray[np.uint32]:
     """Return how many patches of a grid meet the conditions, for each block of a tile."""
-    axes = [
-        _TileAxis.of(axis, axis.grids[number], low, high)
-        for axis, low, high in zip(plan.axes, tile.start, tile.stop, strict=True)
-    ]
+    axes = _tile_axes(plan, tile, number)
     if not all(len(axis.numbers) for axis in axes):
         return np.zeros(tile.shape, np.uint32)
     runs: Bools = np.ones([len(axis.numbers) for axis in axes], np.bool_)
     for group in conditions:
-        runs &= reduce(np.logical_or, (_meets(condition, axes) for condition in group))
+        met = (
+            _meets(c, axes if c.plan is None else _tile_axes(c.plan, tile, number)) for c in group
+        )
+        runs &= reduce(np.logical_or, met)
         if not runs.any():
             return np.zeros(tile.shape, np.uint32)
     counts = runs.astype(np.uint32)
@@ -95,6 +102,14 @@ def _count(plan: Plan, conditions: Conditions, tile: Box, number: int) -> npt.ND
         np.cumsum(counts, axis=a, out=sums[(slice(None),) * a + (slice(1, None),)])
         counts = sums.take(axis.high, axis=a) - sums.take(axis.low, axis=a)
     return counts
+
+
+def _tile_axes(plan: Plan, tile: Box, number: int) -> list[_TileAxis]:
+    """Return the patches of a grid that the blocks of a tile own, along each axis."""
+    return [
+        _TileAxis.of(axis, axis.grids[number], low, high)
+        for axis, low, high in zip(plan.axes, tile.start, tile.stop, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy.typing as npt
 
 from chunkq.geometry.box import Box
+from chunkq.geometry.grid_spec import GridSpec, Scale
 from chunkq.plan.empty_rule import Bools, EmptyRule, occupied_in
 from chunkq.plan.plan import Chunk, Patch, Plan
 
@@ -38,40 +39,68 @@ class PatchSelection:
 
 
 @dataclass(frozen=True)
+class _ChunkMask:
+    """Which voxels of a chunk's region are inside the mask, in the grid of an output.
+
+    None if all are. `plan` is that of the output.
+    """
+
+    plan: Plan
+    region: Box
+    inside: Bools | None
+
+    def has_inside(self, plan: Plan, patch: Patch) -> bool:
+        """Return whether a patch of a plan has a kept voxel inside, of this output."""
+        if self.inside is None:
+            return True
+        [own] = self.plan.own_patches(plan, [patch])
+        return bool(self.inside[own.target.slices(self.region.start)].any())
+
+
+@dataclass(frozen=True)
 class SkipRules:
     """What decides which patches of an item are skipped; None where a job has no such rule.
 
-    inside    returns which voxels of a box of the volume are inside the mask, bool (*box.shape)
+    inside    returns which voxels of a box are inside the mask, bool (*box.shape); the box is in
+              voxels of an output with a scale, None for those of the volume
     empty     which voxels are empty
     stored    returns whether any storage chunk with a voxel of a box exists
     """
 
-    inside: Callable[[Box], Bools] | None = None
+    inside: Callable[[Box, Scale | None], Bools] | None = None
     empty: EmptyRule | None = None
     stored: Callable[[Box], bool] | None = None
+
+    def inside_of(self, plan: Plan) -> Callable[[Box], Bools] | None:
+        """Return which voxels of a box of an output, which has this plan, are inside the mask."""
+        inside = self.inside
+        return None if inside is None else lambda box: inside(box, plan.grid.scale)
 
     def select(self, plan: Plan, chunk: Chunk, halos: Sequence[npt.NDArray[Any]]) -> PatchSelection:
         """Return the patches of a chunk that run; `halos` are its inputs ([C,] *chunk.halo)."""
         patches = list(plan.patches(chunk))
-        inside = None if self.inside is None else self.inside(chunk.region)
-        if inside is not None and inside.all():
-            inside = None
+        masks = self._masks(plan, chunk)
         is_empty = self._emptiness(plan, chunk, halos)
         run, empty, skipped = [], [], 0
         for patch in patches:
-            is_inside = inside is None or bool(
-                inside[patch.target.slices(chunk.region.start)].any()
-            )
+            is_inside = not masks or any(one.has_inside(plan, patch) for one in masks.values())
             if is_empty is not None and is_empty(patch):
                 empty.append(patch)
                 skipped += is_inside and self.empty is not None
             elif is_inside:
                 run.append(patch)
-        insides = None
-        if inside is not None:
-            parts = (view.chunk(chunk.index).region for view in plan.views)
-            insides = tuple(inside[box.slices(chunk.region.start)] for box in parts)
-        return PatchSelection(tuple(run), tuple(empty), insides, skipped)
+        inside = tuple(masks[view.grid].inside for view in plan.views) if masks else None
+        return PatchSelection(tuple(run), tuple(empty), inside, skipped)
+
+    def _masks(self, plan: Plan, chunk: Chunk) -> dict[GridSpec, _ChunkMask]:
+        """Return the mask of a chunk in each grid of the outputs; none if all voxels are inside."""
+        masks: dict[GridSpec, _ChunkMask] = {}
+        for view in plan.views:
+            if view.grid not in masks and self.inside is not None:
+                region = view.chunk(chunk.index).region
+                inside = self.inside(region, view.grid.scale)
+                masks[view.grid] = _ChunkMask(view, region, None if inside.all() else inside)
+        return masks if any(mask.inside is not None for mask in masks.values()) else {}
 
     def _emptiness(
         self, plan: Plan, chunk: Chunk, halos: Sequence[npt.NDArray[Any]]

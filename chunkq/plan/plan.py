@@ -72,7 +72,7 @@ class Patch:
     """One patch: its grid and its number along each axis.
 
     `source` is the input window. `target` holds the kept voxels inside the volume, those that the
-    patch predicts.
+    patch predicts. It can be empty in the plan of an output that is narrower than others.
     """
 
     grid: int
@@ -528,18 +528,12 @@ class Plan:
         """Return a patch by its grid and its number along each axis."""
         pairs = [(axis.grids[g], k) for axis, k in zip(self.axes, numbers, strict=True)]
         begin = tuple(grid.start(k) for grid, k in pairs)
-        kept = tuple(b + grid.lead for b, (grid, _) in zip(begin, pairs, strict=True))
+        targets = [grid.kept_in_volume(k) for grid, k in pairs]
         return Patch(
             g,
             numbers,
             Box(begin, tuple(b + p for b, p in zip(begin, self.input_patch, strict=True))),
-            Box(
-                tuple(max(0, k) for k in kept),
-                tuple(
-                    min(k + grid.kept, grid.volume)
-                    for k, (grid, _) in zip(kept, pairs, strict=True)
-                ),
-            ),
+            Box(tuple(low for low, _ in targets), tuple(high for _, high in targets)),
         )
 
     def outgoing_pieces(self, chunk: Chunk) -> list[Piece]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, NamedTuple
 
 from chunkq.job.job_handle import ItemHandle
@@ -16,6 +16,14 @@ class TaskKey(NamedTuple):
 
     kind: str
     chunk: Index
+
+
+Report = Callable[[str, int, int], None]
+"""Receives what a task does, the number of finished steps, and how many there are."""
+
+
+def not_reported(label: str, done: int, total: int) -> None:
+    """Ignore the progress of a task."""
 
 
 class Stage(ABC):
@@ -31,6 +39,9 @@ class Stage(ABC):
     The results of a temporary stage serve the stage that follows it, and are deleted when the job
     is sealed. Its tasks are complete once those of the stage that follows it are.
 
+    The tasks of a final stage wait for all tasks of the job but those of its own stage. The
+    finalizer runs them.
+
     Tasks of a layered stage can wait for tasks of the same stage.
 
     A task writes its results, then its commit record. Running it again writes the same bytes.
@@ -39,6 +50,7 @@ class Stage(ABC):
     kind: ClassVar[str]
     is_queued: ClassVar[bool] = False
     is_temporary: ClassVar[bool] = False
+    is_final: ClassVar[bool] = False
     is_layered: ClassVar[bool] = False
     after: ClassVar[str | None] = None
 
@@ -80,3 +92,9 @@ class Stage(ABC):
 
         All tasks that it waits for are committed. Thread-safe.
         """
+
+    def run_with_progress(
+        self, item: ItemHandle, chunk: Index, attempt: Attempt, report: Report
+    ) -> None:
+        """Run one task like `run`, and report its progress if it takes long."""
+        self.run(item, chunk, attempt)

@@ -58,6 +58,9 @@ class JobCompletion:
 
     def ready(self, stage: Stage) -> Pending:
         """Return the tasks of a stage all of whose prerequisites are committed."""
+        if stage.is_final:
+            others = (tasks for kind, tasks in self.pending.items() if kind != stage.kind)
+            return [] if any(others) else self.pending[stage.kind]
         absent = {
             (item.number, TaskKey(kind, chunk))
             for kind, tasks in self.pending.items()

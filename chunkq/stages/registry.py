@@ -9,11 +9,18 @@ from chunkq.errors import ErrorCode, JobError
 from chunkq.extensions import ExtensionPoint
 from chunkq.stages.base import Stage
 from chunkq.stages.downsample import DownsampleStage
+from chunkq.stages.export import ExportStage
 from chunkq.stages.finalize import FinalizeStage
 from chunkq.stages.infer import InferStage
 from chunkq.stages.ingest import IngestStage
 
-BUILT_IN: tuple[type[Stage], ...] = (IngestStage, InferStage, FinalizeStage, DownsampleStage)
+BUILT_IN: tuple[type[Stage], ...] = (
+    IngestStage,
+    InferStage,
+    FinalizeStage,
+    DownsampleStage,
+    ExportStage,
+)
 EXTENSIONS = ExtensionPoint(
     "chunkq.stages",
     Stage,
@@ -45,9 +52,12 @@ def _found() -> dict[str, Stage]:
                 entry_point, f"it follows the stage {found[name].after!r}, which is not installed"
             )
     order = TopologicalSorter[str]()
-    built_in = [stage.kind for stage in BUILT_IN]
+    built_in = [stage.kind for stage in BUILT_IN if not stage.is_final]
+    final = [kind for kind, stage in found.items() if stage.is_final]
     for kind, stage in found.items():
         earlier = built_in[: built_in.index(kind)] if kind in built_in else built_in
+        if stage.is_final:
+            earlier = [other for other in found if other not in final]
         order.add(kind, *earlier, *([stage.after] if stage.after else []))
     try:
         return {kind: found[kind] for kind in order.static_order()}

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from chunkq.geometry.box import Box
 from chunkq.geometry.cells import CellAxis
+from chunkq.geometry.grid_spec import Scale
 from chunkq.storage.array import Array
 from chunkq.system import buffers
 
@@ -30,14 +31,15 @@ class Mask:
     def __init__(self, array: Array, axes: Sequence[CellAxis], above: float) -> None:
         self.array, self.axes, self.above = array, tuple(axes), above
 
-    def inside(self, box: Box) -> Bools:
-        """Return which voxels of a box of the volume are inside, bool (*box.shape).
+    def inside(self, box: Box, scale: Scale | None = None) -> Bools:
+        """Return which voxels of a box are inside, bool (*box.shape).
 
-        Raises ChunkReadError if the mask cannot be read.
+        The box is in voxels of the volume, or of an output with this scale. Raises ChunkReadError
+        if the mask cannot be read.
         """
         result: Bools = buffers.zeros(box.shape, np.bool_)
         cells, valid, starts, stops = [], [], [], []
-        for axis, low, high in zip(self.axes, box.start, box.stop, strict=True):
+        for axis, low, high in zip(self.of_scale(scale), box.start, box.stop, strict=True):
             along = axis.cells(low, high)
             first, last = np.searchsorted(along, (0, axis.count)).tolist()
             if first == last:
@@ -49,6 +51,12 @@ class Mask:
             cells.append(along - along[0])
         result[tuple(valid)] = self.read(Box(tuple(starts), tuple(stops)))[np.ix_(*cells)]
         return result
+
+    def of_scale(self, scale: Scale | None) -> tuple[CellAxis, ...]:
+        """Return the voxels of the mask as cells of the voxels of an output with this scale."""
+        if scale is None:
+            return self.axes
+        return tuple(axis.of_scale(factor) for axis, factor in zip(self.axes, scale, strict=True))
 
     def read(self, cells: Box) -> Bools:
         """Return which voxels of a box of the mask are inside, bool (*cells.shape)."""

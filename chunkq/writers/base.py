@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,6 +23,19 @@ Report = Callable[[int], None]
 
 
 @dataclass(frozen=True)
+class StoredValues:
+    """The values for which stored integers stand: `stored * scale + offset`."""
+
+    scale: float
+    offset: float
+
+    @property
+    def attributes(self) -> dict[str, float]:
+        """The values as attributes of chunkq."""
+        return {"scale": self.scale, "offset": self.offset}
+
+
+@dataclass(frozen=True)
 class ImageToWrite:
     """An image as it is read: its axes and its meaning.
 
@@ -32,7 +45,7 @@ class ImageToWrite:
     storage     shape of the storage chunks that are read; empty if any voxel can be
     channels    names of the channels; empty if there are none
     space       where the voxels lie in the NIfTI file from which the image comes
-    attributes  further attributes of the image, such as those of a range of values
+    values      what stored integers stand for; None for the integers themselves
     """
 
     axes: tuple[Axis, ...]
@@ -41,7 +54,7 @@ class ImageToWrite:
     storage: tuple[int, ...] = ()
     channels: tuple[str, ...] = ()
     space: FileSpace | None = None
-    attributes: Mapping[str, Any] = field(default_factory=dict)
+    values: StoredValues | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

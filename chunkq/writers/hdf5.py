@@ -99,5 +99,6 @@ class Hdf5Writer(ExportWriter):
             dataset.attrs[ELEMENT_SIZE] = [abs(axis.scale) * f for axis, f in pairs]
             if all(axis.scale > 0 for axis in spatial):
                 dataset.attrs[ELEMENT_START] = [axis.translation * f for axis, f in pairs]
-        for name, value in self.image.attributes.items():
-            dataset.attrs[name] = value
+        if self.image.values is not None:  # as readers of the CF conventions expect
+            dataset.attrs["scale_factor"] = self.image.values.scale
+            dataset.attrs["add_offset"] = self.image.values.offset

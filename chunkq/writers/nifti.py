@@ -24,6 +24,7 @@ from chunkq.writers.base import (
     ExportWriter,
     ImageToWrite,
     Report,
+    StoredValues,
     WriterOptions,
     stored_dtype,
 )
@@ -128,7 +129,8 @@ class NiftiWriter(ExportWriter):
         header = (nifti1.Nifti1Header if is_small else nifti2.Nifti2Header)(endianness="<")
         header.set_data_dtype(self.dtype)
         header.set_data_shape(sizes)
-        header["scl_slope"], header["scl_inter"] = 1, 0
+        values = self.image.values or StoredValues(1, 0)
+        header["scl_slope"], header["scl_inter"] = values.scale, values.offset
         if self.image.is_labels:
             header.set_intent(LABEL_INTENT)
         self._set_space(header, axes.get("time"))

@@ -106,7 +106,7 @@ class PrecomputedWriter(PyramidWriter):
                 }
                 for scale in map(self.scale, range(len(self.levels) + 1))
             ],
-            **self.image.attributes,
+            **({"chunkq": values.attributes} if (values := self.image.values) else {}),
         }
 
     @property

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from chunkq.blend.downsampling import downsample
 from chunkq.errors import ErrorCode, StoreError
-from chunkq.geometry.axis_units import METERS, SECONDS, common_unit, unit_factor
+from chunkq.geometry.axis_units import METERS, SECONDS, common_unit, unit_factor, voxel_sizes
 from chunkq.geometry.levels import Level, pyramid_levels
 from chunkq.install_hint import install_command
 from chunkq.storage.array import Voxels
@@ -125,7 +125,7 @@ class TiffWriter(ExportWriter):
     def _pyramid(self) -> tuple[Level, ...]:
         y, x = self._image.axes[-PLANE_RANK:]
         edges = (TILE, TILE)
-        sizes = [abs(axis.scale) * METERS.get(axis.unit or "", 1.0) or 1.0 for axis in (y, x)]
+        sizes = voxel_sizes((y, x))
         return pyramid_levels((y.size, x.size), sizes, edges, edges, edges, self.options.levels)
 
     def _blocks(self) -> Blocks:
@@ -175,7 +175,7 @@ class TiffWriter(ExportWriter):
             for number, level in enumerate(self._levels):
                 shape = (*self._image.shape[:-PLANE_RANK], *level.shape)
                 writer.write(
-                    _tiles(scratch[number].pages(shape, self.dtype)),
+                    _tiles(scratch[number].rows(shape, self.dtype)),
                     shape=shape,
                     dtype=self.dtype,
                     subfiletype=1,
@@ -235,6 +235,9 @@ class TiffWriter(ExportWriter):
         ):
             values["TimeIncrement"] = time.scale * unit_factor(time.unit, second, SECONDS)
             values["TimeIncrementUnit"] = UNITS[second]
+        if self.image.values is not None:
+            numbers = self.image.values.attributes
+            values["MapAnnotation"] = {"Namespace": "chunkq", "Value": numbers}
         if self.image.channels:
             values["Channel"] = {"Name": list(self.image.channels)}
         return values
@@ -259,11 +262,17 @@ class _Scratch:
         """Append voxels."""
         self._file.write(as_bytes(values))
 
-    def pages(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[Voxels]:
-        """Yield the pages of the level."""
+    def rows(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[Voxels]:
+        """Yield the level's pages in order, in whole rows of tiles."""
         self._file.flush()
-        voxels = np.memmap(self._path, dtype, "r", 0, shape)
-        yield from voxels.reshape(-1, *shape[-PLANE_RANK:])
+        height, width = shape[-PLANE_RANK:]
+        at_once = max(1, ENCODED_BYTES // (TILE * width * dtype.itemsize)) * TILE
+        # Not mapped: pages of a mapped file count as memory of the process.
+        with open(self._path, "rb") as file:
+            for _ in range(prod(shape[:-PLANE_RANK])):
+                for start in range(0, height, at_once):
+                    rows = min(at_once, height - start)
+                    yield np.fromfile(file, dtype, rows * width).reshape(rows, width)
 
 
 def _tiles(blocks: Iterator[Voxels]) -> Iterator[Voxels]:

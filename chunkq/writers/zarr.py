@@ -80,6 +80,7 @@ class ZarrWriter(PyramidWriter):
         axes = {str(n): self.level_axes(n) for n in range(len(self.levels) + 1)}
         method = self.method if self.levels else None
         attributes: dict[str, Any] = image_metadata(axes, FORMAT, method)
-        attributes |= self.image.attributes
+        if self.image.values is not None:
+            attributes["chunkq"] = self.image.values.attributes
         group = {"zarr_format": FORMAT, "node_type": "group", "attributes": attributes}
         ObjectFolder(path).put(DOCUMENT, json.dumps(group, indent=2).encode())

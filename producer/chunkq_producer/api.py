@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -13,17 +14,19 @@ from chunkq.create import check_job, check_output
 from chunkq.enqueue import EnqueueResult
 from chunkq.errors import ArgumentError, QueueError
 from chunkq.finalize import finalize_job
-from chunkq.job.events import Event, Sink, fan_out, progress_sink, write_log
+from chunkq.job.events import Event, Sink, fan_out, ignore, progress_sink, write_log
 from chunkq.job.job_file import Job, load_job
 from chunkq.job.job_handle import open_job
 from chunkq.job.job_path import job_folder_of, output_path
 from chunkq.queue.contract.executor import Executor
 from chunkq.queue.registry import open_executor, queue_url
+from chunkq.verify import verify_job
 from chunkq_producer.distribute import distribute as finalize_on_workers
 from chunkq_producer.engine import queue_of
 from chunkq_producer.job_status import JobStatus, WorkersRunning, job_status
 from chunkq_producer.produce import launch_cluster_workers, produce_job
 from chunkq_producer.runner import run_job
+from chunkq_producer.verify_report import VerifyReport
 from chunkq_producer.worker_command import RunOptions
 
 JobSource = str | Path | Mapping[str, Any]
@@ -135,6 +138,31 @@ def finalize(
         with _queue(queue, job.record.job.queue) as executor:
             finalize_on_workers(job, executor, allow_missing=allow_missing, emit=emit)
     return finalize_job(job, worker=socket.gethostname(), allow_missing=allow_missing, emit=emit)
+
+
+def verify(
+    output: PathOrUrl,
+    *,
+    repair: bool = False,
+    queue: str | Executor | None = None,
+    progress: Progress = _ignore_progress,
+) -> dict[str, Any]:
+    """Compare every stored object of an output with its checksum; return what `--json` prints.
+
+    Equivalent to `chunkq verify`. The key `state` is `sound`, `incomplete`, `damaged` or
+    `repaired`. With `repair`, metadata are restored and chunks are put on the queue, as for
+    `produce`. `progress` is called with (tasks verified, tasks). Raises MissingJobError if there is
+    no job, and before anything is changed QueueError if the queue cannot be reached, and
+    ChunkReadError if an input is missing or was replaced.
+    """
+    job, started, emit = open_job(_folder(output)), time.monotonic(), progress_sink(progress)
+    report = VerifyReport(job, verify_job(job, emit), time.monotonic() - started)
+    if repair and report.needs_queue:
+        with _queue(queue, job.record.job.queue) as executor:
+            report.repair(executor, ignore)
+    elif repair:
+        report.repair(None, ignore)
+    return report.as_dict()
 
 
 def _status_sink(function: Callable[[JobStatus], None]) -> Sink:

@@ -28,7 +28,6 @@ class Cluster:
                               node runs `chunkq work` with `per_node` processes and `depth` chunks
                               in flight per process
     is_temporary              the queue ends with this process
-    nodes                     number of nodes of the cluster
     announce                  publishes the cluster's address to the other nodes
     has_died                  returns whether a cluster that was started for this run has ended
     """
@@ -38,7 +37,6 @@ class Cluster:
     per_node: int | None = None
     depth: int | None = None
     is_temporary: bool = False
-    nodes: int = 1
     announce: Callable[[], None] = field(default=lambda: None)
     has_died: Callable[[], bool] = field(default=lambda: False)
 
@@ -68,7 +66,6 @@ def cluster_for(job: Job, engine: Engine, workers: int | None = None) -> Iterato
             per_node=per_node,
             depth=depth,
             is_temporary=True,
-            nodes=1 if step is None else step.size,
             announce=lambda: publish(Announcement(own_cluster.address, own_cluster.secret)),
             has_died=own_cluster.has_died,
         )

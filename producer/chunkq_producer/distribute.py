@@ -33,6 +33,8 @@ def distribute(
     """
 
     def run(stage: Stage, tasks: Pending) -> Pending:
+        if stage.is_final:
+            return []
         _run_on_workers(job, executor, stage.kind, tasks, emit)
         return tasks
 

@@ -208,7 +208,7 @@ def start_workers(
         gpu = not is_cpu_only(config)
         depth = depth or default_depth(gpu=gpu)
         remote_workers = executor.launch_remote_workers(
-            job.folder.path, gpu=gpu, depth=depth, nodes=cluster.nodes
+            job.folder.path, gpu=gpu, depth=depth, threads=config.threads
         )
         return ClusterWorkers(remote_workers, emit, cluster.has_died)
     if not executor.owns_process:

@@ -9,6 +9,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+import h5py
 import nibabel
 import numpy as np
 import numpy.typing as npt
@@ -361,3 +362,30 @@ def test_a_damaged_input_leaves_no_output(tmp_path: Path, small_blocks: None) ->
         with pytest.raises(ChunkReadError):
             run(tmp_path / "in.zarr", path_of(target, tmp_path))
     assert {path.suffix for path in tmp_path.glob("out*")} == {".partial"}
+
+
+def test_what_stored_integers_stand_for_is_kept(tmp_path: Path) -> None:
+    np.save(tmp_path / "in.npy", volume())
+    run(tmp_path / "in.npy", tmp_path / "in.zarr")
+    group = zarr.open_group(tmp_path / "in.zarr")
+    group.attrs["chunkq"] = {"range": [-1, 4.1], "scale": 0.02, "offset": -1.0}
+    values = volume() * 0.02 - 1
+    for target in TARGETS:
+        run(tmp_path / "in.zarr", path_of(target, tmp_path))
+        if target.startswith("out.nii"):
+            image = nibabel.load(tmp_path / target)
+            np.testing.assert_allclose(np.asarray(image.dataobj).T, values, atol=1e-6)
+        elif target == "out.zarr":
+            attributes = zarr.open_group(tmp_path / target, mode="r").attrs["chunkq"]
+            assert attributes == {"scale": 0.02, "offset": -1.0}
+        elif target == "out.ome.tif":
+            with tifffile.TiffFile(tmp_path / target) as file:
+                assert '<M K="scale">0.02</M>' in str(file.ome_metadata)
+        elif target == "out.h5/labels":
+            array = find_source(str(tmp_path / "out.h5"))
+            with h5py.File(tmp_path / "out.h5") as hdf5:
+                assert hdf5["labels"].attrs["scale_factor"] == 0.02
+            assert array.dtype == "uint8"
+        else:
+            info = json.loads((tmp_path / "out" / "info").read_text())
+            assert info["chunkq"] == {"scale": 0.02, "offset": -1.0}

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -543,6 +544,40 @@ def test_a_killed_dask_worker_loses_no_committed_chunks(
     assert not any(repeated & patches[name] for name in committed)
 
 
+def test_the_dashboard_shows_the_chunks_of_the_queue(
+    standard_job: StandardJob, tmp_path: Path, cluster: DaskCluster
+) -> None:
+    workspace = workspace_for_cluster(cluster, standard_job, tmp_path)
+    port = free_port()
+    cluster.scheduler(dashboard_port=port)
+    cluster.worker(workspace, NET_HOLD="forward", NET_AFTER="3")
+    pages = f"http://{HOST}:{port}"
+    with workspace.start("run", "job.yaml") as cli:
+        workspace.wait_until_stopped()
+        state = json.loads(get(f"{pages}/json/chunkq.json"))
+        page = get(f"{pages}/chunkq")
+        tasks = get(f"{pages}/info/main/workers.html")
+        workspace.open_gate()
+        assert cli.wait().code == 0
+    [job] = state["jobs"]
+    [running] = state["running"]
+    counts = {name: job[name] for name in ("done", "running", "queued", "waiting", "failed")}
+    assert counts == {"done": 3, "running": 1, "queued": 20, "waiting": 0, "failed": 0}
+    assert job["path"] == str(workspace.job_folder)
+    assert running["chunk"].startswith(f"{workspace.output} infer ")
+    for text in (str(workspace.output), running["chunk"], running["worker"], 'value="3" max="24"'):
+        assert text in page
+    assert "tcp://" in tasks
+    assert json.loads(get(f"{pages}/json/chunkq.json"))["jobs"][0]["done"] == CHUNKS
+
+
+def get(url: str) -> str:
+    """Return a page of a web server."""
+    with urllib.request.urlopen(url, timeout=30) as response:
+        text: str = response.read().decode()
+    return text
+
+
 def test_workers_that_join_a_cluster_without_workers_compute_the_job(
     standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace, cluster: DaskCluster
 ) -> None:
@@ -638,7 +673,7 @@ def test_a_thread_of_a_cluster_survives_any_number_of_deaths_of_its_worker(
 
 
 def test_deaths_of_a_worker_count_against_a_thread_only_before_it_has_its_network() -> None:
-    plugin = QueuePlugin()
+    plugin = QueuePlugin(has_page=False)
     scheduler = SimpleNamespace(handlers={}, idle_since=0.0, tasks={})
     asyncio.run(plugin.start(scheduler))
     keys = (f"{REMOTE_TASK}-ab-0", "x-1", ("x", 2))

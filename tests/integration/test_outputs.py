@@ -363,3 +363,161 @@ def test_an_impossible_output_is_one_line_that_names_its_key(tmp_path: Path, cas
         check_job(load_job(workspace.job_file))
     [line] = error.value.problems
     assert line.startswith(f"{key}: ")
+
+
+SCALED = '''
+import numpy as np
+
+
+def values(batch):
+    return batch.astype(np.float32) / 100 * np.linspace(1, 2, batch.shape[-1], dtype=np.float32)
+
+
+def pyramid(batch):
+    """Return two channels at a quarter of the voxels, 8 × 8 for 16 × 16."""
+    x = values(batch)
+    coarse = (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
+    return np.stack([coarse, 1 - coarse], axis=1)
+
+
+def centered(batch):
+    """Return the 8 × 8 voxels in the middle of 16 × 16."""
+    return np.stack([values(batch)[:, 4:12, 4:12]] * 2, axis=1)
+'''
+
+
+def scaled_workspace(folder: Path, function: str, outputs: Any, **changes: Any) -> Workspace:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "scaled.py").write_text(SCALED)
+    network = {
+        "runtime": "numpy",
+        "type": "class",
+        "class_file": str(folder / "scaled.py"),
+        "class_name": function,
+        "model_input_shape": [16, 16],
+        "model_output_shape": [2, 8, 8],
+        "max_batch_size": 4,
+    }
+    values: dict[str, Any] = {
+        "outputs": outputs,
+        "model_config": network,
+        "strides": [4, 6],
+        "chunksize": [16, 16],
+        "storage_chunks": None,
+        "pad_width": [4, 4],
+        "pad_mode": "reflect",
+    }
+    return small_workspace(folder, **(values | changes))
+
+
+COARSE: dict[str, Any] = {
+    "coarse": {"channels": 0, "scale": [2, 2], "storage_chunks": [4, 2]},
+    "doubt": {"channels": "0:2", "combine": "soft", "scale": [2, 2], "storage_chunks": [8, 8]},
+}
+
+
+def write_with_axes(path: Path, shape: tuple[int, int]) -> None:
+    """Write an OME-Zarr image with voxels of 0.5 × 2 µm that begins at 10 and 20 µm."""
+    volume = random_volume(shape)
+    group = zarr.open_group(path, mode="w")
+    group.create_array("0", data=volume, chunks=(8, 8))
+    transforms = [
+        {"type": "scale", "scale": [0.5, 2.0]},
+        {"type": "translation", "translation": [10.0, 20.0]},
+    ]
+    axes = [{"name": name, "type": "space", "unit": "micrometer"} for name in "yx"]
+    datasets = [{"path": "0", "coordinateTransformations": transforms}]
+    group.attrs["ome"] = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": datasets}]}
+
+
+@pytest.mark.parametrize("roi", [None, [[16, None], [16, 21]], [[6, 29], [2, None]]])
+def test_a_coarser_output_has_the_shape_and_the_place_of_its_voxels(
+    tmp_path: Path, roi: Any
+) -> None:
+    shape = (33, 22)
+    workspace = scaled_workspace(tmp_path, "pyramid", COARSE, input="image.zarr", roi=roi)
+    write_with_axes(tmp_path / "image.zarr", shape)
+    report = run_all(workspace)
+    assert report["missing"] == []
+    group = zarr.open_group(workspace.output, mode="r")
+    bounds = [b or [0, None] for b in roi or [None, None]]
+    start = [b[0] for b in bounds]
+    stop = [n if b[1] is None else b[1] for b, n in zip(bounds, shape, strict=True)]
+    expected = [-(-(high - low) // 2) for low, high in zip(start, stop, strict=True)]
+    assert group["coarse/0"].shape == tuple(expected)
+    ome = dict(zarr.open_group(workspace.output / "coarse", mode="r").attrs)["ome"]
+    transforms = ome["multiscales"][0]["datasets"][0]["coordinateTransformations"]
+    assert transforms[0]["scale"] == [1.0, 4.0]
+    # The first voxel of the output covers the first two of the region along each axis.
+    first = [10 + 0.5 * (start[0] + 0.5), 20 + 2 * (start[1] + 0.5)]
+    assert transforms[1]["translation"] == first
+    assert report["bytes"]["output"] == report["planned_bytes"]["output"]
+
+
+def test_a_region_of_a_coarser_output_has_the_bytes_of_the_whole_one(tmp_path: Path) -> None:
+    whole = scaled_workspace(tmp_path / "whole", "pyramid", COARSE)
+    part = scaled_workspace(tmp_path / "part", "pyramid", COARSE, roi=[[16, None], [16, 21]])
+    run_all(whole)
+    run_all(part)
+    for name in COARSE:
+        one, other = (
+            np.asarray(zarr.open_array(w.output / name / "0", mode="r")) for w in (whole, part)
+        )
+        assert one[8:, 8:11].tobytes() == other.tobytes()
+
+
+def test_a_mask_speaks_of_the_voxels_of_a_coarser_output(tmp_path: Path) -> None:
+    whole = scaled_workspace(tmp_path / "whole", "pyramid", COARSE)
+    run_all(whole)
+    masked = scaled_workspace(tmp_path / "masked", "pyramid", COARSE, mask="mask.zarr")
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[3:9, 5:20] = 1
+    write_zarr(masked.folder / "mask.zarr", mask, (8, 8))
+    report = run_all(masked)
+    assert report["patches"] < report["planned_patches"] or report["patches"] > 0
+    inside = mask[1::2, 1::2] > 0  # voxel i of the output has its center at voxel 2 i + 1
+    for name in COARSE:
+        one, other = (
+            np.asarray(zarr.open_array(w.output / name / "0", mode="r")) for w in (whole, masked)
+        )
+        np.testing.assert_array_equal(other[inside], one[inside])
+        assert (other[~inside] == 0).all()
+
+
+def test_outputs_of_different_widths_of_one_pass_have_the_bytes_of_separate_jobs(
+    tmp_path: Path,
+) -> None:
+    outputs = {
+        "narrow": {"channels": 0, "storage_chunks": [4, 4]},
+        "wide": {"channels": 1, "scale": [2, 2], "storage_chunks": [4, 4]},
+    }
+    keys: dict[str, Any] = {"strides": [4, 4], "edge": "pad"}
+    together = scaled_workspace(tmp_path / "both", "centered", outputs, **keys)
+    report = run_all(together)
+    assert report["missing"] == []
+    three = scaled_workspace(tmp_path / "three", "centered", outputs, **keys)
+    chunkq.run(three.job_file, queue=three.queue_url, gpus="none", workers=2)
+    for name, output in outputs.items():
+        expected = files_below(together.output / name / "0")
+        assert files_below(three.output / name / "0") == expected
+        single = scaled_workspace(tmp_path / name, "centered", {name: output}, **keys)
+        run_all(single)
+        one, other = (
+            np.asarray(zarr.open_array(w.output / name / "0", mode="r")) for w in (together, single)
+        )
+        # Ownership follows the widest output, so sums of a narrower one can associate differently.
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
+
+
+def test_a_predictor_gives_a_coarser_output_its_voxel_size(tmp_path: Path) -> None:
+    workspace = scaled_workspace(tmp_path, "pyramid", COARSE)
+    run_all(workspace)
+    volume = np.asarray(zarr.open_array(tmp_path / "in.zarr", mode="r"))
+    with Predictor.from_config(workspace.job_file) as predictor:
+        predictions = predictor.predict(volume)
+    for name in COARSE:
+        stored = np.asarray(zarr.open_array(workspace.output / name / "0", mode="r"))
+        prediction = predictions[name]
+        values = prediction.labels if prediction.probabilities is None else prediction.probabilities
+        np.testing.assert_array_equal(values.reshape(stored.shape), stored)
+        assert prediction.voxel_size == (2.0, 2.0)

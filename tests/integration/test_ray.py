@@ -30,6 +30,7 @@ RUNNING = {
     "cluster": "running",
     "hardware": "cpu_only",
     "ray_config": {"address": "127.0.0.1"},
+    "threads": 4,  # for two workers on the cores of the cluster
 }
 
 NOT_INSTALLED = """
@@ -196,7 +197,7 @@ def processes_here(title: str = "") -> list[psutil.Process]:
 
 
 def kill_queue_actor() -> None:
-    [actor] = processes_here("ray::QueueHost")
+    [actor] = processes_here("ray::ChunkqQueue")
     actor.kill()
     actor.wait(10)
 
@@ -364,7 +365,7 @@ def test_each_worker_is_an_actor_with_the_gpu_that_ray_assigns(
         run_ok(workspace, "produce", str(workspace.job_file))
         with workspace.start("work", "--burst", "--gpus", "0,1,2", **environment) as cli:
             workspace.wait_until_stopped()
-            assert len(processes_here("ray::WorkerActor")) == 2
+            assert len(processes_here("ray::ChunkqWorker")) == 2
             wait_until(lambda: "not yet assigned" in cli.output(), "a warning for the third worker")
             wait_until(lambda: len(visible_devices(devices)) == 2, "both workers run the network")
             workspace.open_gate()
@@ -406,7 +407,7 @@ def test_a_worker_that_waits_for_its_device_can_be_stopped(
             result = cli.wait()
         assert result.code == 0, result.err
         cli.wait_for_children()
-        wait_until(lambda: not processes_here("ray::WorkerActor"), "its actors end")
+        wait_until(lambda: not processes_here("ray::ChunkqWorker"), "its actors end")
 
 
 # --------------------------------------------------------------------------- temporary clusters
@@ -510,7 +511,7 @@ def run_on_cluster(workspace: StandardWorkspace) -> Iterator[RunningCommand]:
 
 
 def wait_for_no_remote_workers() -> None:
-    wait_until(lambda: not processes_here("ray::WorkerActor"), "the remote workers end")
+    wait_until(lambda: not processes_here("ray::ChunkqWorker"), "the remote workers end")
 
 
 def test_run_on_a_running_cluster_has_byte_identical_output(

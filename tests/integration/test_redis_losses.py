@@ -1,22 +1,23 @@
 """Redis servers that lose keys, go away for a while, or lack a command."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import astuple
 from operator import attrgetter
 from pathlib import Path
 
 import pytest
+import redis
 
 from chunkq.errors import ErrorCode, QueueError
 from chunkq.job.tasks import JobId, Task
 from chunkq.queue.backends.rq import executor as rq_executor
-from chunkq.queue.backends.rq.connect import connect
+from chunkq.queue.backends.rq.connect import PASSWORD_VARIABLE, connect
 from chunkq.queue.backends.rq.executor import RqExecutor
-from chunkq.queue.backends.rq.names import queue_name
+from chunkq.queue.backends.rq.names import queue_name, rq_id
 from chunkq.queue.contract.executor import WorkerOptions
 from tests.harness.servers.redis import RedisServer, redis_server
-from tests.harness.standard_job import StandardJob
+from tests.harness.standard_job import StandardJob, StandardWorkspace
 from tests.harness.waiting import wait_until
 
 JOB = JobId("/jobs/out.zarr.chunkq", "00000001")
@@ -68,6 +69,17 @@ def test_submitting_again_queues_the_tasks_whose_keys_are_lost_in_part(
     kept = {lease.task for lease in running if lease and not has_lost_leases}
     assert queue.counts(JOB).running == len(kept)
     assert sorted(reserved(queue), key=id_of) == [task for task in TASKS if task not in kept]
+
+
+def test_submitting_again_queues_the_rest_when_the_list_and_most_tasks_are_lost(
+    queue: RqExecutor, server: RedisServer
+) -> None:
+    queue.submit(TASKS)
+    with server.client as client:
+        client.delete(f"rq:queue:{queue_name(TASKS[0].job_id)}")
+        client.delete(*(f"rq:job:{rq_id(task)}" for task in TASKS[:5]))
+    assert queue.submit(TASKS) == len(TASKS)
+    assert sorted(reserved(queue), key=id_of) == TASKS
 
 
 def test_waiting_tasks_whose_list_is_lost_wait_again(
@@ -188,9 +200,70 @@ def test_workers_report_an_outage_once_and_its_end(
         with workspace.start("work", "--gpus", "none") as worker:
             wait_until(lambda: not any(astuple(workspace.counts())), "all chunks are done")
             server.kill()
-            wait_until(lambda: "unreachable" in worker.output(), "the outage is reported")
+            reported = f"[{ErrorCode.QUEUE_UNAVAILABLE}]"
+            wait_until(lambda: reported in worker.output(), "the outage is reported")
             server.start()
             wait_until(lambda: "answers again" in worker.output(), "its end is reported")
         lines = worker.output().splitlines()
-    counts = [sum(text in line for line in lines) for text in ("unreachable", "answers again")]
+    counts = [sum(text in line for line in lines) for text in (reported, "answers again")]
     assert counts == [1, 1]
+
+
+def refuse(client: redis.Redis, *settings: str) -> Callable[[], object]:
+    """Change settings so that a server refuses writes; return what ends it."""
+    client.config_set(*settings)
+    return lambda: client.config_set(settings[0], "0")
+
+
+def become_replica(client: redis.Redis) -> Callable[[], object]:
+    client.replicaof("127.0.0.1", 1)
+    return lambda: client.replicaof("no", "one")
+
+
+REFUSALS = {
+    ErrorCode.QUEUE_READ_ONLY: become_replica,
+    ErrorCode.QUEUE_UNAVAILABLE: lambda client: refuse(client, "min-replicas-to-write", "1"),
+}
+
+
+@pytest.mark.parametrize("code", REFUSALS)
+def test_workers_wait_in_their_processes_while_the_server_refuses_to_write(
+    code: ErrorCode, standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace
+) -> None:
+    with redis_server() as server, server.client as client:
+        workspace = standard_job.workspace(tmp_path, url=server.url)
+        workspace.produce()
+        with workspace.start("work", "--gpus", "none", "--burst", NET_SLEEP="0.1") as worker:
+            wait_until(lambda: len(workspace.done()) >= 3, "some chunks are done")
+            accept = REFUSALS[code](client)
+            wait_until(lambda: f"[{code}]" in worker.output(), "the refusal is reported")
+            accept()
+            worker.wait().ok()
+        workspace.finalize().ok()
+    assert "ended with code" not in worker.output()
+    assert len({commit.worker for commit in workspace.commits()}) == 1
+    assert {commit.attempt for commit in workspace.commits()} == {1}
+    assert workspace.stored() == undisturbed.stored()
+
+
+def test_workers_read_a_password_that_was_changed_again(
+    standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace
+) -> None:
+    secret = tmp_path / "password"
+    secret.write_text("first\n")
+    with redis_server("first") as server, server.client as client:
+        port = server.settings.port
+        workspace = standard_job.workspace(tmp_path, url=f"redis://127.0.0.1:{port}/0")
+        workspace.environment[PASSWORD_VARIABLE] = str(secret)
+        workspace.produce()
+        with workspace.start("work", "--gpus", "none", "--burst", NET_SLEEP="0.1") as worker:
+            wait_until(lambda: len(workspace.done()) >= 3, "some chunks are done")
+            client.execute_command("ACL", "SETUSER", "default", "resetpass", ">second")
+            client.client_kill_filter(user="default")
+            reported = f"[{ErrorCode.QUEUE_DENIED}]"
+            wait_until(lambda: reported in worker.output(), "the refusal is reported")
+            secret.write_text("second\n")
+            worker.wait().ok()
+        workspace.finalize().ok()
+    assert len({commit.worker for commit in workspace.commits()}) == 1
+    assert workspace.stored() == undisturbed.stored()

@@ -90,6 +90,8 @@ def test_visible_blocks_are_a_warning_if_there_are_pairs_enough(
     workspace, report = finalized(tmp_path / "seams", WITH_SEAMS)
     assert len(report["warnings"]) == 2
     assert "along axis y" in report["warnings"][0]
+    text = " ".join(workspace.call("report", workspace.output).ok().out.split())
+    assert "blocks are visible along axis x" in text
     _, report = finalized(tmp_path / "none", WITHOUT_SEAMS)
     assert report["warnings"] == []
     assert all(0.8 < seam["ratio"] < 1.2 for seam in report["seams"])

@@ -35,7 +35,7 @@ def package(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         patch.syspath_prepend(OUTSIDE)
         registry._found.cache_clear()
         kinds = [stage.kind for stage in registry.stages()]
-        assert kinds == ["ingest", "infer", "finalize", "downsample", "sum", "total"]
+        assert kinds == ["ingest", "infer", "finalize", "downsample", "sum", "total", "export"]
         yield
     registry._found.cache_clear()
 

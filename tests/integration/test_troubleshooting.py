@@ -14,9 +14,11 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from redis.exceptions import ResponseError
 
 import chunkq
 from chunkq.queue import registry
+from chunkq.queue.backends.rq.connect import connect
 from chunkq.system import gpus
 from tests.harness.documents import code_blocks, settled
 from tests.harness.workspace import Workspace
@@ -258,6 +260,18 @@ def silent_driver(folder: Path) -> str:
         return logged(gpus.visible_gpus)
 
 
+def refusing_redis(folder: Path) -> str:
+    refusal = ResponseError("MISCONF Errors writing to the AOF file: No space left on device")
+    refusals = iter([refusal, refusal])
+
+    def request() -> None:
+        for error in refusals:
+            raise error
+
+    retry = connect("redis://127.0.0.1:6379/0", patient=True).get_retry()
+    return logged(lambda: retry.call_with_retry(request, lambda error: None))
+
+
 SCENARIOS: dict[str, Callable[[Path], str]] = {
     "The job file is refused": job_file_is_wrong,
     "This machine has no GPU": no_gpu,
@@ -276,6 +290,7 @@ SCENARIOS: dict[str, Callable[[Path], str]] = {
     "The job record is damaged": record_damaged,
     "Results are lost": results_lost,
     "Chunks are missing": incomplete,
+    "Redis does not answer, or refuses writes": refusing_redis,
     "The queue was lost": forgotten,
     "The input was replaced or is gone": input_changed,
     "A worker refuses a job": not_allowed,

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import zarr
 
+import chunkq
 from chunkq.errors import ErrorCode
 from chunkq.job.object_checksums import decode_checksums
 from chunkq.stages.registry import stages
@@ -309,6 +310,23 @@ def test_an_output_of_an_earlier_version_has_no_checksums(workspace: Workspace) 
     report = verify(workspace, code=1)
     assert len(report["unverified"]) == len(CHUNKS) + 5
     assert report["damaged"] == report["chunks"] == []
+
+
+def test_the_function_does_what_the_command_does(workspace: Workspace) -> None:
+    original = files_below(workspace.output)
+    name = next(workspace_objects(workspace, "infer", (1, 0)))
+    (workspace.output / name).unlink()
+    steps: list[tuple[int, int]] = []
+    report = chunkq.verify(
+        workspace.output, progress=lambda done, total: steps.append((done, total))
+    )
+    assert (report["state"], report["chunks"]) == ("damaged", ["1.0"])
+    assert steps[-1] == (11, 11)
+    report = chunkq.verify(workspace.output, repair=True, queue=workspace.queue_url)
+    assert (report["state"], report["queued"]) == ("repaired", 1)
+    complete(workspace)
+    assert chunkq.verify(workspace.output)["state"] == "sound"
+    assert files_below(workspace.output) == original
 
 
 def test_the_text_names_what_is_wrong_and_what_to_do(workspace: Workspace) -> None:

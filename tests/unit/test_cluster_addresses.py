@@ -5,7 +5,9 @@ from chunkq_producer.engine import queue_of
 
 from chunkq.errors import ErrorCode, JobError
 from chunkq.job.job_file import Job, load_job
-from chunkq.queue.backends.ray.workers import cores_per_gpu
+from chunkq.queue.backends.hosted.queue_host import WorkerGroup
+from chunkq.queue.backends.ray.launcher import room_for_workers
+from chunkq.queue.backends.ray.workers import cores_per_gpu, cores_per_worker
 from chunkq.queue.registry import open_executor
 
 
@@ -115,3 +117,22 @@ def test_workers_on_gpus_share_the_cores_of_a_node_that_has_too_few(
     nodes: list[dict[str, float]], cores: float
 ) -> None:
     assert cores_per_gpu(nodes) == cores
+
+
+@pytest.mark.parametrize(
+    ("nodes", "threads", "cores", "room"),
+    [
+        ([{"CPU": 8.0}, {"CPU": 64.0, "GPU": 2.0}], None, 8, 9),
+        ([{"CPU": 8.0}, {"CPU": 64.0}], 4, 4, 18),
+        ([{"CPU": 2.0}], 4, 4, 0),
+        ([{"GPU": 1.0}, {"CPU": 0.5}], None, 1, 0),
+        ([], None, 1, 0),
+    ],
+)
+def test_workers_on_cores_use_what_the_job_sets_or_the_smallest_node(
+    nodes: list[dict[str, float]], threads: int | None, cores: int, room: int
+) -> None:
+    assert cores_per_worker(nodes, threads) == cores
+    assert room_for_workers(nodes, WorkerGroup(cores=cores)) == room
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    assert room_for_workers(nodes, WorkerGroup(gpu=True)) == gpus

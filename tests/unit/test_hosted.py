@@ -103,6 +103,19 @@ def test_the_death_of_a_loading_process_counts_only_when_it_is_repeated(host: Qu
     assert row[2:] == ["a", "message a", 2]
 
 
+def test_chunks_of_a_lost_process_need_a_new_worker_when_no_other_one_is_left(
+    host: QueueHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request(host, "start_group", "group", JOB.path, "ray://auto", 1, False, 1)
+    assert host.wanted_workers("group", active=2, limit=9) == 2
+    assert host.wanted_workers("group", active=0, limit=9) == 0
+    host.expire_workers("node")
+    wait(LOST_WORKER_LEASE + 1, monkeypatch)
+    assert host.wanted_workers("group", active=0, limit=9) == 1
+    assert host.wanted_workers("group", active=1, limit=9) == 2
+    assert host.wanted_workers("group", active=1, limit=1) == 1
+
+
 def test_a_lost_process_has_worked_only_if_one_of_its_workers_had_its_network(
     host: QueueHost,
 ) -> None:

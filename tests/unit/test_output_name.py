@@ -6,22 +6,19 @@ import pytest
 
 from chunkq.errors import ErrorCode, JobError
 from chunkq.job.job_file import load_job
-from chunkq.job.output_name import FORMATS, check_new_output
+from chunkq.job.output_name import FORMATS, WRITTEN, FileName, check_new_output
 from tests.strategies import job_values
 
 OTHER_FORMATS = [
-    ("labels.tif", "labels.zarr"),
-    ("labels.OME.TIFF", "labels.zarr"),
-    ("seg.nii", "seg.zarr"),
-    ("seg.nii.gz", "seg.zarr"),
-    ("v1.2.h5", "v1.2.zarr"),
     ("out.npy", "out.zarr"),
+    ("v1.2.mrc", "v1.2.zarr"),
+    (".tif.gz", "out.zarr"),
+    ("s3://bucket/a/out.nrrd", "out.zarr"),
+    ("file:///data/out.mha", "out.zarr"),
     ("out.zarr.zip", "out.zarr"),
     ("out.n5/", "out.zarr"),
     (".tif", "out.zarr"),
     ("a folder/größe.png", "größe.zarr"),
-    ("s3://bucket/a/out.h5", "out.zarr"),
-    ("file:///data/out.tif", "out.zarr"),
     ("precomputed://gs://bucket/seg", "seg.zarr"),
     ("precomputed://./seg", "seg.zarr"),
     ("n5://s3://bucket/seg.n5", "seg.zarr"),
@@ -43,7 +40,7 @@ def test_the_name_of_another_format_is_refused_with_the_name_to_use(
 
 def test_the_name_in_a_job_file_is_reported_with_the_other_mistakes(tmp_path: Path) -> None:
     with pytest.raises(JobError) as caught:
-        load_job(job_values((4, 4), output="labels.tif", combine="sofd"))
+        load_job(job_values((4, 4), output="labels.mrc", combine="sofd"))
     keys = [line.partition(":")[0] for line in caught.value.problems]
     assert keys == ["combine", "output"]
 
@@ -61,6 +58,12 @@ def test_the_name_in_a_job_file_is_reported_with_the_other_mistakes(tmp_path: Pa
         "tif",
         "s3://bucket.h5/labels",
         "file:///data/out.zarr",
+        "labels.tif",
+        "labels.OME.TIFF",
+        "seg.nii",
+        "seg.NII.gz",
+        "v1.2.h5",
+        "s3://bucket/a/out.h5",
     ],
 )
 def test_other_names_are_accepted(output: str) -> None:
@@ -85,5 +88,25 @@ def test_an_empty_path_is_not_the_current_folder() -> None:
 @pytest.mark.parametrize("suffix", sorted(FORMATS))
 def test_every_suffix_is_found_in_upper_and_lower_case(suffix: str) -> None:
     for name in (f"a.{suffix}", f"a.{suffix.upper()}"):
-        with pytest.raises(JobError):
+        if suffix in WRITTEN:
             check_new_output(name, Path("/"))
+        with pytest.raises(JobError):
+            check_new_output(name, Path("/"), zarr_only=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "parts"),
+    [
+        ("/a/seg.nii.gz", ("/a", "seg", ".nii.gz", "nifti")),
+        ("/a/seg.v1.ome.tif", ("/a", "seg.v1", ".ome.tif", "tiff")),
+        ("s3://b/k/out.h5", ("s3://b/k", "out", ".h5", "hdf5")),
+        ("/a/seg.nii.bz2", None),
+        ("/a/seg.tif.gz", None),
+        ("/a/out.zarr", None),
+        ("/a/.nii", None),
+    ],
+)
+def test_the_name_of_a_file_has_a_stem_and_a_format(
+    path: str, parts: tuple[str, ...] | None
+) -> None:
+    assert FileName.parse(path) == (parts and FileName(*parts))

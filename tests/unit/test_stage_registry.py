@@ -65,7 +65,16 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
 def test_a_stage_comes_behind_the_one_that_it_follows(install: Install) -> None:
     install({"early": "EarlyStage", "late": "LateStage"}, {"middle": "MiddleStage"})
     kinds = [stage.kind for stage in registry.stages()]
-    assert kinds == ["ingest", "infer", "finalize", "downsample", "middle", "late", "early"]
+    assert kinds == [
+        "ingest",
+        "infer",
+        "finalize",
+        "downsample",
+        "middle",
+        "late",
+        "early",
+        "export",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -63,11 +63,12 @@ class PredictionRequest:
         """Whether there are rules that skip patches."""
         return self.mask is not None or self.job.skip_empty is not None
 
-    @property
-    def geometry(self) -> ImageGeometry:
-        """What is known of the axes of the result."""
-        geometry = self.inputs[0].geometry(self.image)
-        return geometry if self.plan.grid.region is None else geometry.cropped(self.plan.region)
+    def geometry(self, number: int) -> ImageGeometry:
+        """Return what is known of the axes of the result for an output."""
+        geometry, plan = self.inputs[0].geometry(self.image), self.plan.of_output(number)
+        if plan.grid.scale is not None:
+            geometry = geometry.scaled(plan.grid.scale)
+        return geometry if plan.grid.region is None else geometry.cropped(plan.region)
 
     @cached_property
     def items(self) -> tuple[OpenItem, ...]:

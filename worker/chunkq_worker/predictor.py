@@ -340,8 +340,8 @@ class Predictor:
         is_read = not request.series and all(one.in_memory for one in request.inputs)
         volumes = request.read() if is_read else Unread(request.read)
         results = {
-            one.name: Prediction(one.labels, volumes, one.probabilities, request.geometry)
-            for one in arrays
+            one.name: Prediction(one.labels, volumes, one.probabilities, request.geometry(number))
+            for number, one in enumerate(arrays)
         }
         return results if self._job.outputs is not None else results[""]
 
@@ -405,7 +405,7 @@ class Predictor:
             )
         check_progress(progress)
         output = os.fspath(output)
-        check_new_output(output, Path.cwd())
+        check_new_output(output, Path.cwd(), zarr_only=True)
         selection = self._selection(axes, channels, time)
         request = self._request(volume, selection, mask)  # raises before an array is copied
         inputs, masked = request.inputs, request.mask
@@ -571,7 +571,7 @@ class Predictor:
                         point = tuple(slice(n, n + 1) for n in item.item.point)
                         computed = self._computed(item.tasks, started, watch, emit)
                         streams = [
-                            OutputStream(view, empty_chunks, item.rules.inside)
+                            OutputStream(view, empty_chunks, item.rules.inside_of(view))
                             for view, empty_chunks in zip(plan.views, empty, strict=True)
                         ]
                         for number, box, values in regions(streams, computed):

@@ -213,6 +213,7 @@ def _values(job: CheckedJob, depth: int, trial: Trial | None) -> dict[str, Any]:
                 "dtype": str(view.output_dtype),
                 "storage_chunks": list(view.storage_chunks),
                 "bytes": sum(_output_bytes(job, number)),
+                "scale": None if view.grid.scale is None else list(map(str, view.grid.scale)),
             }
             for number, view in enumerate(plan.views)
         ],
@@ -460,6 +461,8 @@ def _output_rows(job: CheckedJob) -> list[tuple[str, str]]:
         )
         if view.output.name:
             text = f"{view.output.name}: {text}, {si(sum(_output_bytes(job, number)), 'B')}"
+        if view.grid.scale is not None:
+            text += f", one voxel per {_shape(view.grid.scale)} of the input"
         rows.append(("output", text))
     return rows
 
@@ -568,5 +571,5 @@ def _voxels(shape: tuple[int, ...]) -> float:
     return voxels
 
 
-def _shape(shape: tuple[int, ...]) -> str:
+def _shape(shape: Sequence[object]) -> str:
     return "×".join(map(str, shape))

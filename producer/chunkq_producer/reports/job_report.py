@@ -9,6 +9,7 @@ from typing import Any
 from chunkq import json_values
 from chunkq.finalize import job_report
 from chunkq.job.job_handle import JobHandle
+from chunkq.job.model_config import STOCHASTIC
 from chunkq.job.tasks import chunk_count
 from chunkq.paths import without_secret
 from chunkq.stages.completion import job_completion
@@ -44,6 +45,11 @@ class JobReport:
     def is_stochastic(self) -> bool:
         """Whether the network is random."""
         return bool(self.values["stochastic"])
+
+    @property
+    def warnings(self) -> list[str]:
+        """Lines of the finalizer about the output, without the one of `is_stochastic`."""
+        return [line for line in self.values.get("warnings", ()) if line != STOCHASTIC]
 
     @property
     def missing(self) -> int:

@@ -39,6 +39,7 @@ def text(report: JobReport) -> RenderableType:
     ]
     if report.advice:
         parts.append(Text(report.advice, style="green"))
+    parts += [Text(f"warning: {line}", style="yellow") for line in report.warnings]
     if not timing.chunks:
         return Group(*parts)
     parts += _section("", FittingTable((), headlines(timing), wraps=(0,)))

@@ -28,10 +28,11 @@ class DaskCluster:
     def url(self) -> str:
         return f"dask://{HOST}:{self.port}"
 
-    def scheduler(self, **environment: str) -> RunningCommand:
+    def scheduler(self, dashboard_port: int = 0, **environment: str) -> RunningCommand:
         """Start the scheduler, always on the same port; wait until it listens."""
-        options = ["--host", HOST, "--port", str(self.port), "--no-dashboard"]
-        options += ["--dashboard-address", f"{HOST}:0"]
+        options = ["--host", HOST, "--port", str(self.port)]
+        options += ["--dashboard-address", f"{HOST}:{dashboard_port}"]
+        options += [] if dashboard_port else ["--no-dashboard"]
         process = self._start(SCHEDULER, *options, **environment)
         wait_until(lambda: self._listens(process), "the scheduler listens")
         return process

@@ -3,7 +3,7 @@
 from tests.prove.fault import Fault, named
 
 GRIDS, PLAN = "tests/unit/test_grids.py", "tests/unit/test_plan.py"
-REGION = "tests/unit/test_region.py"
+REGION, OUTPUT_GRIDS = "tests/unit/test_region.py", "tests/unit/test_output_grids.py"
 
 FAULTS = (
     Fault(
@@ -120,9 +120,9 @@ FAULTS = (
     ),
     Fault(
         "target-reaches-past-the-volume",
-        "chunkq/plan/plan.py",
-        "min(k + grid.kept, grid.volume)",
-        "k + grid.kept",
+        "chunkq/geometry/grids.py",
+        "min(start + self.kept, self.volume)",
+        "start + self.kept",
         "a padded patch writes past the end of the volume",
         (PLAN,),
     ),
@@ -185,16 +185,16 @@ FAULTS = (
     Fault(
         "margin-cut-from-one-side",
         "chunkq/job/resolve.py",
-        "q - 2 * m for",
-        "q - m for",
+        "int(min(along)) - 2 * m for",
+        "int(min(along)) - m for",
         "crop_margin keeps the margin on one side of each patch",
         ("tests/unit/test_resolve.py",),
     ),
     Fault(
         "lead-ignores-the-margin",
         "chunkq/job/resolve.py",
-        "(p - q) // 2 + m for",
-        "(p - q) // 2 for",
+        "(p - int(min(along))) // 2 + m\n",
+        "(p - int(min(along))) // 2\n",
         "crop_margin writes each patch at the wrong position",
         (PLAN,),
     ),
@@ -237,5 +237,29 @@ FAULTS = (
         "return not all(n % s for",
         "two tasks write one storage chunk of a region that starts between them",
         (REGION,),
+    ),
+    Fault(
+        "narrow-output-decides-ownership",
+        "chunkq/geometry/grids.py",
+        "return self._intersecting(start, stop, self.reach)",
+        "return self._intersecting(start, stop, 0)",
+        "outputs of different widths have different chunks, and pieces are lost",
+        (OUTPUT_GRIDS,),
+    ),
+    Fault(
+        "picked-channels-sorted",
+        "chunkq/blend/combine.py",
+        "for channel in picks]",
+        "for channel in sorted(picks)]",
+        "an output has its channels in another order than the job says",
+        named("tests/integration/test_outputs.py", "separate_jobs"),
+    ),
+    Fault(
+        "coarse-output-cut-short",
+        "chunkq/geometry/grid_spec.py",
+        "shape=rounded_up(self.shape)",
+        "shape=tuple(int(n / s) for n, s in zip(self.shape, scale, strict=True))",
+        "the last voxels of a coarser output are missing",
+        (OUTPUT_GRIDS,),
     ),
 )

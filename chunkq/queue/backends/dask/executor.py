@@ -303,7 +303,7 @@ class DaskExecutor(HostedQueue):
         return worker
 
     def launch_remote_workers(
-        self, job: str, *, gpu: bool, depth: int, nodes: int = 1
+        self, job: str, *, gpu: bool, depth: int, threads: int | None = None
     ) -> RemoteWorkers:
         """Let the scheduler run workers with one chunk in flight each in the cluster's threads."""
         try:

@@ -10,6 +10,7 @@ from typing import Any
 import distributed
 from distributed.diagnostics.plugin import SchedulerPlugin
 
+from chunkq.queue.backends.dask.page import add_pages
 from chunkq.queue.backends.hosted.queue_host import QueueHost
 
 OPERATION = "chunkq"
@@ -31,6 +32,9 @@ class QueuePlugin(SchedulerPlugin):
     name = OPERATION
     idempotent = True
 
+    def __init__(self, *, has_page: bool = True) -> None:
+        self._has_page = has_page
+
     async def start(self, scheduler: Any) -> None:
         """Create the queue and register its operation."""
         self._host = host = QueueHost()
@@ -44,6 +48,8 @@ class QueuePlugin(SchedulerPlugin):
             return response
 
         scheduler.handlers[OPERATION] = answer
+        if self._has_page:
+            add_pages(scheduler, host)
 
     def remove_worker(self, scheduler: Any, worker: str, **options: object) -> None:
         """Expire the leases of a worker that left the cluster or was lost.
@@ -102,16 +108,17 @@ class RemoteWorkerLauncher:
         threads = sum(w.nthreads for w in workers if w.status == distributed.Status.running)
         limit = 2 * threads + SPARE_WORKERS
         group = self._host.group(name)
+        output = group.job.rpartition("/")[2].removesuffix(".chunkq")
         running += [
             client.submit(
                 run_remote_thread,
                 group.url,
                 group.job,
                 name,
-                key=f"{REMOTE_TASK}-{name}-{next(self._numbers)}",
+                key=f"{REMOTE_TASK}-{name}-{next(self._numbers)}-{output}",
                 pure=False,
             )
-            for _ in range(self._host.missing_workers(name, len(running), limit))
+            for _ in range(self._host.wanted_workers(name, len(running), limit) - len(running))
         ]
         self._tasks[name] = running
         self._host.set_active(name, len(running))

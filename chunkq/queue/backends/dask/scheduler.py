@@ -99,7 +99,7 @@ async def _serve(settings: dict[str, Any]) -> None:
         with dask.config.set(config):
             scheduler = distributed.Scheduler(dashboard=False, security=security, **settings)
         await scheduler
-        await scheduler.register_scheduler_plugin(QueuePlugin(), idempotent=True)
+        await scheduler.register_scheduler_plugin(QueuePlugin(has_page=False), idempotent=True)
     except (OSError, ValueError, RuntimeError, QueueError) as error:
         # The reason is in the cause of the error.
         _print_answer({"error": " ".join(str(error.__cause__ or error).split())})

@@ -37,10 +37,9 @@ class HostedQueue(TableQueue):
 
     @abstractmethod
     def launch_remote_workers(
-        self, job: str, *, gpu: bool, depth: int, nodes: int = 1
+        self, job: str, *, gpu: bool, depth: int, threads: int | None = None
     ) -> RemoteWorkers:
-        """Start workers for a job in processes of the cluster, which outlive this process.
+        """Let the cluster start workers for a job in its processes, which outlive this process.
 
-        Wait a limited time until the cluster has `nodes` nodes. Raises QueueError if it has no
-        free workers or GPUs.
+        `threads` is what the job sets. Log a warning if the cluster has no room for a worker yet.
         """

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from typing import Any
 
 from chunkq.errors import ErrorCode, QueueError
+from chunkq.job.tasks import Task, chunk_name
 from chunkq.queue.backends.tables.task_table import TaskTable
 
 VERSION = version("chunkq")
@@ -31,17 +32,38 @@ LOST_WORKER_LEASE = 2.0
 class WorkerGroup:
     """Remote workers of a job: whether to stop, how many have ended, and their error messages.
 
-    A cluster that starts them as they are needed sets `job`, the `url` of the queue and the `depth`
-    of each, and how many are `active`; None before the first look.
+    A cluster that starts them as they are needed sets `job`, the `url` of the queue, the `depth` of
+    each, what each uses (a `gpu`, or a number of `cores`), and how many are `active`; None before
+    the first look.
     """
 
     job: str = ""
     url: str = ""
     depth: int = 1
+    gpu: bool = False
+    cores: int = 1
     active: int | None = None
     is_stopped: bool = False
     ended: int = 0
     messages: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class JobProgress:
+    """Tasks of a job, as the dashboard of a cluster shows them: `done` since the head started."""
+
+    path: str
+    epoch: str
+    done: int
+    queued: int
+    running: int
+    waiting: int
+    failed: int
+
+    @property
+    def output(self) -> str:
+        """Path of the output."""
+        return self.path.removesuffix(".chunkq")
 
 
 class QueueHost:
@@ -49,6 +71,7 @@ class QueueHost:
 
     def __init__(self) -> None:
         self._table = TaskTable(":memory:", _steady_clock())
+        self._done: Counter[tuple[str, str]] = Counter()
         self._loading: set[str] = set()
         self._loading_deaths: Counter[str] = Counter()
         self._workers: defaultdict[str, set[str]] = defaultdict(set)
@@ -67,7 +90,7 @@ class QueueHost:
             "waiting": table.waiting,
             "reserve": table.reserve,
             "delete": table.delete,
-            "ack": table.ack,
+            "ack": self.ack,
             "nack": table.nack,
             "requeue": table.requeue,
             "record_contributions": table.record_contributions,
@@ -109,6 +132,33 @@ class QueueHost:
             return json.dumps({"result": call(*values["params"])})
         except QueueError as error:
             return _error_response(str(error), error.code)
+
+    def ack(self, path: str, epoch: str, id: str, worker: str) -> int:
+        """Delete a finished task; return how many tasks that were."""
+        count = self._table.ack(path, epoch, id, worker)
+        self._done[path, epoch] += count
+        return count
+
+    def progress(self) -> list[JobProgress]:
+        """Return the progress of the jobs that have tasks, or had some since this head started."""
+        counts = {(path, epoch): states for path, epoch, states in self._table.jobs()}
+        rows = []
+        for job in dict.fromkeys((*counts, *self._done)):
+            states = counts.get(job, {})
+            numbers = [states.get(name, 0) for name in ("queued", "running", "waiting", "failed")]
+            rows.append(JobProgress(*job, self._done[job], *numbers))
+        return rows
+
+    def running(self) -> list[tuple[str, str, float]]:
+        """Return job path and chunk, worker and age (s) of the running tasks of all jobs."""
+        now = time.time()
+        rows = []
+        for path, epoch, _ in self._table.jobs():
+            for message, worker, since in self._table.running(path, epoch):
+                task = Task.from_dict(json.loads(message))
+                name = f"{path.removesuffix('.chunkq')} {task.kind} {chunk_name(task.chunk)}"
+                rows.append((name, worker, max(0.0, now - since)))
+        return rows
 
     def release(self, worker: str, counted: bool) -> int:
         """Requeue the tasks of a worker, or of all workers of an owner; return how many tasks."""
@@ -158,9 +208,9 @@ class QueueHost:
             self._table.release(worker, counted)
         return has_worked
 
-    def start_group(self, name: str, job: str, url: str, depth: int) -> None:
+    def start_group(self, name: str, job: str, url: str, depth: int, gpu: bool, cores: int) -> None:
         """Let the cluster start remote workers for a job folder, as many as are needed."""
-        self._groups[name] = WorkerGroup(job, url, depth)
+        self._groups[name] = WorkerGroup(job, url, depth, gpu, cores)
 
     def group(self, name: str) -> WorkerGroup:
         """Return a group of remote workers."""
@@ -176,8 +226,8 @@ class QueueHost:
         """Store how many remote workers of a group run or wait for their start."""
         self._groups[name].active = count
 
-    def missing_workers(self, name: str, active: int, limit: int) -> int:
-        """Return how many remote workers a group can use besides the `active` ones.
+    def wanted_workers(self, name: str, active: int, limit: int) -> int:
+        """Return how many remote workers a group can use, of which `active` ones run chunks.
 
         Each one has `depth` chunks; there are at most `limit` in total. Chunks that run may belong
         to the active ones.
@@ -187,7 +237,7 @@ class QueueHost:
             return 0
         queued, running = self._table.demand(group.job, limit * group.depth)
         wanted = -(-queued // group.depth) + min(-(-running // group.depth), active)
-        return max(0, min(wanted, limit) - active)
+        return min(wanted, limit)
 
     def _is_over(self, group: WorkerGroup) -> bool:
         if group.active != 0:

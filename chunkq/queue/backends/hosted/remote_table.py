@@ -95,8 +95,8 @@ class RemoteTable(Table):
         self._call("delete", path, epoch, id)
 
     @override
-    def ack(self, path: str, epoch: str, id: str, worker: str) -> None:
-        self._call("ack", path, epoch, id, worker)
+    def ack(self, path: str, epoch: str, id: str, worker: str) -> int:
+        return int(self._call("ack", path, epoch, id, worker))
 
     @override
     def nack(self, path: str, epoch: str, id: str, worker: str) -> None:
@@ -149,9 +149,14 @@ class RemoteTable(Table):
         """Store the process that a worker ends with."""
         self._call("register_worker", worker, owner)
 
-    def start_group(self, name: str, job: str, url: str, depth: int) -> None:
-        """Let the cluster start remote workers for a job folder, as many as are needed."""
-        self._call("start_group", name, job, url, depth)
+    def start_group(
+        self, name: str, job: str, url: str, depth: int, *, gpu: bool = False, cores: int = 1
+    ) -> None:
+        """Let the cluster start remote workers for a job folder, as many as are needed.
+
+        Each has `depth` chunks in flight, and uses a GPU or a number of cores.
+        """
+        self._call("start_group", name, job, url, depth, gpu, cores)
 
     def group_status(self, name: str) -> GroupStatus:
         """Return the state of a group of remote workers."""

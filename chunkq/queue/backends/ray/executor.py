@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from chunkq.errors import ErrorCode, QueueError
 from chunkq.paths import without_secret
 from chunkq.queue.backends.hosted.hosted import HostedQueue
-from chunkq.queue.backends.hosted.queue_host import QueueHost
+from chunkq.queue.backends.hosted.queue_host import WorkerGroup
 from chunkq.queue.backends.hosted.remote_workers import (
     current_device,
     load_serve,
@@ -26,12 +26,13 @@ from chunkq.queue.backends.hosted.worker_group import RemoteWorkers, new_group_n
 from chunkq.queue.backends.ray.connection import (
     CLIENT_SERVER_ERROR,
     CLIENT_TRIES,
-    NAMESPACE,
     Address,
     Connection,
 )
 from chunkq.queue.backends.ray.errors import INSTALL_HINT, first_line, last_line, start_problem
-from chunkq.queue.backends.ray.workers import RayRemoteWorkers, new_actor
+from chunkq.queue.backends.ray.launcher import room_for_workers
+from chunkq.queue.backends.ray.queue_actor import queue_actor
+from chunkq.queue.backends.ray.workers import cores_per_worker, new_actor, resources_per_worker
 from chunkq.queue.contract.executor import (
     EXIT_CRASHED,
     EXIT_DIED_LOADING,
@@ -46,12 +47,12 @@ from chunkq.terminal import without_colors
 
 log = logging.getLogger("chunkq.queue")
 
-QUEUE_ACTOR = "queue"
 ANSWER_SECONDS = 30.0
 POLL_SECONDS = 0.2
 LOOK_SECONDS = 1.0
 """Interval at which a process that waits for a response checks whether its cluster has ended."""
-JOIN_SECONDS = 120.0
+END_SECONDS = 10.0
+"""Time after which an actor whose worker has ended kills itself, if the queue has not killed it."""
 GRANT_SECONDS = 15.0
 """Time after which a worker that waits for its device logs a warning."""
 EXCLUDED_ENV_PREFIXES = ("CUDA_VISIBLE_DEVICES", "RAY_", "CHUNKQ_QUEUE")
@@ -83,7 +84,7 @@ class RayExecutor(HostedQueue):
         """Send a request to the queue actor, which is created if needed; return its response."""
         try:
             if self._actor is None:
-                self._actor = _queue_actor()
+                self._actor = queue_actor()
             response = _response(self._actor.answer.remote(request))
         except ray.exceptions.GetTimeoutError as error:
             raise self._unreachable(error) from None
@@ -138,7 +139,10 @@ class RayExecutor(HostedQueue):
             ray.get_runtime_context().get_node_id(), soft=not self.url.startswith("ray://auto")
         )
         actor = new_actor(
-            WorkerActor, name.device != "cpu", scheduling_strategy=this_node, max_concurrency=3
+            ChunkqWorker,
+            **resources_per_worker(gpu=name.device != "cpu"),
+            scheduling_strategy=this_node,
+            max_concurrency=3,
         ).remote()
         try:
             if not self._wait_for_start(actor, options):
@@ -194,59 +198,43 @@ class RayExecutor(HostedQueue):
         return ExitStatus(code, lines)
 
     def launch_remote_workers(
-        self, job: str, *, gpu: bool, depth: int, nodes: int = 1
+        self, job: str, *, gpu: bool, depth: int, threads: int | None = None
     ) -> RemoteWorkers:
-        """Start detached actors on all machines of the cluster: one per GPU, or one per machine."""
-        until = time.monotonic() + JOIN_SECONDS
-        while len(alive := [node for node in ray.nodes() if node["Alive"]]) < nodes:
-            if time.monotonic() > until:
-                log.warning(
-                    "only %d of %d nodes joined the Ray cluster; continuing without the others",
-                    len(alive),
-                    nodes,
-                )
-                break
-            time.sleep(POLL_SECONDS)
-        count = sum(int(node["Resources"].get("GPU", 0)) for node in alive) if gpu else len(alive)
-        if not count:
-            raise QueueError(
-                f"queue: {self.url}: the Ray cluster has no GPU for this job; use a cluster with "
-                "GPUs, or `device: cpu` in the job file",
-                code=ErrorCode.QUEUE_NO_WORKERS,
+        """Let the queue start actors: one per GPU, or on the CPU one per `threads` cores.
+
+        Without `threads` there is one per node of the smallest size.
+        """
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        cores = cores_per_worker(nodes, threads)
+        if not room_for_workers(nodes, WorkerGroup(gpu=gpu, cores=cores)):
+            needed = "a GPU" if gpu else f"{cores} core{'s' if cores > 1 else ''}"
+            log.warning(
+                "queue: %s: no node of the Ray cluster has %s; waiting for one, add it with `ray "
+                "start` or an autoscaler%s",
+                self.url,
+                needed,
+                ", or set device: cpu" if gpu else "",
             )
         group = new_group_name()
-        actors = [
-            new_actor(
-                WorkerActor,
-                gpu,
-                name=f"worker-{group}-{number}",
-                namespace=NAMESPACE,
-                lifetime="detached",
-                max_restarts=-1,
-                scheduling_strategy="SPREAD",
-            ).remote(group, job, depth)
-            for number in range(count)
-        ]
-        return RayRemoteWorkers(self.table, group, actors)
+        self.table.start_group(group, job, self.url, depth, gpu=gpu, cores=cores)
+        return RemoteWorkers(self.table, group)
 
     def close(self) -> None:
         """Disconnect from the cluster."""
         Connection.close()
 
 
-class WorkerActor:
-    """Worker process as an actor.
+class ChunkqWorker:
+    """Worker process as an actor. `serve` runs a worker of `chunkq work`, `run` a remote worker."""
 
-    With a `group` it is a remote worker: it runs the job without a call, also after Ray restarts
-    it, and ends itself. Otherwise `serve` runs it.
-    """
-
-    def __init__(self, group: str | None = None, job: str = "", depth: int = 1) -> None:
+    def __init__(self, output: str = "") -> None:
         discard_blocked_sigterm()
         self._options: WorkerOptions | None = None
-        if group is not None:
-            actor = ray.get_runtime_context().current_actor
-            threading.Thread(target=self._run_remote, args=(group, job, depth, actor)).start()
+        self._output = output
+
+    def __repr__(self) -> str:
+        """Return the name that Ray's dashboard and logs show."""
+        return f"chunkq worker {self._output}".rstrip()
 
     def serve(
         self, url: str, parent: str, values: dict[str, Any], environment: dict[str, str]
@@ -279,18 +267,30 @@ class WorkerActor:
         if self._options is not None:
             self._options.stop.set()
 
-    def _run_remote(self, group: str, job: str, depth: int, actor: Any) -> None:
+    def run(self, owner: str, group: str, job: str, depth: int) -> None:
+        """Run a remote worker of a group until no chunk can be reserved.
+
+        `owner` is the name of this actor. The queue that has called this ends the actor.
+        """
         discard_blocked_sigterm()
         _hide_ungranted_gpus()
+        queue = RayExecutor("ray://auto")
+        name = WorkerName.new(current_device()).name
         try:
-            queue = RayExecutor("ray://auto")
-            try:
-                run_remote_worker(queue, group, WorkerName.new(current_device()).name, job, depth)
-            except Exception as error:
+            queue.table.register_worker(name, owner)
+            run_remote_worker(queue, group, name, job, depth)
+        except Exception as error:
+            with suppress(QueueError):
                 queue.table.record_exit(group, [f"{type(error).__name__}: {first_line(error)}"])
-                raise
-        finally:  # an idle actor would keep its device
-            ray.kill(actor, no_restart=True)
+            raise
+        finally:  # the queue may be lost, and an idle actor would keep its device
+            end = threading.Timer(END_SECONDS, _kill, [ray.get_runtime_context().current_actor])
+            end.daemon = True
+            end.start()
+
+
+def _kill(actor: Any) -> None:
+    ray.kill(actor, no_restart=True)
 
 
 def _response(reference: Any) -> str:
@@ -305,26 +305,6 @@ def _response(reference: Any) -> str:
                 raise
         else:
             return response
-
-
-def _queue_actor() -> Any:
-    """Return the queue actor of the cluster. Create it on the head if it does not exist."""
-    heads = [n["NodeID"] for n in ray.nodes() if "node:__internal_head__" in n["Resources"]]
-    options: dict[str, Any] = {}
-    if heads:
-        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(heads[0], soft=True)
-    return (
-        ray.remote(QueueHost)
-        .options(
-            name=QUEUE_ACTOR,
-            namespace=NAMESPACE,
-            lifetime="detached",
-            get_if_exists=True,
-            num_cpus=0,
-            **options,
-        )
-        .remote()
-    )
 
 
 def _hide_ungranted_gpus() -> None:

@@ -43,22 +43,24 @@ def connect(url: str, *, patient: bool = False) -> Redis:
     PASSWORD_VARIABLE, else from the credentials that `chunkq redis` stored for the address.
     Raises QueueError for an invalid URL or password file.
     """
-    answer = WorkerSettings.from_environment().server_answer if patient else ANSWER_SECONDS
+    worker = WorkerSettings.from_environment()
     settings: dict[str, Any] = {
         "socket_connect_timeout": ANSWER_SECONDS,
-        "socket_timeout": answer,
-        "retry": PatientRetry(_outages(url)) if patient else Retry(NoBackoff(), 0),
+        "socket_timeout": worker.server_answer if patient else ANSWER_SECONDS,
+        "retry": PatientRetry(_outages(url), worker.lease) if patient else Retry(NoBackoff(), 0),
     }
     if not url.startswith("unix:"):
         settings["socket_keepalive"] = True
     url = _with_known_checks(url)
     try:
         _check(url)
-        if file := _password_file(url):
-            settings["password"] = _password_in(file, PASSWORD_VARIABLE)
-        elif provider := LocalServerPassword.at(url):
+        file = _password_file(url)
+        if not file and (provider := LocalServerPassword.at(url)):
             settings["credential_provider"] = provider
         client = Redis.from_url(url, **settings)
+        if file:
+            values = client.connection_pool.connection_kwargs
+            values["credential_provider"] = PasswordFile(file, values.pop("username", None))
         client.connection_pool.make_connection()  # raises for unknown options
     except (ValueError, TypeError, redis_errors.RedisError):
         # The original message may contain a part of the password.
@@ -80,8 +82,8 @@ def connect(url: str, *, patient: bool = False) -> Redis:
 
 @lru_cache
 def _outages(url: str) -> Outages:
-    def describe(error: Exception) -> str:
-        return _diagnosis(error, url)[1]
+    def describe(error: Exception) -> tuple[ErrorCode, str]:
+        return _diagnosis(error, url)
 
     return Outages(without_secret(url), describe)
 
@@ -141,6 +143,19 @@ def _lacks_password(url: str) -> bool:
     parts = urlsplit(url)
     has_password = parts.password is not None or "password" in dict(parse_qsl(parts.query, True))
     return not has_password and parts.scheme in ("redis", "rediss")
+
+
+class PasswordFile(CredentialProvider):
+    """Password of a file that the user names, read again for each connection: it can change."""
+
+    def __init__(self, file: str, user: str | None) -> None:
+        self._file, self._user = file, user
+        self.get_credentials()  # an unusable file is an error before the first connection
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        """Return user, if any, and password. Raises QueueError if the file is unusable."""
+        password = _password_in(self._file, PASSWORD_VARIABLE)
+        return (self._user, password) if self._user else (password,)
 
 
 class LocalServerPassword(CredentialProvider):

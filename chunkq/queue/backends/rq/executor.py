@@ -118,13 +118,11 @@ class RqExecutor(LeaseQueue):
         with translated_errors(self.url):
             kinds = _texts(self._client.zrange(f"chunkq:gates:{name}", 0, -1))
             lists = [f"rq:queue:{name}", *(f"chunkq:waiting:{name}:{kind}" for kind in kinds)]
-            counts = self.counts(job)
             lost = dict.fromkeys(ids)
-            if counts.queued + counts.running + counts.waiting >= len(lost):
-                lost.clear()
-            for key in lists if lost else ():
+            for key in lists:
                 for first in range(0, self._client.llen(key), BATCH):
-                    for id in _texts(self._client.lrange(key, first, first + BATCH - 1)):
+                    # From the end: workers take tasks from the other one.
+                    for id in _texts(self._client.lrange(key, -first - BATCH, -first - 1)):
                         lost.pop(id, None)
             left = list(lost)
             return sum(

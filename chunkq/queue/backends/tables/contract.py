@@ -86,8 +86,8 @@ class Table(ABC):
         """Delete a message that is not a task."""
 
     @abstractmethod
-    def ack(self, path: str, epoch: str, id: str, worker: str) -> None:
-        """Delete a finished task."""
+    def ack(self, path: str, epoch: str, id: str, worker: str) -> int:
+        """Delete a finished task; return how many tasks that were, 0 or 1."""
 
     @abstractmethod
     def nack(self, path: str, epoch: str, id: str, worker: str) -> None:

@@ -122,7 +122,7 @@ ORDER BY jobs.number
 DEMAND = """
 SELECT count(*) FROM (
     SELECT 1 FROM jobs CROSS JOIN tasks ON tasks.job = jobs.number
-    WHERE path = :path AND state = :state LIMIT :limit
+    WHERE path = :path AND {condition} LIMIT :limit
 )
 """
 DELETE_IF_EMPTY = """
@@ -270,8 +270,8 @@ class TaskTable(Table):
         self._delete(f"job = {JOB} AND id = :id", {"path": path, "epoch": epoch, "id": id})
 
     @override
-    def ack(self, path: str, epoch: str, id: str, worker: str) -> None:
-        self._delete(LEASED, {"path": path, "epoch": epoch, "id": id, "worker": worker})
+    def ack(self, path: str, epoch: str, id: str, worker: str) -> int:
+        return self._delete(LEASED, {"path": path, "epoch": epoch, "id": id, "worker": worker})
 
     @override
     def record_contributions(
@@ -334,13 +334,18 @@ class TaskTable(Table):
     def demand(self, path: str, limit: int) -> tuple[int, int]:
         """Return the numbers of queued and of running tasks of the jobs of a folder.
 
-        Each is counted up to `limit`. Expired leases count as running.
+        Each is counted up to `limit`. Tasks with expired leases are queued.
         """
-        queued, running = (
-            self._read(DEMAND, {"path": path, "state": state, "limit": limit})[0][0]
-            for state in ("queued", "running")
+        values = {"path": path, "limit": limit, "now": self._clock()}
+        queued, expired, running = (
+            self._read(DEMAND.format(condition=condition), values)[0][0]
+            for condition in (
+                "state = 'queued'",
+                "state = 'running' AND lease_until < :now",
+                "state = 'running' AND lease_until >= :now",
+            )
         )
-        return queued, running
+        return min(queued + expired, limit), running
 
     def shorten(self, worker: str, lease: float) -> None:
         """Make the leases of a worker expire in `lease` seconds, unless they expire earlier."""
@@ -357,14 +362,15 @@ class TaskTable(Table):
         self._connections.clear()
         self._threads = threading.local()
 
-    def _delete(self, condition: str, values: Mapping[str, Any]) -> None:
-        """Delete tasks, and jobs that have no tasks left."""
+    def _delete(self, condition: str, values: Mapping[str, Any]) -> int:
+        """Delete tasks, and jobs that have no tasks left; return how many tasks."""
         with self._transaction() as database:
             jobs = database.execute(
                 f"DELETE FROM tasks WHERE {condition} RETURNING job", values
             ).fetchall()
             for (job,) in set(jobs):
                 _delete_if_empty(database, job)
+        return len(jobs)
 
     def _change(self, statement: str, values: Mapping[str, Any]) -> int:
         with self._database() as database:

@@ -1,0 +1,105 @@
+"""The files of a job whose output is not Zarr: their paths, and what each of them contains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from chunkq.errors import JobError
+from chunkq.job.items import Image
+from chunkq.job.output import output_axes
+from chunkq.job.output_name import FileName
+from chunkq.job.record import JobRecord
+from chunkq.paths import join
+from chunkq.writers.base import ExportWriter, ImageToWrite, WriterOptions
+from chunkq.writers.file_space import file_space
+from chunkq.writers.registry import WRITERS
+
+MANY_DATASETS = "hdf5"
+"""Format of which one file has all outputs of an image."""
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """A file that a job writes of one of its images.
+
+    number   its number among the files of the image
+    outputs  numbers of the outputs that it contains
+    """
+
+    path: str
+    image: Image
+    number: int
+    outputs: tuple[int, ...]
+
+
+def file_name(record: JobRecord) -> FileName | None:
+    """Return the name of the output of a job that writes files; None if it writes Zarr."""
+    return FileName.parse(record.job.output)
+
+
+def exported_files(record: JobRecord) -> Iterator[ExportedFile]:
+    """Yield the files of a job, image by image; none if its output is Zarr.
+
+    The files of several images are in a folder, and have the names of the images. Several outputs
+    are a file each, with the name of the output before the suffix, or datasets of an HDF5 file.
+    """
+    name = file_name(record)
+    if name is None:
+        return
+    for image in record.images:
+        base = (
+            join(name.folder, name.stem, image.name) if image.name else join(name.folder, name.stem)
+        )
+        specs = record.image_plan(image).outputs
+        if name.format == MANY_DATASETS:
+            yield ExportedFile(base + name.suffix, image, 0, tuple(range(len(specs))))
+            continue
+        for number, spec in enumerate(specs):
+            label = f".{spec.name}" if spec.name else ""
+            yield ExportedFile(f"{base}{label}{name.suffix}", image, number, (number,))
+
+
+def writers(record: JobRecord, file: ExportedFile) -> list[ExportWriter]:
+    """Return the writer of each output of a file. Raises StoreError if the format lacks it."""
+    name = file_name(record)
+    if name is None:
+        raise ValueError("the output of the job is Zarr")
+    plan = record.image_plan(file.image)
+    found: list[ExportWriter] = []
+    for number in file.outputs:
+        view = plan.of_output(number)
+        spec, scale = view.output, plan.outputs[number].scale
+        axes = output_axes(file.image, view)
+        spatial = [axis for axis in axes if axis.kind == "space"]
+        leading = (1,) * (len(axes) - len(spatial))
+        image = ImageToWrite(
+            axes,
+            spec.dtype.name,
+            not spec.is_average,
+            (*leading, *view.storage_chunks),
+            space=file_space(
+                file.image.sources[0],
+                [axis.size for axis in spatial],
+                plan.region.start,
+                [float(factor) for factor in scale],
+            ),
+        )
+        options = WriterOptions(dataset=spec.name)
+        found.append(WRITERS[name.format](image, file.path, options))
+    return found
+
+
+def check_exports(record: JobRecord) -> tuple[str, ...]:
+    """Return notes about what the format of the output does not hold exactly.
+
+    Raises StoreError and JobError if it cannot hold an output of the job.
+    """
+    if file_name(record) is not None and record.job.pyramid is not None:
+        raise JobError(
+            "pyramid: unsupported for an output that is a file; remove it, or use a Zarr output"
+        )
+    files = exported_files(record)
+    return tuple(
+        note for file in files for writer in writers(record, file) for note in writer.notes
+    )

@@ -1,0 +1,151 @@
+"""The stage that writes files: assemble them from the Zarr store of a job."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import ClassVar
+
+from typing_extensions import override
+from zlib_ng import zlib_ng
+
+from chunkq.errors import ErrorCode, QueueError, StoreError
+from chunkq.job.exported_output import KIND, SIZE
+from chunkq.job.exports import ExportedFile, exported_files, writers
+from chunkq.job.job_handle import ItemHandle
+from chunkq.job.object_checksums import encode_checksums
+from chunkq.job.task_records import Commit
+from chunkq.paths import is_url, join, open_filesystem, without_secret
+from chunkq.plan.plan import Index
+from chunkq.queue.contract.executor import Attempt
+from chunkq.stages.base import Report, Stage, not_reported
+from chunkq.storage.formats.zarr_writing import object_checksum
+from chunkq.system.memory import peak_bytes
+from chunkq.system.scratch import scratch_folder
+from chunkq.writers.copying import copy_image
+
+PART_BYTES = 1 << 20
+"""Bytes of a file whose checksum is computed at a time."""
+
+
+class ExportStage(Stage):
+    """One task per file. The tasks of an image are those of its first item.
+
+    They read the whole output, so they wait for all other tasks of the job, and the finalizer runs
+    them.
+    """
+
+    kind: ClassVar[str] = KIND
+    is_final: ClassVar[bool] = True
+
+    @override
+    def chunks(self, item: ItemHandle) -> Iterator[Index]:
+        for file in _files(item):
+            yield (file.number,)
+
+    @override
+    def count(self, item: ItemHandle) -> int:
+        return len(_files(item))
+
+    @override
+    def run(self, item: ItemHandle, chunk: Index, attempt: Attempt) -> bool:
+        self.run_with_progress(item, chunk, attempt, not_reported)
+        return False
+
+    @override
+    def run_with_progress(
+        self, item: ItemHandle, chunk: Index, attempt: Attempt, report: Report
+    ) -> None:
+        """Write a file, which appears at once, and commit it with its checksum.
+
+        Raises QueueError if the job has no such file, ChunkReadError if a part of the output is
+        damaged, and MissingJobError if the job was replaced.
+        """
+        files = {(file.number,): file for file in _files(item)}
+        if chunk not in files:
+            raise QueueError(
+                f"{KIND} {item.chunk_name(chunk)} is not a task of the job; use a queue that only "
+                "chunkq writes to",
+                code=ErrorCode.TASK_INVALID,
+            )
+        with item.job.check_replaced_on_error():
+            _export(item, files[chunk], attempt, report)
+
+
+def _files(item: ItemHandle) -> list[ExportedFile]:
+    """Return the files that tasks of an item write."""
+    if any(item.item.point):
+        return []
+    files = exported_files(item.job.record)
+    return [file for file in files if file.image.number == item.item.image.number]
+
+
+def _export(item: ItemHandle, file: ExportedFile, attempt: Attempt, report: Report) -> None:
+    started, job = time.time(), item.job
+    if job.ledger.is_sealed():
+        raise StoreError(
+            f"output: {without_secret(file.path)} cannot be written again, because the voxels of a "
+            "complete job are deleted; use --overwrite to start again",
+            code=ErrorCode.OUTPUT_CHANGED,
+        )
+    name = f"{uuid.uuid4().hex}.partial"
+    if is_url(file.path):
+        with scratch_folder(KIND) as folder:
+            path = str(folder / name)
+            size, checksum = _write(item, file, path, report)
+            job.check_unchanged()
+            filesystem, inner = open_filesystem(file.path)
+            filesystem.put_file(path, inner)
+    else:
+        path = join(job.ledger.exports, name)
+        for parent in (path, file.path):
+            os.makedirs(os.path.dirname(parent), exist_ok=True)
+        size, checksum = _write(item, file, path, report)
+        job.check_unchanged()
+        replace_file(path, file.path)
+    job.check_unchanged()
+    finished = time.time()
+    item.ledger.commit(
+        Commit(
+            kind=KIND,
+            item=item.number,
+            chunk=(file.number,),
+            attempt=attempt.number,
+            worker=attempt.worker,
+            started=started,
+            finished=finished,
+            seconds={"write": finished - started},
+            moved={SIZE: size},
+            stored=encode_checksums([checksum]),
+            peak_rss=peak_bytes(),
+        )
+    )
+
+
+def replace_file(path: str, target: str) -> None:
+    """Let a file appear at its path."""
+    os.replace(path, target)
+
+
+def _write(item: ItemHandle, file: ExportedFile, path: str, report: Report) -> tuple[int, int]:
+    """Write a file at a temporary path and flush it; return its size and its checksum."""
+    found = writers(item.job.record, file)
+    total, before = sum(writer.steps for writer in found), 0
+    label = f"writing {file.path.rpartition('/')[2]}"
+    for number, writer in zip(file.outputs, found, strict=True):
+        array = item.job.output.image(file.image, number).open()
+        copy_image(writer, array, path, _shifted(report, label, before, total))
+        before += writer.steps
+    with open(path, "rb") as content:
+        os.fsync(content.fileno())
+        size, crc32 = 0, 0
+        while part := content.read(PART_BYTES):
+            size, crc32 = size + len(part), zlib_ng.crc32(part, crc32)
+    return size, object_checksum(crc32)
+
+
+def _shifted(report: Report, label: str, before: int, total: int) -> Callable[[int], None]:
+    """Return a function that reports steps of one of several writers."""
+    return lambda done: report(label, before + done, total)
