@@ -335,8 +335,8 @@ def test_nifti_2_is_used_for_long_axes_only(tmp_path: Path) -> None:
 @st.composite
 def arrays(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     """Return a shape, the shape of its storage chunks, and the size of a voxel (bytes)."""
-    shape = draw(st.lists(st.integers(1, 40), min_size=1, max_size=4))
-    edges = [draw(st.integers(1, 16)) for _ in shape]
+    shape = draw(st.lists(st.integers(1, 17), min_size=1, max_size=4))
+    edges = [draw(st.integers(1, 9)) for _ in shape]
     return tuple(shape), tuple(edges), draw(st.sampled_from([1, 2, 4, 8]))
 
 

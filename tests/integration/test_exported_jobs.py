@@ -145,8 +145,14 @@ KILLS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 }
 
 
-@pytest.mark.parametrize("moment", KILLS)
-@pytest.mark.parametrize("name", ["seg.nii.gz", "seg.tif"])
+KILLED_FILES = [
+    *(("seg.nii.gz", moment) for moment in KILLS),
+    ("seg.tif", "when it is written"),
+    ("seg.h5", "when it is written"),
+]
+
+
+@pytest.mark.parametrize(("name", "moment"), KILLED_FILES)
 def test_a_finalizer_that_is_killed_is_continued_with_the_same_bytes(
     name: str, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,3 +351,30 @@ def test_several_outputs_are_a_file_each_or_datasets(suffix: str, tmp_path: Path
         image = nibabel.load(tmp_path / f"seg.{name}.nii.gz")  # type: ignore[attr-defined]
         assert image.get_data_dtype() == dtype
         np.testing.assert_array_equal(np.asarray(image.dataobj).T.squeeze(), expected.squeeze())
+
+
+@pytest.mark.parametrize("selection", [{}, {"orientation": "LPS"}], ids=str)
+def test_a_coarser_output_has_the_affine_of_its_own_voxels(
+    tmp_path: Path, selection: dict[str, str]
+) -> None:
+    keys = job_in(tmp_path, strides=[8, 8, 8], chunksize=[24, 24, 24])
+    del keys["combine"]
+    (tmp_path / "network.py").write_text(
+        "def bright(batch):\n    return (batch[..., 1::2, 1::2] > 50).astype('float32')\n"
+    )
+    keys["input"] = {"path": keys["input"], **selection}
+    keys["outputs"] = {"half": {"combine": "soft", "scale": [1, 2, 2]}}
+    keys["model_config"] |= {"model_output_shape": [1, 8, 4, 4]}
+    run_inline(keys)
+    scan = nibabel.load(tmp_path / "scan.nii.gz")  # type: ignore[attr-defined]
+    half = nibabel.load(tmp_path / "seg.half.nii.gz")  # type: ignore[attr-defined]
+    sizes = np.array(scan.shape[:3]) / np.array(half.shape)
+    assert sorted(sizes) == [1, 2, 2]
+    # Both images have the same center.
+    centers = [image.affine @ [*((np.array(image.shape[:3]) - 1) / 2), 1] for image in (scan, half)]
+    np.testing.assert_allclose(*centers, atol=1e-5)
+    np.testing.assert_allclose(
+        nibabel.affines.voxel_sizes(half.affine),
+        nibabel.affines.voxel_sizes(scan.affine) * sizes,
+        rtol=1e-6,
+    )
