@@ -53,9 +53,10 @@ def check_resolution(predict: Predict, plan: Plan, patch: Patch, halos: Halos) -
         factors = [reduced.get(axis, 1) for axis in range(len(source))]
         raise ModelError(
             f"the network reduces the resolution by {factors}: its output {list(target)} covers "
-            f"the whole patch {list(source)}, not its middle; enlarge it to the size of the patch "
-            "in the network or in postprocessing_protected of model_config.processing_steps, and "
-            "set model_output_shape to match"
+            f"the whole patch {list(source)}, not its middle; set outputs: {{NAME: {{scale: "
+            f"{factors}}}}} in the job, or enlarge the output to the size of the patch in "
+            "postprocessing_protected of model_config.processing_steps, and set "
+            "model_output_shape to match"
         )
 
 
