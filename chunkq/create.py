@@ -210,11 +210,16 @@ def create_job(
 
 def stored_job(job_folder: str) -> JobId | None:
     """Return the job in a folder, or None if there is none or its record is damaged."""
+    record = stored_record(job_folder)
+    return None if record is None else JobId(job_folder, record.epoch)
+
+
+def stored_record(job_folder: str) -> JobRecord | None:
+    """Return the record in a folder, or None if there is none or it is damaged."""
     try:
-        record = JobFolder(job_folder).read_record()
+        return JobFolder(job_folder).read_record()
     except JobError:
         return None
-    return None if record is None else JobId(job_folder, record.epoch)
 
 
 def _check_same(stored: JobRecord, record: JobRecord) -> None:

@@ -93,6 +93,8 @@ class ErrorCode(StrEnum):
     """The network cannot be loaded, or does not match its declaration."""
     MODEL_UNTRUSTED = auto()
     """The model file can run code or reach other files, and the job does not trust it."""
+    HEAD_MISSING = auto()
+    """The network returns no array under the name that an output has as `head`."""
     MODEL_RANDOM = auto()
     """The network has random values, or returns different outputs for one batch."""
     OUTPUT_IS_LABELS = auto()

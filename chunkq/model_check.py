@@ -49,21 +49,26 @@ class ValueCheck:
     """Smallest and largest finite values of one batch of patches.
 
     `input_range` is that of what the network receives, after the steps of `has_preprocessing`, and
-    `output_range` that of what it returns, before any activation. They are None if there are no
-    such values. `warnings` are lines about what the values suggest.
+    `output_range` that of what it returns, before any activation. `output_ranges` has that of each
+    output with a name. Ranges are None if there are no such values. `warnings` are lines about what
+    the values suggest.
     """
 
     input_range: tuple[float, float] | None = None
     output_range: tuple[float, float] | None = None
     warnings: tuple[str, ...] = ()
     has_preprocessing: bool = True
+    output_ranges: tuple[tuple[str, tuple[float, float] | None], ...] = ()
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the ranges as pairs of a label and a text."""
-        spans = (
+        spans = [
             ("input range", self.input_range, ", after preprocessing" * self.has_preprocessing),
-            ("output range", self.output_range, ", before any activation"),
-        )
+            *(
+                (f"output range{name and f' of {name}'}", span, ", before any activation")
+                for name, span in self.output_ranges or (("", self.output_range),)
+            ),
+        ]
         return [
             (label, f"{span[0]:.4g} to {span[1]:.4g}{when}")
             for label, span, when in spans
@@ -118,6 +123,7 @@ class ModelCheck:
 class CheckReport:
     """How the check of a network ended: its result, an error, or the end of its process.
 
+    `shapes` are those of the heads that the job does not declare, if only these were asked for.
     `error` and `code` are those of a ChunkqError. `exit_code` is that of a process that ended
     before it could report; it is negative if a signal killed the process.
     """
@@ -126,6 +132,7 @@ class CheckReport:
     error: str | None = None
     code: ErrorCode = ErrorCode.MODEL_UNUSABLE
     exit_code: int | None = None
+    shapes: tuple[tuple[int, ...], ...] | None = None
 
     def result(self, output: Sequence[str]) -> ModelCheck:
         """Return the result of the check.

@@ -273,12 +273,12 @@ def keras_class(folder: Path, dtype: str = "float32") -> dict[str, Any]:
     """Write a subclass of keras.Model, its kwargs and its weights."""
     (folder / "keras_net.py").write_text(KERAS_SOURCE)
     (folder / "keras_kwargs.py").write_text("kwargs = {'width': 4}\n")
-    _keras()
+    import_keras()
     names: dict[str, Any] = {"__name__": "keras_net"}
     exec(KERAS_SOURCE, names)
     model = names["SmallNet"](4)
     model(np.zeros((1, 1, *PATCH), np.float32))
-    _save_keras(_with_weights(model).save_weights, folder / "class.weights.h5")
+    save_keras(_with_weights(model).save_weights, folder / "class.weights.h5")
     return {
         "runtime": "tensorflow",
         "type": "class",
@@ -291,20 +291,20 @@ def keras_class(folder: Path, dtype: str = "float32") -> dict[str, Any]:
 
 def keras_file(folder: Path, dtype: str = "float32") -> dict[str, Any]:
     """Write a .keras file."""
-    _save_keras(keras_network(dtype).save, folder / "network.keras")
+    save_keras(keras_network(dtype).save, folder / "network.keras")
     return {"runtime": "tensorflow", "type": "file", "model_file": str(folder / "network.keras")}
 
 
 def keras_h5(folder: Path, dtype: str = "float32") -> dict[str, Any]:
     """Write an HDF5 file, the format before .keras."""
-    _save_keras(keras_network(dtype).save, folder / "network.h5")
+    save_keras(keras_network(dtype).save, folder / "network.h5")
     return {"runtime": "tensorflow", "type": "file", "model_file": str(folder / "network.h5")}
 
 
 def keras_saved_model(folder: Path, dtype: str = "float32") -> dict[str, Any]:
     """Write a SavedModel, which accepts only this dtype."""
     model, path = keras_network(dtype), folder / f"saved-{dtype}"
-    _save_keras(lambda name: model.export(name, verbose=False), path)
+    save_keras(lambda name: model.export(name, verbose=False), path)
     return {"runtime": "tensorflow", "type": "file", "model_file": str(path)}
 
 
@@ -312,7 +312,7 @@ def keras_json(folder: Path, dtype: str = "float32") -> dict[str, Any]:
     """Write an architecture as JSON and its weights."""
     model = keras_network(dtype)
     (folder / "network.json").write_text(model.to_json())
-    _save_keras(model.save_weights, folder / "json.weights.h5")
+    save_keras(model.save_weights, folder / "json.weights.h5")
     return {
         "runtime": "tensorflow",
         "type": "json",
@@ -324,7 +324,7 @@ def keras_json(folder: Path, dtype: str = "float32") -> dict[str, Any]:
 @cache
 def keras_network(dtype: str = "float32") -> Any:
     """Return a functional model with an input (N, 1, *P) of this dtype. Do not modify it."""
-    keras = _keras()
+    keras = import_keras()
     layers = keras.layers
     inputs = keras.Input((1, *PATCH), dtype=dtype, name="volume")
     x = layers.Permute((2, 3, 4, 1))(layers.Rescaling(1 / 100)(inputs))
@@ -334,7 +334,7 @@ def keras_network(dtype: str = "float32") -> Any:
     return _with_weights(keras.Model(inputs, layers.Permute((4, 1, 2, 3))(x)))
 
 
-def _keras() -> Any:
+def import_keras() -> Any:
     """Import Keras as workers do. Set one thread, which works only before TensorFlow starts."""
     from chunkq_worker.runtimes.tensorflow_import import keras, tf
 
@@ -354,7 +354,7 @@ def _with_weights(model: Any) -> Any:
     return model
 
 
-def _save_keras(save: Callable[[str], Any], path: Path) -> None:
+def save_keras(save: Callable[[str], Any], path: Path) -> None:
     from chunkq_worker.runtimes.tensorflow_import import without_log_output
 
     with warnings.catch_warnings(), without_log_output():

@@ -49,9 +49,11 @@ class WrittenOrders:
         The channel axis of the input is the end whose length is `channels`. The one of the output
         is the end without which the output can be centered in the input patch. If that holds for
         both ends, the one without which the output has the size of the input patch is used, else
-        the one of the input, else the first.
+        the one of the input, else the first. Of several heads, the orders are those of the first.
         """
-        shape, output = model.model_input_shape, model.model_output_shape
+        if isinstance(model.model_output_shape, dict):
+            return cls.of(model.of_head(next(iter(model.model_output_shape))), rank, channels)
+        shape, output = model.model_input_shape, model.output_shape
         lengths = {len(shape), len(output or shape)}
         if model.runtime not in EITHER_ORDER or not lengths <= {rank, rank + 1}:
             return cls(_default(shape, rank), _default(output, rank))
@@ -110,6 +112,11 @@ def channels_first(model: ModelConfig, rank: int, channels: int = 1) -> ModelCon
 
     `rank` is the number of spatial axes of the volume, `channels` its number of channels.
     """
+    if isinstance(model.model_output_shape, dict):
+        heads = model.model_output_shape
+        firsts = {head: channels_first(model.of_head(head), rank, channels) for head in heads}
+        shapes = {head: first.output_shape for head, first in firsts.items()}
+        return next(iter(firsts.values())).model_copy(update={"model_output_shape": shapes})
     orders = WrittenOrders.of(model, rank, channels)
     changes: dict[str, Any] = {}
     if orders.input is LAST:
@@ -119,8 +126,8 @@ def channels_first(model: ModelConfig, rank: int, channels: int = 1) -> ModelCon
             axis = getattr(model, key)
             if axis is not None and first <= axis < length + first:
                 changes[key] = (axis - first + 1) % length + first
-    if orders.output is LAST and model.model_output_shape is not None:
-        changes["model_output_shape"] = join(*split(model.model_output_shape, LAST), FIRST)
+    if orders.output is LAST and model.output_shape is not None:
+        changes["model_output_shape"] = join(*split(model.output_shape, LAST), FIRST)
     return model.model_copy(update=changes) if changes else model
 
 
@@ -148,7 +155,7 @@ def _input_orders(shape: Sequence[int], rank: int, channels: int = 1) -> list[Ax
 
 def _output_orders(model: ModelConfig, rank: int, order: AxisOrder | None) -> list[Any]:
     """Return the orders in which the output fits the input patch that `order` gives."""
-    output = model.model_output_shape
+    output = model.output_shape
     if output is None:
         return [None]
     patch = split(model.model_input_shape, order)[1]

@@ -92,6 +92,31 @@ Offset = Annotated[int, Field(ge=-MAX_INTEGER, le=MAX_INTEGER)]
 Shape = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 
 
+ONE_SHAPE, BY_HEAD = "one shape", "shapes by head"
+"""Tags of the branches of `OutputShape`."""
+
+
+def _kind_of_output_shape(value: object) -> str:
+    return BY_HEAD if isinstance(value, dict) else ONE_SHAPE
+
+
+def _with_text_keys(value: object) -> object:
+    """Return a mapping with texts as keys, as JSON has them."""
+    return {str(key): one for key, one in value.items()} if isinstance(value, dict) else value
+
+
+OutputShape = Annotated[
+    Annotated[Shape, Tag(ONE_SHAPE)]
+    | Annotated[
+        dict[str, Shape],
+        BeforeValidator(_with_text_keys),
+        Field(min_length=1),
+        Tag(BY_HEAD),
+    ],
+    Discriminator(_kind_of_output_shape),
+]
+
+
 Widths = Annotated[tuple[NonNegative, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 
 

@@ -24,6 +24,8 @@ from chunkq.geometry.grids import Edge
 from chunkq.geometry.padding import PadMode
 from chunkq.job.class_names import with_class_names
 from chunkq.job.fields import (
+    BY_HEAD,
+    ONE_SHAPE,
     Fill,
     InferenceType,
     InputConfig,
@@ -596,6 +598,7 @@ class Job(Section):
             *_weight_problems(self),
             *model_problems(self.model),
             *_input_problems(self),
+            *_head_problems(self),
             *_output_problems(self),
             *_path_problems(self),
             *_credential_problems(self),
@@ -664,6 +667,10 @@ class Job(Section):
         if "weight_function" in paths:
             update["weight_function"] = (paths["weight_function"], *self.weight_function[1:])
         return self.model_copy(update=update)
+
+    def with_model(self, **keys: Any) -> Job:
+        """Return a copy of the job with some keys of `model_config` replaced, unchecked."""
+        return self.model_copy(update={"model": self.model.model_copy(update=keys)})
 
     def as_dict(self) -> dict[str, Any]:
         """Return the job as JSON values with the key names of the job file."""
@@ -1035,7 +1042,8 @@ def _without_branches(
         first = 1 if has_one_input else 2
         location = (*location[:first], *location[3:])
     kept = 2 if location[:1] == ("outputs",) else 0  # an output can have any name
-    rest = (part for part in location[kept:] if part not in ("int", "float"))
+    branches = ("int", "float", ONE_SHAPE, BY_HEAD)
+    rest = (part for part in location[kept:] if part not in branches)
     return (*location[:kept], *rest)
 
 
@@ -1182,6 +1190,30 @@ def _input_problems(job: Job) -> list[str]:
             f"model_input_shape; expected 1, because the {len(job.input)} inputs are stacked there"
         ]
     return []
+
+
+def _head_problems(job: Job) -> list[str]:
+    """Return the problems of the heads that outputs name, and of the shapes of heads."""
+    heads = [config.head for config in job.output_configs().values()]
+    names = {str(head): head for head in heads if head is not None}
+    problems = []
+    if names and None in heads:
+        missing = [name for name, one in (job.outputs or {}).items() if one.head is None]
+        problems.append(
+            f"outputs.{missing[0]}.head: missing beside outputs with a head; set it, because the "
+            "network returns several arrays"
+        )
+    if len(names) < len({head for head in heads if head is not None}):
+        problems.append("outputs: two heads differ in their type only; use one of them")
+    shapes = job.model.model_output_shape
+    if isinstance(shapes, dict):
+        problems += [
+            f"model_config.model_output_shape.{head}: no output has this head; "
+            + (f"use one of {', '.join(names)}" if names else "use one shape instead of a mapping")
+            for head in shapes
+            if head not in names
+        ]
+    return problems
 
 
 def _output_problems(job: Job) -> list[str]:

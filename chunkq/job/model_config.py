@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from chunkq.job.fields import Dtype, NonNegative, Positive, Section, Shape, key_doc
+from chunkq.job.fields import (
+    Dtype,
+    NonNegative,
+    OutputShape,
+    Positive,
+    Section,
+    Shape,
+    key_doc,
+)
+from chunkq.plan.outputs import HeadName
 
 STOCHASTIC = "the network is random, so another run gives other bytes (model_config.stochastic)"
 """What plan and report say of a job with `stochastic`."""
@@ -55,15 +64,16 @@ class ModelConfig(Section):
         ),
     ]
     model_output_shape: Annotated[
-        Shape | None,
+        OutputShape | None,
         key_doc(
             "Batches",
             "Shape of one item of a batch as the network returns it. One entry per axis, or one "
             "more with the channels first, with runtime `tensorflow` or `onnx` first or last. An "
-            "output that is smaller than the input is centered in it.",
+            "output that is smaller than the input is centered in it. With `outputs` that name a "
+            "`head`, a mapping has one shape per head.",
             example=[3, 64, 64, 64],
             unit="voxels; channels for the first of one more entry",
-            omitted="that of the input",
+            omitted="that of the input; with `outputs`, found by running one batch",
         ),
     ] = None
     dtype: Annotated[
@@ -328,10 +338,27 @@ class ModelConfig(Section):
         """
         return None if self.lost_dim is None else self.lost_dim - len(self.model_input_shape) + rank
 
+    def of_head(self, head: HeadName) -> ModelConfig:
+        """Return the keys with the output shape of one head of the network, if it is declared."""
+        shapes = self.model_output_shape
+        if not isinstance(shapes, dict):
+            return self
+        return self.model_copy(update={"model_output_shape": shapes.get(str(head))})
+
+    @property
+    def output_shape(self) -> tuple[int, ...] | None:
+        """`model_output_shape` of a network with one head, None if it is missing.
+
+        Raises ValueError if there are several; see `of_head`.
+        """
+        if isinstance(self.model_output_shape, dict):
+            raise ValueError("the network has several heads")
+        return self.model_output_shape
+
     def output_patch(self, rank: int) -> tuple[int, ...]:
         """Return the shape that the network returns along the `rank` spatial axes."""
-        if self.model_output_shape is not None:
-            return self.model_output_shape[-rank:]
+        if self.output_shape is not None:
+            return self.output_shape[-rank:]
         lost = self.lost_axis(rank)
         return tuple(1 if a == lost else p for a, p in enumerate(self.model_input_shape[-rank:]))
 

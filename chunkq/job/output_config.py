@@ -359,7 +359,6 @@ def unsupported_problems(prefix: str, keys: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{prefix}{name}: unsupported in this version; remove it"
         for name in (
-            "head",
             "range",
             "activation_after",
             "codec",

@@ -26,10 +26,12 @@ from chunkq.job.axis_order import (
 )
 from chunkq.job.fields import MAX_INTEGER, Below, bounds_of, printed_bounds
 from chunkq.job.job_file import Job
+from chunkq.job.model_config import ModelConfig
+from chunkq.job.output_shapes import declared_shapes, head_names, unknown_heads
 from chunkq.job.output_specs import MAX_PATCH_VALUES, NetworkOutput, ResolvedOutput
 from chunkq.plan.chunk_choice import choose_chunks, inner_chunk, storage_edge
 from chunkq.plan.empty_rule import EmptyRule
-from chunkq.plan.outputs import OutputSpec
+from chunkq.plan.outputs import HeadName, OutputSpec
 from chunkq.plan.plan import Plan, Volume
 from chunkq.storage.remedies import JOB_FILE, Remedies
 
@@ -49,7 +51,7 @@ def resolve(
     these channels. Raises JobError with one line per mistake.
     """
     paths = paths or job.input_paths
-    problems = _volume_problems(job, volume, paths, remedies)
+    problems = _volume_problems(job, volume, paths, remedies) or _shape_problems(job)
     problems = problems or _length_problems(job, volume, paths[0], remedies)
     problems = problems or _region_problems(job, volume, paths)
     if problems:
@@ -175,8 +177,8 @@ def _length_problems(job: Job, volume: Volume, path: str, remedies: Remedies) ->
         for key, value in lists.items()
         if value is not None and len(value) != rank
     ]
-    for key in ("model_input_shape", "model_output_shape"):
-        shape = getattr(job.model, key)
+    shapes = {"model_input_shape": job.model.model_input_shape} | declared_shapes(job.model)
+    for key, shape in shapes.items():
         if shape is not None and len(shape) not in (rank, rank + 1):
             problems.append(
                 f"model_config.{key}: found {len(shape)} entries; expected {rank} or {rank + 1}; "
@@ -189,6 +191,28 @@ def _length_problems(job: Job, volume: Volume, path: str, remedies: Remedies) ->
                 f"{MAX_PATCH_VALUES}"
             )
     return problems
+
+
+def _shape_problems(job: Job) -> list[str]:
+    """Return a line for each head whose shape is not known."""
+    return [
+        f"model_config.model_output_shape{'' if head is None else f'.{head}'}: missing; set the "
+        "shape that the network returns"
+        for head in unknown_heads(job)
+    ]
+
+
+def _network_output(model: ModelConfig, head: HeadName, rank: int, channels: int) -> NetworkOutput:
+    """Return an array that the network returns; `model` declares the shape of this one."""
+    first = channels_first(model, rank, channels)
+    shape = first.output_shape or first.model_input_shape
+    key = "model_input_shape" if first.output_shape is None else "model_output_shape"
+    if head is not None and first.output_shape is not None:
+        key = f"{key}.{head}"
+    has_channels = len(shape) > rank
+    return NetworkOutput(
+        head, shape[0] if has_channels else 1, first.output_patch(rank), has_channels, key
+    )
 
 
 def _axes_hint(shape: Sequence[int], remedies: Remedies) -> str:
@@ -266,24 +290,23 @@ class _Shapes:
         self.remedies = remedies
         rank = len(volume.shape)
         channels = input_channels(job.model, volume)
-        model = channels_first(job.model, rank, channels)
-        self.orders = WrittenOrders.of(job.model, rank, channels)
+        # Messages about shapes that all heads share are about the first one.
+        written = job.model.of_head(head_names(job)[0])
+        model = channels_first(written, rank, channels)
+        self.orders = WrittenOrders.of(written, rank, channels)
         model_input = model.model_input_shape
-        model_output = model.model_output_shape or model_input
         self.input_channels = model_input[0] if len(model_input) > rank else 1
         self.patch = model_input[-rank:]
         self.output = model.output_patch(rank)
         self.lost_axis = model.lost_axis(rank)
-        head = NetworkOutput(
-            name=None,
-            channels=model_output[0] if len(model_output) > rank else 1,
-            patch=self.output,
-            has_channels=len(model_output) > rank,
-            key=self.output_key,
-        )
+        configs = job.output_configs()
+        heads = {
+            name: _network_output(job.model.of_head(name), name, rank, channels)
+            for name in head_names(job)
+        }
         self.outputs = [
-            ResolvedOutput(job, name, config, head, by_channel)
-            for name, config in job.output_configs().items()
+            ResolvedOutput(job, name, config, heads[config.head], by_channel)
+            for name, config in configs.items()
         ]
         self.margin = job.margin or (0,) * rank
         spans = list(zip(*(output.span for output in self.outputs), strict=True))
@@ -320,7 +343,11 @@ class _Shapes:
     def problems(self) -> list[str]:
         """Return one line per mistake in the patch shapes and the margin."""
         found = input_channels(self.job.model, self.volume)
-        problems = order_problems(self.job.model, len(self.volume.shape), found)
+        problems = [
+            line
+            for head in head_names(self.job)
+            for line in order_problems(self.job.model.of_head(head), len(self.volume.shape), found)
+        ]
         problems += [
             *self._lost_axis_problems(),
             *(line for output in self.outputs for line in output.problems()),
@@ -395,7 +422,7 @@ class _Shapes:
         if len(shape) > rank and shape[-1] == 1 < shape[0]:
             problems.append(_channels_last("model_input_shape", shape, "preprocessing_protected"))
             patch = shape[:-1]
-        shape = model.model_output_shape or ()
+        shape = model.of_head(head_names(self.job)[0]).output_shape or ()
         if len(shape) > rank and shape[:-1] == patch != shape[1:]:
             problems.append(_channels_last("model_output_shape", shape, "postprocessing_protected"))
         return problems

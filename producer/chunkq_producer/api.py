@@ -21,6 +21,7 @@ from chunkq.job.job_path import job_folder_of, output_path
 from chunkq.queue.contract.executor import Executor
 from chunkq.queue.registry import open_executor, queue_url
 from chunkq.verify import verify_job
+from chunkq_producer.check_model import complete_job
 from chunkq_producer.distribute import distribute as finalize_on_workers
 from chunkq_producer.engine import queue_of
 from chunkq_producer.job_status import JobStatus, WorkersRunning, job_status
@@ -93,7 +94,7 @@ def produce(
     Raises JobError or StoreError, before anything is written, if the job is invalid or the output
     path holds something else, and QueueError if the queue cannot be reached.
     """
-    loaded_job = _load(job, input, output)
+    loaded_job = complete_job(_load(job, input, output))
     checked = check_job(loaded_job)
     check_output(checked, resume=resume, overwrite=overwrite)
     queue_or_url = queue if isinstance(queue, Executor) else queue_of(loaded_job, queue)

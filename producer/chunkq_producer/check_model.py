@@ -8,8 +8,13 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
+from chunkq.create import stored_record
 from chunkq.job.events import Message, Sink, StageProgress, ignore
-from chunkq.job.record import JobRecord
+from chunkq.job.items import find_sources
+from chunkq.job.job_file import Job
+from chunkq.job.job_path import job_folder_of
+from chunkq.job.output_shapes import from_complete_job, unknown_heads, with_output_shapes
+from chunkq.job.record import KEYS_WITHOUT_EFFECT, JobRecord
 from chunkq.job.sample_job import copy_job
 from chunkq.model_check import CheckReport, ModelCheck
 from chunkq.system.parent_process import with_parent_death_signal
@@ -17,6 +22,7 @@ from chunkq.system.python_process import python_module
 from chunkq.system.scratch import scratch_folder
 
 STAGE = "checking the network on one batch"
+SHAPES_STAGE = "finding the shapes of the outputs"
 MAX_LINES = 10
 """Last lines of the process that are kept, for the message of one that ends without a report."""
 
@@ -36,14 +42,45 @@ def check_model(record: JobRecord, *, depth: int | None = None, emit: Sink = ign
         if depth:
             job = copy_job(record, str(folder))
             options = ["--depth", str(depth), "--job", job.folder.path]
-        # Not standard output, to which the network may print.
-        path = folder / "report.json"
-        record_file = folder / "record.json"
-        record_file.write_bytes(record.to_json())
-        command = python_module("chunkq", "check-model", "--report", str(path), *options)
-        exit_code, lines = _run(command, record_file, emit)
-        line = path.read_bytes() if path.exists() else b""
-    return (CheckReport.read(line) or CheckReport(exit_code=exit_code)).result(lines)
+        report, lines = _report(record, folder, options, emit)
+    return report.result(lines)
+
+
+def complete_job(job: Job, emit: Sink = ignore) -> Job:
+    """Return a job with the shapes that its network returns.
+
+    A job without the key `outputs`, or with all shapes, is returned as it is. If it is the job at
+    its output path, it has the shapes of that. Else a separate process runs the network on one
+    batch. Raises JobError, StoreError, and ModelError if the network cannot be used.
+    """
+    unknown = unknown_heads(job)
+    if not unknown:
+        return job
+    stored = stored_record(job_folder_of(job.output))
+    complete = None if stored is None else from_complete_job(job, stored.job, KEYS_WITHOUT_EFFECT)
+    if complete is not None:
+        return complete
+    emit(StageProgress(SHAPES_STAGE))
+    with scratch_folder("model-check") as folder:
+        record = JobRecord.create(job, find_sources(job))
+        report, lines = _report(record, folder, ["--shapes"], emit)
+    if report.shapes is None:
+        report.result(lines)
+        raise RuntimeError("a report has neither shapes nor an error")
+    return with_output_shapes(job, dict(zip(unknown, report.shapes, strict=True)))
+
+
+def _report(
+    record: JobRecord, folder: Path, options: Sequence[str], emit: Sink
+) -> tuple[CheckReport, list[str]]:
+    """Run the check of a record in a process; return its report, and the last lines it printed."""
+    path, record_file = folder / "report.json", folder / "record.json"
+    record_file.write_bytes(record.to_json())
+    # Not standard output, to which the network may print.
+    command = python_module("chunkq", "check-model", "--report", str(path), *options)
+    exit_code, lines = _run(command, record_file, emit)
+    line = path.read_bytes() if path.exists() else b""
+    return CheckReport.read(line) or CheckReport(exit_code=exit_code), lines
 
 
 def _run(command: Sequence[str], stdin: Path, emit: Sink) -> tuple[int, list[str]]:

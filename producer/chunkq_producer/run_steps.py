@@ -20,7 +20,7 @@ from chunkq.job.job_path import job_folder_of
 from chunkq.job.tasks import chunk_count
 from chunkq.queue.registry import open_executor
 from chunkq_producer.check_model import STAGE as CHECK_STAGE
-from chunkq_producer.check_model import check_model
+from chunkq_producer.check_model import check_model, complete_job
 from chunkq_producer.cluster import Cluster, cluster_for, join_cluster
 from chunkq_producer.engine import Engine
 from chunkq_producer.job_status import FailureGroup
@@ -62,6 +62,7 @@ def run_steps(
 
     Raises like `run_job`.
     """
+    job = complete_job(job, emit)
     checked = check_job(job)
     check_output(checked, overwrite=overwrite)
     for line in engine.warnings:

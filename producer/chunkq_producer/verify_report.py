@@ -91,7 +91,9 @@ class VerifyReport:
     def lines(self) -> Iterator[str]:
         """Yield the lines of the report."""
         found, output = self._verification, without_secret(self._job.folder.output)
-        size = f"{found.objects} objects, {si(found.bytes, 'B')}, {seconds(self._duration)}"
+        size = (
+            f"{_count(found.objects, 'object')}, {si(found.bytes, 'B')}, {seconds(self._duration)}"
+        )
         yield f"{self.state}: {output} ({size})"
         yield from self._damages()
         quoted = argument(output)
@@ -136,7 +138,7 @@ class VerifyReport:
         if plan.foreign:
             yield f"deleted: {_count(len(plan.foreign), 'foreign object')}"
         if plan.chunks:
-            yield f"queued: {chunk_count(self._queued)}; the output is incomplete until then"
+            yield f"queued: {chunk_count(len(plan.chunks))}; the output is incomplete until then"
             yield f"next: chunkq {self._work}, then chunkq finalize {output}"
         elif plan.others or not self._verification.is_sealed:
             yield f"next: chunkq finalize {output}"

@@ -170,7 +170,7 @@ def new_objects() -> Iterator[Callable[[tuple[str, ...]], int]]:
 @each_form
 def test_predictions_equal_those_of_the_torch_class(factory: RuntimeFactory, form: Form) -> None:
     values = np.random.default_rng(2).uniform(-50, 150, (4, 1, *PATCH)).astype(np.float32)
-    outputs = to_numpy(factory.runtime(form)(values))
+    outputs = to_numpy(factory.runtime(form)(values)[0])
     assert outputs.shape == (4, CHANNELS, *PATCH)
     assert outputs.dtype in (np.float32, np.float64)
     np.testing.assert_allclose(outputs, models.predict(values), rtol=0, atol=form.tolerance)
@@ -182,7 +182,7 @@ def test_predictions_equal_those_of_the_torch_class(factory: RuntimeFactory, for
 def test_every_dtype_of_the_job_reaches_the_network(
     factory: RuntimeFactory, form: Form, dtype: str
 ) -> None:
-    outputs = to_numpy(factory.runtime(form, dtype)(batch()))
+    outputs = to_numpy(factory.runtime(form, dtype)(batch())[0])
     tolerance = form.tolerance
     if form.casts:
         tolerance = models.LOW_PRECISION_TOLERANCE.get(dtype, tolerance)
@@ -195,22 +195,22 @@ def test_every_dtype_of_the_job_reaches_the_network(
     "dtype", ["uint8", "int8", "uint16", "int16", "uint32", "int32", "int64", "float16", "float64"]
 )
 def test_every_dtype_of_a_volume_is_cast(factory: RuntimeFactory, form: Form, dtype: str) -> None:
-    outputs = to_numpy(factory.runtime(form)(batch(dtype=dtype)))
+    outputs = to_numpy(factory.runtime(form)(batch(dtype=dtype))[0])
     np.testing.assert_allclose(outputs, models.predict(batch()), rtol=0, atol=form.tolerance)
 
 
 @each_form
 def test_a_call_does_not_change_the_batch(factory: RuntimeFactory, form: Form) -> None:
     values = batch()
-    first = np.array(to_numpy(factory.runtime(form)(values)))
+    first = np.array(to_numpy(factory.runtime(form)(values)[0]))
     np.testing.assert_array_equal(values, batch())
-    np.testing.assert_array_equal(to_numpy(factory.runtime(form)(values)), first)
+    np.testing.assert_array_equal(to_numpy(factory.runtime(form)(values)[0]), first)
 
 
 @each_form
 def test_the_next_call_does_not_change_the_last_result(factory: RuntimeFactory, form: Form) -> None:
     runtime, values = factory.runtime(form), batch()
-    result = runtime(values)
+    result = runtime(values)[0]
     copy = np.array(to_numpy(result))
     values[...] = 3
     runtime(values)
@@ -222,13 +222,13 @@ def test_a_result_does_not_depend_on_its_position_in_the_batch(
     factory: RuntimeFactory, form: Form
 ) -> None:
     runtime, values = factory.runtime(form), batch()
-    expected = np.array(to_numpy(runtime(values)))
+    expected = np.array(to_numpy(runtime(values)[0]))
     for offset in (1, 2, 3):
-        outputs = to_numpy(runtime(np.roll(values, offset, axis=0)))
+        outputs = to_numpy(runtime(np.roll(values, offset, axis=0))[0])
         np.testing.assert_allclose(np.roll(outputs, -offset, axis=0), expected, rtol=0, atol=1e-6)
     single_item = np.zeros_like(values)
     single_item[2] = values[2]
-    np.testing.assert_allclose(to_numpy(runtime(single_item))[2], expected[2], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(to_numpy(runtime(single_item)[0])[2], expected[2], rtol=0, atol=1e-6)
 
 
 # ------------------------------------------------------------------------- arrays and steps
@@ -239,7 +239,7 @@ def test_arrays_of_a_runtime_are_combined_like_numpy_arrays(
     factory: RuntimeFactory, form: Form
 ) -> None:
     runtime, weights = factory.runtime(form), np.random.default_rng(3).random(PATCH, np.float32)
-    outputs = runtime(batch())
+    [outputs] = runtime(batch())
     expected = np.array(to_numpy(outputs))
     for activation in ("none", "softmax", "sigmoid"):
         activated = activate(outputs, activation)  # type: ignore[arg-type]
@@ -276,7 +276,7 @@ def test_protected_steps_get_the_arrays_of_the_runtime(factory: RuntimeFactory, 
         return record(array) * 0.5 + 1
 
     steps = Steps(preprocessing_protected=scale, postprocessing_protected=shift)
-    outputs = to_numpy(factory.runtime(form, steps=steps)(batch(dtype="uint8")))
+    outputs = to_numpy(factory.runtime(form, steps=steps)(batch(dtype="uint8"))[0])
     array_type = traits(form).array_type
     input_shape, output_shape = (4, 1, *PATCH), (4, CHANNELS, *PATCH)
     assert inputs == [(array_type, input_shape, "float32"), (array_type, output_shape, "float32")]
@@ -457,7 +457,7 @@ def test_another_file_with_the_weights_is_accepted(
 ) -> None:
     keys, other = factory.keys(form_named(form)), factory.keys(form_named(file_form))
     changed = {main_file(keys): other[main_file(other)], "max_batch_size": 4}
-    outputs = to_numpy(load_runtime(config(keys | changed), Steps(), 1)(batch()))
+    outputs = to_numpy(load_runtime(config(keys | changed), Steps(), 1)(batch())[0])
     np.testing.assert_allclose(outputs, models.predict(batch()), rtol=0, atol=1e-4)
 
 

@@ -104,7 +104,10 @@ class FakeRuntime(Runtime):
         self.batches: list[npt.NDArray[Any]] = []
         self._max_items, self._error = max_items, error or RuntimeError("can't allocate memory")
 
-    def __call__(self, batch: npt.NDArray[Any]) -> Any:
+    def __call__(self, batch: npt.NDArray[Any]) -> tuple[Any, ...]:
+        return (self.forward(batch),)
+
+    def forward(self, batch: npt.NDArray[Any]) -> Any:
         if len(batch) > self._max_items:
             raise self._error
         self.batches.append(batch.copy())
@@ -177,6 +180,6 @@ def conv() -> torch.nn.Module:
 class TrainedNet(FakeRuntime):
     """Calls the trained network directly."""
 
-    def __call__(self, batch: npt.NDArray[Any]) -> Any:
+    def forward(self, batch: npt.NDArray[Any]) -> Any:
         with torch.inference_mode():
             return trained()(torch.from_numpy(batch))

@@ -53,7 +53,7 @@ def load(runtime: str, kind: str, **keys: Any) -> Runtime:
 
 
 def run(runtime: str, kind: str, **keys: Any) -> Any:
-    return load(runtime, kind, **keys)(np.ones((2, *SHAPE), np.float32))
+    return load(runtime, kind, **keys)(np.ones((2, *SHAPE), np.float32))[0]
 
 
 def assert_rejected(

@@ -83,7 +83,7 @@ def test_a_function_gets_the_kwargs_as_keywords(tmp_path: Path) -> None:
         "def net(batch, *, gain): return batch * gain",
         **kwargs_file(tmp_path, "{'gain': 3}"),
     )
-    np.testing.assert_array_equal(runtime(batch()), batch() * 3)
+    np.testing.assert_array_equal(runtime(batch())[0], batch() * 3)
 
 
 def test_a_class_is_instantiated_once_with_the_kwargs_and_called(tmp_path: Path) -> None:
@@ -97,8 +97,8 @@ class Net:
         return batch * self.gain + self.calls
 """
     runtime = load(tmp_path, code, "Net", **kwargs_file(tmp_path, "{'gain': 3}"))
-    np.testing.assert_array_equal(runtime(batch()), batch() * 3 + 1)
-    np.testing.assert_array_equal(runtime(batch()), batch() * 3 + 2)
+    np.testing.assert_array_equal(runtime(batch())[0], batch() * 3 + 1)
+    np.testing.assert_array_equal(runtime(batch())[0], batch() * 3 + 2)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int8", "int64"])
@@ -117,7 +117,7 @@ def net(batch):
     if reversed_view:
         values = values.swapaxes(1, 2)[:, ::-1]
         values.flags.writeable = False
-    outputs = load(tmp_path, code, dtype=dtype)(values)
+    outputs = load(tmp_path, code, dtype=dtype)(values)[0]
     assert sys.network_input == (np.ndarray, dtype, (3, *PATCH), True)  # type: ignore[attr-defined]
     assert outputs.dtype == ("float64" if dtype == "float64" else "float32")
     np.testing.assert_array_equal(outputs, values.astype("int64") + 1)
@@ -126,7 +126,7 @@ def net(batch):
 def test_a_read_only_batch_is_copied(tmp_path: Path) -> None:
     values = batch()
     values.flags.writeable = False  # C order and dtype do not require a copy
-    outputs = load(tmp_path, "def net(batch):\n    batch += 1\n    return batch")(values)
+    outputs = load(tmp_path, "def net(batch):\n    batch += 1\n    return batch")(values)[0]
     np.testing.assert_array_equal(outputs, batch() + 1)
     np.testing.assert_array_equal(values, batch())
 
@@ -136,7 +136,7 @@ def test_the_batch_is_in_c_order_after_a_protected_step_that_returns_a_view(
 ) -> None:
     code = "def net(batch): return batch + (0 if batch.flags.c_contiguous else 1000)"
     steps = Steps(preprocessing_protected=lambda values: values.swapaxes(1, 2))
-    outputs = load(tmp_path, code, steps=steps)(batch())
+    outputs = load(tmp_path, code, steps=steps)(batch())[0]
     np.testing.assert_array_equal(outputs, batch().swapaxes(1, 2))
 
 
@@ -144,7 +144,7 @@ def test_the_batch_is_in_c_order_after_a_protected_step_that_returns_a_view(
 def test_results_of_every_real_dtype_are_cast_to_float32_or_float64(
     tmp_path: Path, dtype: str
 ) -> None:
-    outputs = load(tmp_path, f"def net(batch): return batch.astype({dtype!r})")(batch())
+    outputs = load(tmp_path, f"def net(batch): return batch.astype({dtype!r})")(batch())[0]
     assert outputs.dtype == ("float64" if dtype in ("float64", "longdouble") else "float32")
     np.testing.assert_array_equal(outputs, batch().astype(dtype))
 
@@ -254,18 +254,18 @@ def test_the_error_for_an_output_that_is_not_a_real_array_names_its_type(
     tmp_path: Path, returned: str, fragments: tuple[str, ...]
 ) -> None:
     with pytest.raises(ModelError) as caught:
-        load(tmp_path, f"def net(batch): return {returned}")(batch())
+        load(tmp_path, f"def net(batch): return {returned}")(batch())[0]
     assert caught.value.code is ErrorCode.MODEL_UNUSABLE
     assert_contains(str(caught.value), "the network returned ", *fragments)
 
 
 def test_a_protected_step_can_convert_complex_numbers_to_real_ones(tmp_path: Path) -> None:
     code = "def net(batch): return batch * 1j"
-    outputs = load(tmp_path, code, steps=Steps(postprocessing_protected=np.abs))(batch())
+    outputs = load(tmp_path, code, steps=Steps(postprocessing_protected=np.abs))(batch())[0]
     np.testing.assert_array_equal(outputs, batch())
     steps = Steps(postprocessing_protected=lambda values: values * 1)
     with pytest.raises(ModelError) as caught:
-        load(tmp_path, code, steps=steps)(batch())
+        load(tmp_path, code, steps=steps)(batch())[0]
     assert caught.value.code is ErrorCode.MODEL_UNUSABLE
     assert_contains(str(caught.value), "protected steps", "complex64")
 
@@ -345,13 +345,13 @@ def test_the_threads_of_a_job_apply_only_to_its_batches(tmp_path: Path, threads:
         load(tmp_path, RETURNS_THREADS, threads=1),
     )
     for _ in range(2):
-        assert runtime(batch()).max() == threads
+        assert runtime(batch())[0].max() == threads
         assert threads_of_process() == initial
-        assert other(batch()).max() == 1
+        assert other(batch())[0].max() == 1
     with threadpoolctl.threadpool_limits(2):
-        assert runtime(batch()).max() == threads
+        assert runtime(batch())[0].max() == threads
         assert set(threads_of_process()) == {2}
-        assert load(tmp_path, RETURNS_THREADS, threads=None)(batch()).max() == 2
+        assert load(tmp_path, RETURNS_THREADS, threads=None)(batch())[0].max() == 2
 
 
 def test_a_job_without_threads_uses_those_of_the_worker(

@@ -141,7 +141,7 @@ def network(tmp_path: Path) -> Path:
 
 def test_a_graph_computes_what_the_same_layers_compute_in_torch(network: Path) -> None:
     batch = random_batch()
-    outputs = load(network)(batch)
+    outputs = load(network)(batch)[0]
     assert outputs.dtype == np.float32
     np.testing.assert_allclose(outputs, convolved(batch), rtol=0, atol=1e-4)
 
@@ -150,7 +150,7 @@ def test_a_graph_is_loaded_from_a_url(network: Path) -> None:
     fsspec.filesystem("memory").pipe("/models/net.onnx", network.read_bytes())
     batch = random_batch()
     runtime = load("memory://models/net.onnx")
-    np.testing.assert_array_equal(runtime(batch), load(network)(batch))
+    np.testing.assert_array_equal(runtime(batch)[0], load(network)(batch)[0])
 
 
 def test_a_missing_url_is_an_error() -> None:
@@ -167,7 +167,7 @@ def test_external_weights_are_read_from_the_folder_of_the_graph(
     )
     assert (tmp_path / "split.onnx.data").stat().st_size > 0
     batch = random_batch()
-    np.testing.assert_array_equal(load(path)(batch), load(network)(batch))
+    np.testing.assert_array_equal(load(path)(batch)[0], load(network)(batch)[0])
     (tmp_path / "split.onnx.data").unlink()
     line = load_error(path)
     assert_contains(line, f"model_config.model_file: {path} ", "weights in another file", "missing")
@@ -184,7 +184,7 @@ def test_batches_of_any_dtype_are_cast_to_the_dtype_of_the_graph(
     ]
     path = save(tmp_path / "net.onnx", model_of(nodes, kind=DTYPES[dtype]))
     batch = random_batch(dtype=source)
-    outputs = load(path, dtype=dtype)(batch)
+    outputs = load(path, dtype=dtype)(batch)[0]
     assert outputs.dtype == np.float32
     expected = batch.astype(dtype).astype(np.float32)
     np.testing.assert_array_equal(outputs, np.repeat(expected, 3, axis=1))
@@ -195,7 +195,7 @@ def test_results_of_any_dtype_are_cast_to_float32_or_float64(tmp_path: Path, dty
     model = identity(kind=DTYPES[dtype], out=DTYPES[dtype])
     path = save(tmp_path / "net.onnx", model)
     batch = random_batch(dtype="uint8")
-    outputs = load(path, dtype=dtype)(batch)
+    outputs = load(path, dtype=dtype)(batch)[0]
     assert outputs.dtype == (np.float64 if dtype == "float64" else np.float32)
     np.testing.assert_array_equal(outputs, batch)
 
@@ -203,19 +203,19 @@ def test_results_of_any_dtype_are_cast_to_float32_or_float64(tmp_path: Path, dty
 def test_values_outside_the_range_of_the_dtype_raise_no_warning(tmp_path: Path) -> None:
     model = identity(kind=TensorProto.FLOAT16, out=TensorProto.FLOAT16)
     runtime = load(save(tmp_path / "net.onnx", model), dtype="float16")
-    assert np.isinf(runtime(np.full((4, 1, *PATCH), 1e6, np.float32))).all()
+    assert np.isinf(runtime(np.full((4, 1, *PATCH), 1e6, np.float32))[0]).all()
 
 
 def test_a_prediction_does_not_depend_on_position_or_batch_size(network: Path) -> None:
     runtime, batch = load(network), random_batch(8)
-    expected = np.array(runtime(batch))
-    np.testing.assert_array_equal(runtime(batch[::-1])[::-1], expected)
-    np.testing.assert_allclose(runtime(batch[:1])[0], expected[0], rtol=0, atol=1e-4)
+    expected = np.array(runtime(batch)[0])
+    np.testing.assert_array_equal(runtime(batch[::-1])[0][::-1], expected)
+    np.testing.assert_allclose(runtime(batch[:1])[0][0], expected[0], rtol=0, atol=1e-4)
 
 
 def test_two_sessions_return_the_same_bytes(network: Path) -> None:
     batch = random_batch()
-    assert load(network)(batch).tobytes() == load(network)(batch).tobytes()
+    assert load(network)(batch)[0].tobytes() == load(network)(batch)[0].tobytes()
 
 
 @pytest.mark.parametrize("threads", [1, 2, None])
@@ -248,7 +248,7 @@ def test_protected_steps_get_numpy_arrays_in_the_dtype_of_the_network(network: P
 
     steps = Steps(preprocessing_protected=double, postprocessing_protected=double)
     batch = random_batch(dtype="uint8")
-    outputs = load(network, steps)(batch)
+    outputs = load(network, steps)(batch)[0]
     np.testing.assert_allclose(outputs, convolved(batch * 2.0) * 2, rtol=1e-5, atol=1e-3)
     assert inputs == [
         (np.ndarray, np.dtype(np.float32), (4, 1, *PATCH)),
@@ -264,7 +264,7 @@ def test_a_step_that_works_in_place_does_not_change_the_batch(network: Path) -> 
     batch = random_batch()
     before = batch.copy()
     runtime = load(network, Steps(preprocessing_protected=in_place))
-    np.testing.assert_array_equal(runtime(batch), runtime(batch))
+    np.testing.assert_array_equal(runtime(batch)[0], runtime(batch)[0])
     np.testing.assert_array_equal(batch, before)
 
 
@@ -276,7 +276,7 @@ def test_a_step_can_change_the_batch_to_the_dtype_and_shape_of_the_graph(tmp_pat
     steps = Steps(preprocessing_protected=lambda b: np.repeat(b, 4, 1).astype(np.float32))
     runtime = load(save(tmp_path / "net.onnx", model), steps, dtype="int16")
     batch = random_batch(dtype="int16")
-    np.testing.assert_array_equal(runtime(batch), np.repeat(batch, 3, 1))
+    np.testing.assert_array_equal(runtime(batch)[0], np.repeat(batch, 3, 1))
 
 
 def test_a_step_that_returns_another_dtype_or_shape_than_the_graph_is_an_error(
@@ -284,7 +284,7 @@ def test_a_step_that_returns_another_dtype_or_shape_than_the_graph_is_an_error(
 ) -> None:
     steps = Steps(preprocessing_protected=lambda b: b.astype(np.float64)[:, :, :7])
     with pytest.raises(ModelError) as caught:
-        load(network, steps)(random_batch())
+        load(network, steps)(random_batch())[0]
     assert caught.value.code is ErrorCode.MODEL_UNUSABLE
     assert_contains(
         str(caught.value),
@@ -398,7 +398,7 @@ def test_the_error_for_another_patch_shape_than_that_of_the_graph_names_the_shap
 def test_dynamic_axes_accept_any_patch_shape(tmp_path: Path) -> None:
     path = save(tmp_path / "net.onnx", conv(axes=("batch", 1, "h", "w")))
     batch = np.zeros((2, 1, 12, 20), np.float32)
-    assert load(path, model_input_shape=[1, 12, 20])(batch).shape == (2, 3, 12, 20)
+    assert load(path, model_input_shape=[1, 12, 20])(batch)[0].shape == (2, 3, 12, 20)
 
 
 def keras_like(axes: Any = ("batch", *PATCH, 1)) -> onnx.ModelProto:
@@ -418,7 +418,7 @@ def predictions_of(
     model = config(path, model_input_shape=shape, model_output_shape=output or [3, *PATCH])
     runtime = load_runtime(model, steps or Steps(), 1, ItemShapes.of(model, len(PATCH)))
     batch = random_batch()
-    return runtime(batch if len(shape) > len(PATCH) else batch[:, 0])
+    return runtime(batch if len(shape) > len(PATCH) else batch[:, 0])[0]
 
 
 @pytest.mark.parametrize("output", [[3, *PATCH], [*PATCH, 3]])
@@ -479,13 +479,13 @@ def test_steps_that_move_the_channels_themselves_keep_working(tmp_path: Path) ->
 
 def test_a_graph_without_a_declared_shape_accepts_any(tmp_path: Path) -> None:
     path = save(tmp_path / "net.onnx", identity(axes=None))
-    assert load(path)(random_batch(3)).shape == (3, 1, *PATCH)
+    assert load(path)(random_batch(3))[0].shape == (3, 1, *PATCH)
 
 
 def test_the_axis_of_join_dim_can_be_longer_in_the_graph(tmp_path: Path) -> None:
     path = save(tmp_path / "net.onnx", identity(axes=("batch", 2, *PATCH)))
     batch = np.ones((4, 2, *PATCH), np.float32)
-    assert load(path, join_dim=1)(batch).shape == (4, 2, *PATCH)
+    assert load(path, join_dim=1)(batch)[0].shape == (4, 2, *PATCH)
 
 
 def test_the_error_for_another_fixed_batch_size_names_the_size_to_set(tmp_path: Path) -> None:
@@ -494,7 +494,7 @@ def test_the_error_for_another_fixed_batch_size_names_the_size_to_set(tmp_path: 
     assert line.startswith("model_config.max_batch_size: 4")
     assert_contains(line, f"input 'x' of {path}", "exactly 2", "max_batch_size: 2", "dynamic")
     np.testing.assert_allclose(
-        load(path, max_batch_size=2)(random_batch(2)), convolved(random_batch(2)), atol=1e-4
+        load(path, max_batch_size=2)(random_batch(2))[0], convolved(random_batch(2)), atol=1e-4
     )
 
 
@@ -890,10 +890,10 @@ def test_bound_tensors_return_the_same_values_as_arrays(network: Path, bound: An
     runtime, plain = bound(network), load(network)
     for count in (4, 2, 4):
         batch = random_batch(count, "uint16", seed=count)
-        outputs = runtime(batch)
+        [outputs] = runtime(batch)
         assert isinstance(outputs, torch.Tensor)
         assert outputs.dtype == torch.float32
-        np.testing.assert_array_equal(outputs.numpy(), plain(batch))
+        np.testing.assert_array_equal(outputs.numpy(), plain(batch)[0])
 
 
 @pytest.mark.parametrize("shape", [[1, *PATCH], [*PATCH, 1]])
@@ -901,14 +901,14 @@ def test_bound_tensors_of_a_network_with_channels_last_are_moved(
     tmp_path: Path, bound: Any, shape: list[int]
 ) -> None:
     path = save(tmp_path / "net.onnx", keras_like())
-    outputs = bound(path, rank=2, model_input_shape=shape)(random_batch())
+    outputs = bound(path, rank=2, model_input_shape=shape)(random_batch())[0]
     assert outputs.is_contiguous()
     np.testing.assert_allclose(outputs.numpy(), convolved(random_batch()), rtol=0, atol=1e-4)
 
 
 def test_results_of_a_bound_graph_share_no_memory(network: Path, bound: Any) -> None:
     runtime = bound(network)
-    first = runtime(random_batch(seed=1))
+    [first] = runtime(random_batch(seed=1))
     copy = first.clone()
     runtime(random_batch(seed=2))
     assert torch.equal(first, copy)
@@ -928,7 +928,7 @@ def test_to_device_keeps_the_values_of_any_array(network: Path, bound: Any) -> N
 def test_bound_graphs_support_every_dtype(tmp_path: Path, bound: Any, dtype: str) -> None:
     model = identity(kind=DTYPES[dtype], out=DTYPES[dtype])
     batch = random_batch(dtype="uint8")
-    outputs = bound(save(tmp_path / "net.onnx", model), dtype=dtype)(batch)
+    outputs = bound(save(tmp_path / "net.onnx", model), dtype=dtype)(batch)[0]
     kept = {"float64": torch.float64, "float16": torch.float16}
     assert outputs.dtype == kept.get(dtype, torch.float32)
     np.testing.assert_array_equal(outputs.numpy(), batch)
@@ -936,7 +936,7 @@ def test_bound_graphs_support_every_dtype(tmp_path: Path, bound: Any, dtype: str
 
 def test_a_bound_graph_takes_tensors(network: Path, bound: Any) -> None:
     runtime, batch = bound(network), random_batch()
-    assert torch.equal(runtime(torch.from_numpy(batch)), runtime(batch))
+    assert torch.equal(runtime(torch.from_numpy(batch))[0], runtime(batch)[0])
 
 
 def test_protected_steps_of_a_bound_graph_get_tensors_and_can_return_views(
@@ -949,11 +949,11 @@ def test_protected_steps_of_a_bound_graph_get_tensors_and_can_return_views(
     steps = Steps(preprocessing_protected=transpose, postprocessing_protected=transpose)
     batch = random_batch()
     expected = convolved(batch.transpose(0, 1, 3, 2)).transpose(0, 1, 3, 2)
-    np.testing.assert_allclose(bound(network, steps)(batch).numpy(), expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(bound(network, steps)(batch)[0].numpy(), expected, rtol=0, atol=1e-4)
 
 
 def test_the_stream_is_synchronized_before_each_run(network: Path, bound: Any) -> None:
-    bound(network)(random_batch())
+    bound(network)(random_batch())[0]
     synchronize = torch.cuda.current_stream.return_value.synchronize  # type: ignore[attr-defined]
     assert synchronize.call_count == 2  # the first batch of a shape needs a run for its output
 

@@ -143,9 +143,9 @@ class RecordingNetwork(FakeRuntime):
     def feed(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> BatchFeed:
         return RecordingFeed(self.events, shape, dtype)
 
-    def __call__(self, batch: npt.NDArray[Any]) -> Any:
+    def forward(self, batch: npt.NDArray[Any]) -> Any:
         self.events.append(f"run {batch.flat[0]:.0f}")
-        return super().__call__(batch)
+        return super().forward(batch)
 
 
 class RecordingFeed(BatchFeed):
@@ -208,9 +208,9 @@ def test_an_error_of_a_batch_is_raised_before_an_error_of_the_next_batch(
 
 def test_a_batch_sent_ahead_that_is_too_large_is_sent_again(tmp_path: Path) -> None:
     class Shrinking(RecordingNetwork):
-        def __call__(self, batch: npt.NDArray[Any]) -> Any:
+        def forward(self, batch: npt.NDArray[Any]) -> Any:
             self._max_items = 2 if len(self.batches) < 1 else 1
-            return super().__call__(batch)
+            return super().forward(batch)
 
     plan, halo = six_patches(tmp_path)
     patches = list(plan.patches(plan.chunk((0, 0))))

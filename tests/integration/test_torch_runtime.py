@@ -152,8 +152,8 @@ def test_a_network_that_fails_for_zeros_is_unusable(tmp_path: Path) -> None:
 class FailsForPatches(FakeRuntime):
     """Raise an error for every batch that is not zero."""
 
-    def __call__(self, batch: npt.NDArray[Any]) -> Any:
-        outputs = super().__call__(batch)
+    def forward(self, batch: npt.NDArray[Any]) -> Any:
+        outputs = super().forward(batch)
         if batch.any():
             raise ZeroDivisionError("these patches")
         return outputs
@@ -171,8 +171,8 @@ class ReturnsNonFinite(FakeRuntime):
         super().__init__()
         self._value = value
 
-    def __call__(self, batch: npt.NDArray[Any]) -> Any:
-        outputs = super().__call__(batch)
+    def forward(self, batch: npt.NDArray[Any]) -> Any:
+        outputs = super().forward(batch)
         outputs[1, 0] = self._value
         return outputs
 
@@ -202,8 +202,8 @@ def test_nan_zero_replaces_non_finite_values_after_the_activation(
 
 def test_non_finite_values_in_the_padding_of_a_batch_are_ignored(tmp_path: Path) -> None:
     class NanInPadding(FakeRuntime):
-        def __call__(self, batch: npt.NDArray[Any]) -> Any:
-            outputs = super().__call__(batch)
+        def forward(self, batch: npt.NDArray[Any]) -> Any:
+            outputs = super().forward(batch)
             repeated = [np.array_equal(item, batch[n - 1]) for n, item in enumerate(batch) if n]
             outputs[1:][repeated] = np.nan
             return outputs
@@ -460,8 +460,8 @@ NAN_CAUSES: dict[str, tuple[Steps, float, str]] = {
 class NanAbove(FakeRuntime):
     """Return NaN for values above 20."""
 
-    def __call__(self, batch: npt.NDArray[Any]) -> Any:
-        outputs = super().__call__(batch) * 7
+    def forward(self, batch: npt.NDArray[Any]) -> Any:
+        outputs = super().forward(batch) * 7
         outputs[outputs > 20] = np.nan
         return outputs
 
@@ -634,7 +634,7 @@ def test_channels_last_sets_the_layout_of_batches_and_weights(tmp_path: Path, ra
     model = {"class_file": str(tmp_path / "layout.py"), "kwargs_file": str(tmp_path / "rank.py")}
     runtime = load(create_plan(tmp_path, model=model | {"channels_last": True}))
     batch = np.random.default_rng(0).random((4, 2, *[8] * rank), np.float32)
-    assert tuple(runtime(batch).shape) == (4, 3, *[8] * rank)
+    assert tuple(runtime(batch)[0].shape) == (4, 3, *[8] * rank)
 
 
 def test_channels_last_does_not_change_results(tmp_path: Path) -> None:
@@ -703,7 +703,7 @@ from chunkq_worker.steps import Steps
 model = ModelConfig.model_validate_json(sys.argv[1])
 runtime = load_runtime(model, Steps(), 1)
 for _ in range(2):
-    outputs = runtime(np.ones((2, 1, 8, 8), np.float32))
+    [outputs] = runtime(np.ones((2, 1, 8, 8), np.float32))
 assert outputs.tolist() == np.full((2, 1, 8, 8), 7.0).tolist()
 from torch._dynamo.utils import counters
 print(counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_cache_hit"])

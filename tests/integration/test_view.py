@@ -56,8 +56,10 @@ def ball(size: int = SIZE) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.clip(220 - 4 * np.sqrt((offsets**2).sum(axis=0)), 0, 255).astype(np.uint8)
 
 
-def finished(folder: Path, source: str, size: int, **changes: Any) -> Workspace:
-    """Run a job that stores labels of three classes."""
+def finished(
+    folder: Path, source: str, size: int, *, is_finalized: bool = True, **changes: Any
+) -> Workspace:
+    """Run a job that stores labels of three classes, or create it only."""
     (folder / "net.py").write_text(CLASSES)
     chunk = [size // 2] * 3
     values = {
@@ -80,8 +82,9 @@ def finished(folder: Path, source: str, size: int, **changes: Any) -> Workspace:
     changed = {key: value for key, value in (values | changes).items() if value is not None}
     workspace = Workspace(folder, changed)
     workspace.produce()
-    run_tasks(workspace.job)
-    workspace.finalize().ok()
+    if is_finalized:
+        run_tasks(workspace.job)
+        workspace.finalize().ok()
     return workspace
 
 
@@ -289,6 +292,14 @@ def test_a_folder_that_is_no_page_is_refused(of_tiff: Workspace) -> None:
     result = of_tiff.call("view", of_tiff.output, "--no-open", "--page", of_tiff.folder)
     assert result.code == 1
     assert "--page" in result.err
+
+
+def test_an_output_that_is_a_file_is_refused_by_name(tmp_path: Path) -> None:
+    write_zarr(tmp_path / "in.zarr", random_volume((16, 16, 16), "uint8"), (8, 8, 8))
+    workspace = finished(tmp_path, "in.zarr", 16, output="seg.nii.gz", is_finalized=False)
+    for options in ([], ["--napari"]):
+        result = workspace.call("view", tmp_path / "seg.nii.gz", "--no-open", *options)
+        result.refused(2, "seg.nii.gz", ErrorCode.STORE_UNSUPPORTED)
 
 
 def test_napari_shows_images_and_labels(

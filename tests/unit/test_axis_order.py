@@ -288,7 +288,7 @@ def test_the_output_has_the_order_that_fits_its_declared_shape(
     found = layout((8, 8, 1), shape, output)
     item = found.shapes.input
     assert found.output_move(item, found.input_moves(item)[0], actual) is expected
-    assert found.output_fits(actual) is (actual != (8, 8, 4))
+    assert found.outputs_fit([actual]) is (actual != (8, 8, 4))
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_an_output_shape_that_was_read_in_another_order_than_the_network_has_is_
     item = found.shapes.input
     move = found.input_moves(item)[0]
     if channels is None:
-        is_last = found.shapes.written.output is LAST
+        is_last = found.shapes.heads[0].order is LAST
         assert found.output_move(item, move, output) is (TO_FIRST if is_last else NONE)
         return
     with pytest.raises(ModelError) as caught:
@@ -375,17 +375,17 @@ def test_steps_after_the_network_are_refused_if_the_order_of_its_output_is_not_v
 def test_the_first_order_with_which_the_network_returns_the_declared_output_is_used() -> None:
     found, tried = layout(None, (1, 8, 8), (3, 8, 8)), []
 
-    def attempt(move: Move) -> Shape:
+    def attempt(move: Move) -> list[Shape]:
         tried.append(move)
         if move is NONE:
             raise ValueError("another number of channels")
-        return (8, 8, 3)
+        return [(8, 8, 3)]
 
     moves = found.input_moves((1, 8, 8))
     assert moves == [NONE, TO_LAST]
     assert found.choose(moves, attempt, is_final=lambda error: False) is TO_LAST
     assert tried == [NONE, TO_LAST]
-    assert found.choose(moves, lambda move: (7,), is_final=lambda error: False) is NONE
+    assert found.choose(moves, lambda move: [(7,)], is_final=lambda error: False) is NONE
     with pytest.raises(ValueError, match="channels"):
         found.choose(moves, attempt, is_final=lambda error: True)
 
@@ -401,11 +401,11 @@ def test_the_first_order_with_which_the_network_returns_the_declared_output_is_u
 def test_steps_after_the_network_can_change_what_it_returns(
     outputs: tuple[Shape | None, Shape], expected: Move
 ) -> None:
-    def attempt(move: Move) -> Shape:
+    def attempt(move: Move) -> list[Shape]:
         output = outputs[move is TO_LAST]
         if output is None:
             raise ValueError("another number of channels")
-        return output
+        return [output]
 
     found = layout(None, (1, 8, 8), (3, 8, 8), steps=AFTER)
     moves = found.input_moves((1, 8, 8))

@@ -59,28 +59,28 @@ def test_a_batch_is_repeated_as_a_whole_if_it_drew_random_numbers(draw: Any) -> 
     checks = begun()
     draw()
     with pytest.raises(ModelError) as caught:
-        checks.compare(BATCH, lambda: BATCH[::-1], lambda: BATCH[:1])
+        checks.compare([BATCH], lambda: [BATCH[::-1]], lambda: [BATCH[:1]])
     assert caught.value.code is ErrorCode.MODEL_RANDOM
 
 
 def test_the_first_patch_of_a_batch_is_enough_if_nothing_was_drawn() -> None:
     checks = begun()
-    checks.compare(BATCH, unused, lambda: BATCH[:1])
+    checks.compare([BATCH], unused, lambda: [BATCH[:1]])
     assert checks.is_repeated
 
 
 def test_a_patch_that_differs_alone_is_compared_in_its_batch() -> None:
     checks = begun()
-    checks.compare(BATCH, lambda: BATCH, lambda: BATCH[1:2])
+    checks.compare([BATCH], lambda: [BATCH], lambda: [BATCH[1:2]])
     assert checks.is_repeated
     with pytest.raises(ModelError):
-        begun().compare(BATCH, lambda: BATCH[::-1], lambda: BATCH[1:2])
+        begun().compare([BATCH], lambda: [BATCH[::-1]], lambda: [BATCH[1:2]])
 
 
 def test_a_constant_first_patch_does_not_stand_for_its_batch() -> None:
     checks = begun()
     with pytest.raises(ModelError):
-        checks.examine(BATCH, [0 * BATCH[0], *BATCH[1:]], lambda: BATCH[::-1], unused)
+        checks.examine([BATCH], [0 * BATCH[0], *BATCH[1:]], lambda: [BATCH[::-1]], unused)
 
 
 def detector(combine: Any, channels: int = 1, **options: Any) -> LabelDetector:

@@ -87,8 +87,8 @@ def test_a_network_that_reduces_the_resolution_is_refused_with_its_factors() -> 
     patch = Patch(0, (0, 0), Box((0, 0), (32, 32)), Box((12, 12), (20, 20)))
     halo = np.arange(48 * 48, dtype=np.uint16).reshape(48, 48)
 
-    def predict(network: Callable[[Values], Values]) -> Callable[..., Values]:
-        return lambda patches, halos, origin: network(halos[0].astype(float))[None, None]
+    def predict(network: Callable[[Values], Values]) -> Callable[..., tuple[Values, ...]]:
+        return lambda patches, halos, origin: (network(halos[0].astype(float))[None, None],)
 
     check_resolution(predict(cropped((12, 12))), plan, patch, [halo])
     with pytest.raises(ModelError, match=r"by \[4, 4\]") as raised:

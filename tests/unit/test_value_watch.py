@@ -17,7 +17,7 @@ def check(outputs: Any, *options: Any, received: Any = INPUT, norm: Any = None, 
     watch = ValueWatch([OutputSpec("", outputs.shape[1], False, *options, **more)])
     watch.start(len(outputs))
     watch.receive(received)
-    watch.send(outputs)
+    watch.send([outputs])
     watch.norm_input = norm
     return watch.result()
 
@@ -77,7 +77,7 @@ def test_ranges_are_those_of_finite_values_and_of_patches_only() -> None:
     watch = ValueWatch([OutputSpec("", 1, False, "none", "weighted_avg")])
     watch.start(2)
     watch.receive(np.array([[5, np.nan], [9, np.inf], [0, 0]], np.float32))
-    watch.send(np.array([[[2, np.nan]], [[-1, 3]]], np.float32))
+    watch.send([np.array([[[2, np.nan]], [[-1, 3]]], np.float32)])
     watch.receive(np.array([[-100]], np.float32))
     result = watch.result()
     assert (result.input_range, result.output_range) == ((5, 9), (-1, 3))

@@ -9,23 +9,13 @@ import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from chunkq.blend.combine import (
-    Array,
-    activate,
-    as_float,
-    as_float32,
-    is_finite,
-    label_votes,
-    namespace,
-    pick_channels,
-    to_numpy,
-    to_votes,
-)
+from chunkq.blend.combine import Array, as_float, to_numpy
 from chunkq.casts import Cast, cast_kind, misfit, proposed_dtype
 from chunkq.errors import ErrorCode, ModelError, PredictionError
 from chunkq.geometry.box import Box
@@ -34,13 +24,12 @@ from chunkq.plan.outputs import OutputSpec
 from chunkq.plan.plan import Patch, Plan
 from chunkq_worker.batch_layout import BatchLayout
 from chunkq_worker.cancellation import check_stopped
-from chunkq_worker.label_outputs import check_output_dtype, invalid_labels
+from chunkq_worker.network_heads import head_names, head_of, network_heads, source_of_output
 from chunkq_worker.output_checks import OutputChecks
+from chunkq_worker.output_predictions import OutputPredictions, format_box
 from chunkq_worker.resolution_check import check_resolution
 from chunkq_worker.runtimes.base import BatchFeed, Runtime, not_real, real_numbers
-from chunkq_worker.runtimes.item_shapes import output_shapes
-from chunkq_worker.shape_texts import ShapeTexts
-from chunkq_worker.steps import KEY, Steps
+from chunkq_worker.steps import KEY, Steps, after_step
 from chunkq_worker.user_errors import source_of
 from chunkq_worker.value_watch import ValueWatch
 
@@ -86,10 +75,8 @@ class Batcher:
         self.model, self.checks = model, checks
         self._plan, self._runtime, self._steps = plan, runtime, steps
         self._layout = BatchLayout.of(model, plan.volume.inputs)
-        self._declared_shapes = output_shapes(model, plan.rank)
-        self._texts = ShapeTexts(
-            written or model, plan, self._layout.item, self._declared_shapes, steps
-        )
+        self._heads = network_heads(plan, model, written or model, self._layout.item, steps)
+        self._predictions = OutputPredictions(plan.outputs)
         self._network = network
         largest = _ceilings.get(network, model.max_batch_size)
         self._resize(min(largest, model.max_batch_size))
@@ -98,7 +85,7 @@ class Batcher:
         self.release_memory: Callable[[], bool] = lambda: False
         self.has_run = False
         self._watch: ValueWatch | None = None
-        self._output_dtype = ""
+        self._output_dtypes: tuple[str, ...] = ()
 
     @property
     def is_resident(self) -> bool:
@@ -153,7 +140,7 @@ class Batcher:
         """Return the error for a network that fails; its cause is `error`."""
         failed = ModelError(
             f"{source_of(error)} raised {type(error).__name__} on {batch}: "
-            f"{_end_of(str(error))}; {self._texts.wrong_input(self.size, error)}"
+            f"{_end_of(str(error))}; {self._heads[0].texts.wrong_input(self.size, error)}"
         )
         failed.__cause__ = error
         return failed
@@ -166,11 +153,11 @@ class Batcher:
         uploaded: DeviceInput | None = None,
         flag: FiniteFlag | None = None,
     ) -> Iterator[tuple[Sequence[Patch], tuple[Array, ...]]]:
-        """Yield each batch with its predictions after activation and voting, one per output.
+        """Yield each batch with its predictions after activation and voting.
 
-        The predictions of an output are (n, C, *output patch), with its own channels and patch.
-
-        `halos` contain the inputs from voxel `origin` on, `uploaded` the same on the device.
+        They are one array (n, C, *output patch) for each output of the plan. Outputs with the same
+        predictions share one. `halos` contain the inputs from voxel `origin` on, `uploaded` the
+        same on the device.
         Predictions are on the device and valid until the next ones are requested. They are float32
         without a `flag`. With a flag, which the caller reads at the end, nothing waits for the
         device, values that are not finite raise no error, and predictions have any dtype that is
@@ -193,9 +180,10 @@ class Batcher:
             if uploaded is None:  # the checks below can wait for the device
                 sent = self._send_ahead(patches[done : done + self.size], halos, origin)
             if flag is not None:
-                predictions = self._to_unchecked_predictions(outputs, flag)
+                predictions = self._predictions.unchecked(outputs, flag)
             else:
-                predictions = self._to_predictions(outputs, batch, halos, origin)
+                explain = partial(self._explain, batch, halos, origin)
+                predictions = self._predictions.checked(outputs, batch, explain)
             self.patches_run += len(batch)
             yield batch, predictions
         if patches and self.checks is not None and not self.checks.is_resolution_checked:
@@ -220,20 +208,24 @@ class Batcher:
             whole = Box(tuple(origin), tuple(o + n for o, n in zip(origin, shape, strict=True)))
             for box in [whole] if patches is None else [patch.source for patch in patches]:
                 values = halo[box.index(origin)]
-                _check_cast(values, self.model.dtype, f"{name} ({halo.dtype}), {_format_box(box)}")
+                _check_cast(values, self.model.dtype, f"{name} ({halo.dtype}), {format_box(box)}")
 
     def raw(
         self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]
-    ) -> npt.NDArray[Any] | None:
-        """Return the network's raw output for one batch as NumPy (n, C, *Q).
+    ) -> tuple[npt.NDArray[Any], ...] | None:
+        """Return the network's raw output for one batch as NumPy (n, C, *Q), one per head.
 
         Q is the output patch. Return None if batches have to be smaller.
         """
         outputs = self._attempt(batch, halos, origin, None)
-        return None if outputs is None else np.array(to_numpy(as_float(outputs)))
+        if outputs is None:
+            return None
+        return tuple(np.array(to_numpy(as_float(output))) for output in outputs)
 
-    def raw_alone(self, patch: Patch, halos: Halos, origin: Sequence[int]) -> Array | None:
-        """Return the raw output for a batch of one patch, without using the feed's buffer.
+    def raw_alone(
+        self, patch: Patch, halos: Halos, origin: Sequence[int]
+    ) -> tuple[Array, ...] | None:
+        """Return the raw outputs for a batch of one patch, without using the feed's buffer.
 
         Results in host memory can share the memory of that buffer.
         """
@@ -288,7 +280,7 @@ class Batcher:
         origin: Sequence[int],
         uploaded: DeviceInput | None,
         sent: Any,
-    ) -> Array | None:
+    ) -> tuple[Array, ...] | None:
         try:
             outputs = self._attempt(batch, halos, origin, uploaded, sent)
         except ModelError:
@@ -306,7 +298,7 @@ class Batcher:
     def _examine(
         self,
         checks: OutputChecks,
-        outputs: Array,
+        outputs: tuple[Array, ...],
         batch: Sequence[Patch],
         halos: Halos,
         origin: Sequence[int],
@@ -345,7 +337,7 @@ class Batcher:
                 values,
                 self.model.dtype,
                 f"the result of preprocessing ({result.dtype}) for the patch that reads "
-                f"{_format_box(patch.source)}",
+                f"{format_box(patch.source)}",
             )
         return _castable(result, self.model.dtype)
 
@@ -358,31 +350,6 @@ class Batcher:
         except Exception:
             return None  # it fails again in its turn, after errors of the current batch
 
-    def _to_predictions(
-        self, outputs: Array, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]
-    ) -> tuple[Array, ...]:
-        """Return activated predictions; raise PredictionError if the job requires finite ones."""
-        predictions = []
-        for output in self._plan.outputs:
-            raw = pick_channels(outputs, output.picks)
-            xp, values, finite = namespace(raw), as_float32(raw), None
-            if not is_finite(values):
-                finite = xp.isfinite(values)
-                self._check_overflow(xp.isfinite(raw) & ~finite, raw, batch)
-                if output.nan == "fail" and not bool(xp.all(finite)):
-                    self._raise_nonfinite(finite, batch, halos, origin)
-            if output.from_labels:
-                self._check_labels(values, finite, batch, output.channels)
-            predictions.append(_activated(values, finite, output))
-        return tuple(predictions)
-
-    def _to_unchecked_predictions(self, outputs: Array, flag: FiniteFlag) -> tuple[Array, ...]:
-        """Return activated predictions without waiting for the device; see `predictions`."""
-        return tuple(
-            _unchecked(pick_channels(outputs, output.picks), output, flag)
-            for output in self._plan.outputs
-        )
-
     def _attempt(
         self,
         batch: Sequence[Patch],
@@ -391,8 +358,8 @@ class Batcher:
         uploaded: DeviceInput | None,
         sent: Any = None,
         buffer: npt.NDArray[Any] | None = None,
-    ) -> Array | None:
-        """Run a batch and return its raw output (n, C, *Q), or None if it does not fit.
+    ) -> tuple[Array, ...] | None:
+        """Run a batch and return its raw outputs (n, C, *Q), one per head; None if it does not fit.
 
         The batch is sent first unless `sent` is what the feed returned for it. Without patches
         it contains zeros. If it runs out of memory, the batch size is halved.
@@ -414,27 +381,22 @@ class Batcher:
             if not self.release_memory():
                 self.halve(error)
             return None
-        shape = tuple(outputs.shape)
-        expected = {(count, *declared) for declared in self._declared_shapes}
-        if shape not in expected:
-            raise ModelError(self._texts.wrong_output(count, shape))
-        for output in self._plan.outputs:
-            check_output_dtype(self._output_dtype, output)
-        (head,) = self._plan.heads
-        result = outputs.reshape((count, head.channels, *head.patch))[:used]
+        heads = zip(self._heads, outputs, self._output_dtypes, strict=True)
+        results = tuple(head.items(values, dtype, count, used) for head, values, dtype in heads)
         if self._watch is not None and used:
-            self._watch.send(result)
-        return result
+            self._watch.send(results)
+        return results
 
-    def _run(self, sent: Any) -> Array:
+    def _run(self, sent: Any) -> tuple[Array, ...]:
         outputs, step = self._runtime(sent), self._steps.postprocessing
-        self._output_dtype = self._runtime.output_dtype
+        self._output_dtypes = self._runtime.output_dtypes
         if step is None:
             return outputs
-        returned = np.asarray(step(to_numpy(outputs)))
-        self._output_dtype = returned.dtype.name
-        result = real_numbers(returned, f"{KEY}: postprocessing")
-        return self._runtime.to_device(np.ascontiguousarray(result))
+        names = [head.name for head in self._heads]
+        returned = after_step(step, names, [to_numpy(output) for output in outputs])
+        self._output_dtypes = tuple(array.dtype.name for array in returned)
+        results = (real_numbers(array, f"{KEY}: postprocessing") for array in returned)
+        return tuple(self._runtime.to_device(np.ascontiguousarray(array)) for array in results)
 
     def halve(self, error: Exception) -> None:
         """Use half of the batch size from here on; raise ModelError if it is 1."""
@@ -448,53 +410,22 @@ class Batcher:
             _ceilings[self._network] = self.size
         log.warning("out of memory: batches have %d patches from here on", self.size)
 
-    def _check_overflow(self, overflow: Array, raw: Array, batch: Sequence[Patch]) -> None:
-        """Raise PredictionError for the first patch with finite values that float32 cannot hold."""
-        row = next((row for row, part in enumerate(overflow) if bool(part.any())), None)
-        if row is None:
-            return
-        values = to_numpy(raw[row])
-        raise PredictionError(
-            f"the output of the network ({values.dtype}) has "
-            f"{misfit(values, 'float32')} for the patch that reads "
-            f"{_format_box(batch[row].source)}, beyond the range of dtype float32, in which "
-            "predictions are combined; return smaller values",
-            code=ErrorCode.DTYPE_UNSUITABLE,
-        )
-
-    def _check_labels(
-        self, labels: Array, finite: Array | None, batch: Sequence[Patch], classes: int
-    ) -> None:
-        """Raise PredictionError for the first patch with values that are no labels."""
-        invalid = invalid_labels(labels, classes)
-        if finite is not None:
-            invalid &= finite
-        row = next((row for row, part in enumerate(invalid) if bool(part.any())), None)
-        if row is None:
-            return
-        value = to_numpy(labels[row])[to_numpy(invalid[row])][0]
-        raise PredictionError(
-            f"the network returned {value:.6g} for the patch that reads "
-            f"{_format_box(batch[row].source)}; expected labels from 0 to {classes - 1}, because "
-            f"classes is {classes}; fix classes, or remove it if the output has no labels",
-            code=ErrorCode.OUTPUT_IS_LABELS,
-        )
-
-    def _raise_nonfinite(
-        self, finite: Array, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]
-    ) -> None:
-        """Raise PredictionError for the first patch that is not finite."""
-        row = next(row for row, good in enumerate(finite) if not bool(good.all()))
+    def _explain(
+        self,
+        batch: Sequence[Patch],
+        halos: Halos,
+        origin: Sequence[int],
+        output: OutputSpec,
+        row: int,
+    ) -> str:
+        """Return the first stage whose values for an item are not finite, with a verb."""
         items = self._fill(batch, halos, origin)  # read again: a step may work in place
-        raise PredictionError(
-            f"{self._first_nonfinite(row, items)} NaN or infinity for the patch that reads "
-            f"{_format_box(batch[row].source)}; fix it, or set nan: zero"
-        )
+        return self._first_nonfinite(row, items, output)
 
-    def _first_nonfinite(self, row: int, items: npt.NDArray[Any]) -> str:
-        """Return the first stage whose values for one item are not finite, with a verb.
+    def _first_nonfinite(self, row: int, items: npt.NDArray[Any], output: OutputSpec) -> str:
+        """Return the first stage whose values of an output are not finite for one item.
 
-        `items` are a batch before any preprocessing.
+        A verb follows. `items` are a batch before any preprocessing.
         """
         steps = self._steps
         is_input_finite = bool(np.isfinite(items[row]).all())
@@ -503,11 +434,13 @@ class Batcher:
         if not np.isfinite(items[row]).all():
             return f"{KEY}: preprocessing returned" if is_input_finite else "the input has"
         if steps.postprocessing is not None:
-            raw = to_numpy(self._runtime(items))
+            raw = to_numpy(head_of(output, self._runtime(items), head_names(self._plan.outputs)))
             if np.isfinite(raw[row]).all():
                 return f"{KEY}: postprocessing returned"
         protected = (steps.preprocessing_protected, steps.postprocessing_protected)
-        network = "the network" + ("" if protected == (None, None) else " with its protected steps")
+        network = source_of_output(output)
+        if protected != (None, None):
+            network = network.replace("the network", "the network with its protected steps", 1)
         return f"{network} returned"
 
     def _resize(self, size: int) -> None:
@@ -519,59 +452,6 @@ class Batcher:
             dtype = np.dtype(self._plan.volume.dtype).newbyteorder("=")
             self._feed = self._runtime.feed((self._size, *self._layout.item), dtype)
         return self._feed
-
-
-def _activated(values: Array, finite: Array | None, output: OutputSpec) -> Array:
-    """Return activated predictions of an output, or votes (n, C, *Q).
-
-    `values` are what the network returned for the output. Predictions are zero where `finite` is
-    not None and False.
-    """
-    xp = namespace(values)
-    if finite is not None:
-        values = xp.where(finite, values, xp.zeros_like(values))
-    if output.from_labels:
-        votes = label_votes(as_float32(values), output.channels)
-        return votes if finite is None else votes * xp.astype(finite, votes.dtype)
-    predictions = activate(values, output.activation)
-    if finite is not None:
-        predictions = xp.where(finite, predictions, xp.zeros_like(predictions))
-    if output.combine == "hard":
-        predictions = to_votes(predictions)
-    return predictions
-
-
-def _unchecked(values: Array, output: OutputSpec, flag: FiniteFlag) -> Array:
-    """Return activated predictions of an output without waiting for the device.
-
-    The flag is set if the job requires that values are finite, or labels, and some are not.
-    """
-    xp = namespace(values)
-    if output.nan == "zero":
-        finite = xp.isfinite(values)
-        if values.dtype == xp.float64:
-            values = as_float32(xp.where(finite, values, xp.zeros_like(values)))
-            flag.add(values)  # the conversion can overflow
-        _flag_invalid(values, finite, output, flag)
-        return _activated(as_float32(values), finite, output)
-    if values.dtype == xp.float64:
-        values = as_float32(values)  # the conversion can overflow
-    flag.add(values)
-    _flag_invalid(values, None, output, flag)
-    return _activated(values, None, output)
-
-
-def _flag_invalid(
-    values: Array, finite: Array | None, output: OutputSpec, flag: FiniteFlag
-) -> None:
-    """Set the flag if the job expects labels and some finite values are none."""
-    if not output.from_labels:
-        return
-    xp, labels = namespace(values), as_float32(values)
-    invalid = invalid_labels(labels, output.channels)
-    if finite is not None:
-        invalid = invalid & finite
-    flag.add(xp.where(invalid, xp.full_like(labels, xp.nan), xp.zeros_like(labels)))
 
 
 def _check_cast(values: npt.NDArray[Any], dtype: str, source: str) -> None:
@@ -597,7 +477,3 @@ def _end_of(text: str) -> str:
     """Return the last words of a long message; frameworks name the cause at the end."""
     text = " ".join(text.split())
     return text if len(text) <= MESSAGE_LENGTH else f"… {text[-MESSAGE_LENGTH:].partition(' ')[2]}"
-
-
-def _format_box(box: Box) -> str:
-    return f"voxels {list(box.start)} to {list(box.stop)}"

@@ -22,6 +22,7 @@ from chunkq_worker.batching import Batcher, Halos
 from chunkq_worker.child_env import THREADS_VARIABLE
 from chunkq_worker.chunk_pipeline import ChunkPipeline, Finish, HostPipeline
 from chunkq_worker.created_values import check_created_values
+from chunkq_worker.network_heads import head_names
 from chunkq_worker.output_checks import OutputChecks
 from chunkq_worker.runtimes.base import Runtime, load_runtime
 from chunkq_worker.runtimes.item_shapes import ItemShapes
@@ -56,10 +57,12 @@ class InferenceEngine:
         self._network_key = _network_key(record, plan)
         channels = input_channels(job.model, plan.volume)
         self._model = channels_first(job.model, plan.rank, channels)
-        shapes = ItemShapes.of(job.model, plan.rank, channels, plan.volume.inputs)
+        heads = head_names(plan.outputs)
+        shapes = ItemShapes.of(job.model, plan.rank, channels, plan.volume.inputs, heads)
         self._modules = UserModules()
         with self._modules.collect():
-            self._steps = Steps.load(job.model.processing_steps) if steps is None else steps
+            loaded = Steps.load(job.model.processing_steps) if steps is None else steps
+            self._steps = loaded.for_heads(heads)
             self.runtime: Runtime = load_runtime(
                 job.model, self._steps, threads, shapes, network=network
             )
@@ -155,4 +158,4 @@ class InferenceEngine:
 def _network_key(record: JobRecord, plan: Plan) -> Hashable:
     """Return a key that is equal for networks whose batches need the same memory."""
     model = record.job.model.model_copy(update={"max_batch_size": 1})
-    return model, plan.volume.inputs, tuple(sorted(record.file_hashes.items()))
+    return model.model_dump_json(), plan.volume.inputs, tuple(sorted(record.file_hashes.items()))

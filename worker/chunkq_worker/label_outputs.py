@@ -24,25 +24,26 @@ MAX_CLASSES = 256
 """Number of distinct values above which whole numbers are amounts."""
 
 
-def check_output_dtype(dtype: str, output: OutputSpec) -> None:
+def check_output_dtype(dtype: str, output: OutputSpec, source: str = "the network") -> None:
     """Raise ModelError if the dtype shows that a job would average labels.
 
-    `dtype` is that of the network's output. Integers of one channel are labels. Bool is the vote
-    for one of two classes. Integers of several channels are votes or scores of the channels.
+    `dtype` is that of the output's head, and `source` what returned it. Integers of one channel are
+    labels. Bool is the vote for one of two classes. Integers of several channels are votes or
+    scores of the channels.
     """
     if (
-        output.network_channels == 1
+        output.returned_channels == 1
         and not output.from_labels
         and dtype.startswith(("int", "uint"))
     ):
         raise ModelError(
-            f"the network returns {dtype} in one channel, which are labels; {ADVICE}; if they are "
+            f"{source} returns {dtype} in one channel, which are labels; {ADVICE}; if they are "
             "amounts, return float32",
             code=ErrorCode.OUTPUT_IS_LABELS,
         )
     if dtype == "bool" and output.activation != "none":
         raise ModelError(
-            f"the network returns bool, and activation: {output.activation} expects logits; remove "
+            f"{source} returns bool, and activation: {output.activation} expects logits; remove "
             "activation, or return the logits",
             code=ErrorCode.OUTPUT_IS_LABELS,
         )
@@ -71,8 +72,9 @@ def _distinct(values: npt.NDArray[Any]) -> int:
 class LabelDetector:
     """Detects floating-point outputs of one channel that hold labels, from the first batches."""
 
-    def __init__(self, output: OutputSpec) -> None:
-        self._output = output
+    def __init__(self, output: OutputSpec, source: str = "the network") -> None:
+        """`source` names what returns the outputs."""
+        self._output, self._source = output, source
         self._batches = MAX_BATCHES
         if output.network_channels > 1 or output.from_labels:
             self._batches = 0
@@ -101,15 +103,15 @@ class LabelDetector:
         self._batches = 0
         if not self._output.is_average:
             raise ModelError(
-                f"the network returns whole numbers up to {values.max():.6g} in one channel, which "
-                f"are labels, and combine: {self._output.combine} compares one channel with 0.5; "
-                f"{ADVICE}",
+                f"{self._source} returns whole numbers up to {values.max():.6g} in one channel, "
+                f"which are labels, and combine: {self._output.combine} compares one channel with "
+                f"0.5; {ADVICE}",
                 code=ErrorCode.OUTPUT_IS_LABELS,
             )
         count = _distinct(values)
         if count > MAX_CLASSES or 2 * count >= _distinct(np.stack(inputs).reshape(-1)):
             return None
         return (
-            f"the network returns whole numbers from 0 to {values.max():.6g} in one channel; if "
+            f"{self._source} returns whole numbers from 0 to {values.max():.6g} in one channel; if "
             f"they are labels, combine: weighted_avg averages them: {ADVICE}"
         )

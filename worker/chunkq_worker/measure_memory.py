@@ -61,19 +61,19 @@ class ReplayRuntime(Runtime):
         self._network, self._chunk, self._batches = network, chunk, batches
         self._interval, self._in_flight = chunk, in_flight
         self._calls = 0
-        self._answer: Array = None
+        self._answer: tuple[npt.NDArray[Any], ...] = ()
         self._seconds = 0.0
         self.kept_bytes = 0
 
     @override
-    def __call__(self, batch: Array) -> Array:
-        is_long_enough = self._answer is not None and len(self._answer) >= len(batch)
+    def __call__(self, batch: Array) -> tuple[Array, ...]:
+        is_long_enough = bool(self._answer) and len(self._answer[0]) >= len(batch)
         self._calls += 1
         if not is_long_enough or (self._calls - 1) % self._interval == 0:
             before = time.perf_counter()
             answer = self._network(batch)
             self._seconds = time.perf_counter() - before
-            self.output_dtype = self._network.output_dtype
+            self.output_dtypes = self._network.output_dtypes
             if not is_long_enough:
                 self._keep(answer)
                 affordable = ceil(self._batches * self._seconds / MAX_SECONDS)
@@ -82,13 +82,14 @@ class ReplayRuntime(Runtime):
         due = time.perf_counter() + self._seconds
         while time.perf_counter() < due and self._in_flight.has_active_io():
             time.sleep(POLL_SECONDS)
-        return self._network.to_device(np.array(self._answer[: len(batch)]))
+        copies = (np.array(values[: len(batch)]) for values in self._answer)
+        return tuple(map(self._network.to_device, copies))
 
-    def _keep(self, answer: Array) -> None:
+    def _keep(self, answer: Sequence[Array]) -> None:
         """Store an answer outside the allocator's heap, so that the heap is not changed by it."""
-        values = to_numpy(as_float(answer))
-        self._answer = buffers.cast(values, values.dtype)
-        self.kept_bytes += values.nbytes
+        arrays = [to_numpy(as_float(values)) for values in answer]
+        self._answer = tuple(buffers.cast(values, values.dtype) for values in arrays)
+        self.kept_bytes += sum(values.nbytes for values in arrays)
 
     @override
     def zeros(self, shape: tuple[int, ...]) -> Array:

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Any, BinaryIO
@@ -31,6 +32,8 @@ from chunkq_worker.child_env import child_env
 from chunkq_worker.device import get_device
 from chunkq_worker.inference_engine import InferenceEngine
 from chunkq_worker.measure_memory import measure_memory
+from chunkq_worker.output_shapes import find_output_shapes
+from chunkq_worker.runtimes.returned_values import unused_note
 from chunkq_worker.trial_batch import TrialBatch, check_on_patches
 from chunkq_worker.value_watch import ValueWatch
 
@@ -43,17 +46,23 @@ REPEATS = 3
 @click.command("check-model", hidden=True)
 @click.option("--depth", type=click.IntRange(1), help="Chunks in flight; default: compute none.")
 @click.option("--job", "job_folder", help="Folder of a copy of the job, for the chunks.")
+@click.option("--shapes", "only_shapes", is_flag=True, help="Find the shapes of the outputs only.")
 @click.option("--report", type=click.File("wb"), required=True, help="File for the report.")
-def check_model(depth: int | None, job_folder: str | None, report: BinaryIO) -> None:
+def check_model(
+    depth: int | None, job_folder: str | None, only_shapes: bool, report: BinaryIO
+) -> None:
     """Load the network of the job record on standard input, and run a batch of patches.
 
-    With --depth, also time patches from the middle of the volume in different batches, and compute
-    chunks, DEPTH in flight, to measure the memory of a worker process.
+    With --shapes, run a batch of zeros instead, and report the shapes that the job does not
+    declare. With --depth, also time patches from the middle of the volume in different batches, and
+    compute chunks, DEPTH in flight, to measure the memory of a worker process.
     """
     logging.getLogger("chunkq").setLevel(logging.ERROR)
     _restart_with_worker_env()
     to_standard_error()
-    report_check(sys.stdin.buffer.read(), depth, job_folder).write(report.fileno())
+    record = sys.stdin.buffer.read()
+    result = report_shapes(record) if only_shapes else report_check(record, depth, job_folder)
+    result.write(report.fileno())
 
 
 def report_check(
@@ -62,6 +71,18 @@ def report_check(
     """Check the network of a job record; return the result or the error. See `run_check`."""
     try:
         return CheckReport(run_check(JobRecord.from_json(record), depth, job_folder))
+    except Exception as error:
+        known = as_chunkq_error(error)
+        return CheckReport(error=str(known), code=known.code)
+
+
+def report_shapes(record: bytes) -> CheckReport:
+    """Find the shapes that the job of a record does not declare; return them or the error."""
+    try:
+        decoded = JobRecord.from_json(record)
+        volume = decoded.largest_item.volume
+        found = get_device().run(lambda: find_output_shapes(decoded.job, volume)).result()
+        return CheckReport(shapes=tuple(found.values()))
     except Exception as error:
         known = as_chunkq_error(error)
         return CheckReport(error=str(known), code=known.code)
@@ -99,7 +120,7 @@ def run_check(
         peak_bytes=peak_bytes(),
         device_bytes=engine.runtime.device_bytes(),
         tile_norms=tuple(engine.runtime.tile_norms()),
-        notes=tuple(engine.runtime.notes()),
+        notes=(*engine.runtime.notes(), *unused_note(engine.runtime.unused_heads)),
         output_warnings=tuple(engine.checks.warnings),
         values=values,
         patches=patches,
@@ -154,13 +175,13 @@ def _time_and_compare(engine: InferenceEngine, batch: TrialBatch) -> PatchCheck:
     by_position = None
     if len(patches) > 1:
         rotated = batch.raw(engine.batcher, [*patches[1:], patches[0]])
-        by_position = _max_difference(np.roll(rotated, 1, axis=0), first)
+        by_position = _max_difference([np.roll(head, 1, axis=0) for head in rotated], first)
     other_size, by_batch_size = _compare_sizes(engine.batcher, batch, first)
     return PatchCheck(
         patches=len(patches),
         batch_seconds=median(seconds),
-        finite=bool(np.isfinite(first).all()),
-        largest=float(np.nanmax(np.abs(first), initial=0.0)),
+        finite=all(bool(np.isfinite(head).all()) for head in first),
+        largest=max(map(_largest, first)),
         by_position=by_position,
         by_batch_size=by_batch_size,
         other_size=other_size,
@@ -168,7 +189,7 @@ def _time_and_compare(engine: InferenceEngine, batch: TrialBatch) -> PatchCheck:
 
 
 def _compare_sizes(
-    batcher: Batcher, batch: TrialBatch, outputs: npt.NDArray[Any]
+    batcher: Batcher, batch: TrialBatch, outputs: Sequence[npt.NDArray[Any]]
 ) -> tuple[int, float] | tuple[None, None]:
     """Return half the batch size, and the largest difference of the outputs with it.
 
@@ -181,9 +202,19 @@ def _compare_sizes(
         smaller = batch.raw(smaller_batcher, batch.patches)
     except Exception:
         return None, None
-    return smaller_batcher.size, _max_difference(smaller, outputs[: len(smaller)])
+    return smaller_batcher.size, _max_difference(smaller, outputs)
 
 
-def _max_difference(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
-    count = min(len(a), len(b))
-    return float(np.nanmax(np.abs(a[:count] - b[:count]), initial=0.0))
+def _max_difference(first: Sequence[npt.NDArray[Any]], second: Sequence[npt.NDArray[Any]]) -> float:
+    """Return the largest difference of a head, as if all heads had the largest value of all."""
+    largest = max(map(_largest, second))
+    differences = []
+    for a, b in zip(first, second, strict=True):
+        count = min(len(a), len(b))
+        difference = float(np.nanmax(np.abs(a[:count] - b[:count]), initial=0.0))
+        differences.append(difference * largest / (_largest(b) or 1.0))
+    return max(differences)
+
+
+def _largest(values: npt.NDArray[Any]) -> float:
+    return float(np.nanmax(np.abs(values), initial=0.0))

@@ -12,6 +12,7 @@ from chunkq.job.axis_order import channels_first, input_channels
 from chunkq.job.hints import meant_key
 from chunkq.job.job_file import Job
 from chunkq.job.model_config import ModelConfig
+from chunkq.job.output_shapes import head_names
 from chunkq.paths import is_url, read_bytes, without_secret
 from chunkq.plan.plan import Volume
 from chunkq_worker.network_objects import NetworkObject
@@ -89,11 +90,12 @@ def _with_defaults(values: dict[str, Any], model: dict[str, Any]) -> dict[str, A
     return values | {"model_config": model}
 
 
-def half_strides(model: ModelConfig, volume: Volume) -> list[int]:
-    """Return half the output patch along each spatial axis, at least 1."""
-    rank = len(volume.shape)
+def half_strides(job: Job, volume: Volume) -> list[int]:
+    """Return half the smallest output patch along each spatial axis, at least 1."""
+    rank, model = len(volume.shape), job.model
     first = channels_first(model, rank, input_channels(model, volume))
-    strides = [max(1, n // 2) for n in first.output_patch(rank)]
+    patches = [first.of_head(head).output_patch(rank) for head in head_names(job)]
+    strides = [max(1, min(along) // 2) for along in zip(*patches, strict=False)]
     # If the shapes do not match the volume, report that instead of an error about strides.
     return strides if len(strides) == rank else [1] * rank
 

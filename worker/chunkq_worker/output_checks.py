@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chunkq.blend.combine import Array, as_float, pick_channels, to_numpy
+from chunkq.blend.combine import Array, as_float, to_numpy
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.plan.outputs import OutputSpec
 from chunkq_worker.label_outputs import LabelDetector
+from chunkq_worker.network_heads import head_names, head_of, source_of_output
 from chunkq_worker.random_state import random_states
 
 MAX_DIFFERENCE = 1e-3
@@ -28,17 +29,20 @@ PART_VALUES = 1 << 16
 """Values that are compared at a time; bounds the memory of a comparison."""
 log = logging.getLogger("chunkq.worker")
 Values = npt.NDArray[Any]
-Repeat = Callable[[], Array | None]
+Arrays = Sequence[Array]
+"""One array (n, C, *Q) per head."""
+Repeat = Callable[[], Arrays | None]
 """Computes a batch again; returns None if batches have to be smaller."""
 
 
 class OutputChecks:
     """Checks of one network in this process; all its batchers share them.
 
-    `repeats` is the number of repetitions of a batch. `is_stochastic` permits that outputs differ.
-    `is_resolution_checked` is set by the batcher that has checked the resolution of the outputs.
-    `warnings` collects what the checks found and a job may nevertheless do. `report` is called with
-    each of them.
+    `outputs` are those of the job; a batch has one array for each of their heads. `repeats` is the
+    number of repetitions of a batch. `is_stochastic` permits that outputs differ. `warnings`
+    collects what the checks found and a job may nevertheless do. `report` is called with each of
+    them. `is_resolution_checked` is set by the batcher that has checked the resolution of the
+    outputs.
     """
 
     def __init__(
@@ -49,14 +53,14 @@ class OutputChecks:
         self.report: Callable[[str], None] = log.warning
         self.is_repeated = is_stochastic
         self.is_resolution_checked = False
-        self._outputs = tuple(outputs)
-        self._labels = [LabelDetector(output) for output in outputs]
+        self._outputs, self._heads = tuple(outputs), head_names(outputs)
+        self._labels = [LabelDetector(output, source_of_output(output)) for output in outputs]
         self._states: tuple[Any, ...] = ()
 
     @property
     def are_done(self) -> bool:
         """Whether no further batch is examined."""
-        return self.is_repeated and all(labels.is_done for labels in self._labels)
+        return self.is_repeated and all(detector.is_done for detector in self._labels)
 
     def begin(self) -> None:
         """Take note of the random states before a batch is computed."""
@@ -65,7 +69,7 @@ class OutputChecks:
 
     def examine(
         self,
-        outputs: Array,
+        outputs: Arrays,
         inputs: Sequence[Values],
         repeat: Repeat,
         repeat_first: Repeat | None = None,
@@ -74,8 +78,10 @@ class OutputChecks:
 
         Raise ModelError if the outputs of the network are random, or labels.
         """
-        for labels, output in zip(self._labels, self._outputs, strict=True):
-            warning = labels.examine(pick_channels(outputs, output.picks), inputs)
+        for output, detector in zip(self._outputs, self._labels, strict=True):
+            if detector.is_done:
+                continue
+            warning = detector.examine(head_of(output, outputs, self._heads), inputs)
             if warning is not None:
                 self.warnings.append(warning)
                 self.report(warning)
@@ -83,7 +89,7 @@ class OutputChecks:
             is_varied = inputs[0].min() != inputs[0].max()
             self.compare(outputs, repeat, repeat_first if is_varied else None)
 
-    def compare(self, outputs: Array, repeat: Repeat, repeat_first: Repeat | None = None) -> None:
+    def compare(self, outputs: Arrays, repeat: Repeat, repeat_first: Repeat | None = None) -> None:
         """Repeat a batch; raise ModelError if its outputs differ.
 
         `repeat_first` computes its first patch alone, in memory of its own. It is None if a runtime
@@ -92,20 +98,22 @@ class OutputChecks:
         because arithmetic depends on the batch size.
         """
         started = time.perf_counter()
-        first = np.array(to_numpy(as_float(outputs)))
+        first = [np.array(to_numpy(as_float(output))) for output in outputs]
         if repeat_first is not None and self._states == random_states():
             again = repeat_first()
-            if again is not None and self._agrees(first[:1], again):
+            if again is not None and self._agrees([values[:1] for values in first], again):
                 self.is_repeated = True
                 return
         for _ in range(self.repeats):
             again = repeat()
             if again is None:  # out of memory: batches are smaller from here on
                 return
-            difference = self._difference(first, to_numpy(as_float(again)))
+            differences = self._differences(first, again)
+            difference = max(differences)
             if difference > MAX_DIFFERENCE:
+                source = source_of_output(self._outputs[differences.index(difference)])
                 raise ModelError(
-                    "the network returned different outputs for one batch, by "
+                    f"{source} returned different outputs for one batch, by "
                     f"{difference:.3g} of their range: dropout or another random layer is active; "
                     "save it in inference mode (network.eval()) and remove random operations, or "
                     "set model_config.stochastic: true if results need not be reproducible",
@@ -115,14 +123,18 @@ class OutputChecks:
                 break
         self.is_repeated = True
 
-    def _agrees(self, first: Values, again: Array) -> bool:
-        return self._difference(first, to_numpy(as_float(again))) <= MAX_DIFFERENCE
+    def _agrees(self, first: Sequence[Values], again: Arrays) -> bool:
+        return max(self._differences(first, again)) <= MAX_DIFFERENCE
 
-    def _difference(self, first: Values, second: Values) -> float:
-        return max(
-            _difference(pick_channels(first, o.picks), pick_channels(second, o.picks), o)
-            for o in self._outputs
-        )
+    def _differences(self, first: Sequence[Values], again: Arrays) -> list[float]:
+        """Return the difference of each output; channels that no output uses may differ."""
+        second = [to_numpy(as_float(values)) for values in again]
+        return [
+            _difference(
+                head_of(output, first, self._heads), head_of(output, second, self._heads), output
+            )
+            for output in self._outputs
+        ]
 
 
 def _difference(first: Values, second: Values, output: OutputSpec) -> float:

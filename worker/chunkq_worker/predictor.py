@@ -32,11 +32,12 @@ from chunkq.job.job_file import Job, job_values, load_job, parse_job
 from chunkq.job.known_empty import MISSING
 from chunkq.job.mask_source import nothing_inside
 from chunkq.job.output_name import check_new_output
+from chunkq.job.output_shapes import unknown_heads, with_output_shapes
 from chunkq.job.record import JobRecord
 from chunkq.job.resolve import resolve
 from chunkq.paths import absolute, without_secret
 from chunkq.plan.item_tasks import ItemTasks
-from chunkq.plan.plan import Chunk, Index, Plan
+from chunkq.plan.plan import Chunk, Index, Plan, Volume
 from chunkq.queue.registry import queue_url
 from chunkq.stages.completion import chunks_of
 from chunkq.storage.formats.base import ArrayInfo
@@ -59,6 +60,7 @@ from chunkq_worker.mask_input import open_mask
 from chunkq_worker.model_defaults import half_strides, job_for_model, job_for_object, model_keys
 from chunkq_worker.network_objects import FILE_KEYS, NetworkObject, network_object, stand_in
 from chunkq_worker.output_arrays import OutputArrays
+from chunkq_worker.output_shapes import Shapes, find_output_shapes
 from chunkq_worker.prediction_request import OpenItem, PredictionRequest
 from chunkq_worker.progress import Progress, check_progress, progress_of
 from chunkq_worker.steps import Step, Steps
@@ -212,8 +214,9 @@ class Predictor:
 
         `model_input_shape` is the shape of one item of a batch: the patch, with a leading 1 if the
         network has a channel axis. Set `model_output_shape`, channels first, if the output has
-        another shape. Every other keyword is a key of the job file or of its `model_config`. By
-        default, patches overlap by half (`sliding_window`, `weight_gaussian`), overlaps are
+        another shape. With `outputs` it can be a mapping of heads to shapes, or be left out: then
+        one batch shows it. Every other keyword is a key of the job file or of its `model_config`.
+        By default, patches overlap by half (`sliding_window`, `weight_gaussian`), overlaps are
         averaged (`combine: weighted_avg`), and batches of four patches run on the CPU.
 
         Raise JobError or ModelError with one line per mistake, and ArgumentError, which is a
@@ -227,8 +230,15 @@ class Predictor:
             postprocessing=postprocessing,
         )
         keys["model_input_shape"] = _shape("model_input_shape", model_input_shape)
-        if keys.get("model_output_shape") is not None:
-            keys["model_output_shape"] = _shape("model_output_shape", keys["model_output_shape"])
+        if (shapes := keys.get("model_output_shape")) is not None:
+            keys["model_output_shape"] = (
+                {
+                    head: _shape(f"model_output_shape.{head}", shape)
+                    for head, shape in shapes.items()
+                }
+                if isinstance(shapes, Mapping)
+                else _shape("model_output_shape", shapes)
+            )
         if callable(keys.get("activation")):
             raise ArgumentError(
                 "activation: found a function, expected 'none', 'softmax' or 'sigmoid'; pass the "
@@ -291,8 +301,9 @@ class Predictor:
         """Return the plan for an array of this shape: chunks, patches, `output_shape`, `costs`.
 
         `dtype` is the dtype of the array, or a list with one dtype per input. `axes` are as in
-        `predict`; the plan is that of one time point. The network is not loaded. Raise JobError
-        with one line per mismatch between the job and the array.
+        `predict`; the plan is that of one time point. The network is not loaded, unless outputs
+        have shapes that the job does not declare. Raise JobError with one line per mismatch between
+        the job and the array.
         """
         has_several = isinstance(dtype, (list, tuple))
         dtypes: Any = dtype if has_several else [dtype]
@@ -527,12 +538,26 @@ class Predictor:
                 "axis along which to stack them, or predict the volumes one by one"
             )
         image = images[0]
+        if unknown := unknown_heads(job):
+            with UserErrors():
+                shapes = self._output_shapes(job, image.volume)
+            found = {head: shapes[head] for head in unknown}
+            self._job = with_output_shapes(self._job, found)
+            job = with_output_shapes(job, found)
         if self._half_strides:
-            strides = tuple(half_strides(job.model, image.volume))
+            strides = tuple(half_strides(job, image.volume))
             job = job.model_copy(update={"strides": strides})
         by_channel = image.is_channel_series
         plan = resolve(job, image.volume, names, by_channel=by_channel, remedies=PYTHON)
         return job, image, plan
+
+    def _output_shapes(self, job: Job, volume: Volume) -> Shapes:
+        """Run one batch to find the shapes that the job does not declare."""
+        self._check_open()
+        network = None if self._network is None else self._network.network
+        return result_of(
+            get_device().run(lambda: find_output_shapes(job, volume, network, self._steps))
+        )
 
     def _object_hashes(self, *, with_weights: bool) -> dict[str, str]:
         """Return what identifies the objects of the predictor, by their names in a job record."""

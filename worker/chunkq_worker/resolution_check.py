@@ -25,8 +25,8 @@ MAX_RATIO = 0.4
 A network that does not reduce the resolution reaches about 1 with noise."""
 Values = npt.NDArray[Any]
 Halos = Sequence[Values]
-Predict = Callable[[Sequence[Patch], Halos, Sequence[int]], Values | None]
-"""Returns raw outputs (n, C, *Q), as `Batcher.raw`."""
+Predict = Callable[[Sequence[Patch], Halos, Sequence[int]], tuple[Values, ...] | None]
+"""Returns raw outputs (n, C, *Q) of each head, as `Batcher.raw`."""
 
 
 def check_resolution(predict: Predict, plan: Plan, patch: Patch, halos: Halos) -> None:
@@ -43,8 +43,9 @@ def check_resolution(predict: Predict, plan: Plan, patch: Patch, halos: Halos) -
 
     def predict_rolled(shift: int, axis: int) -> Values | None:
         rolled = [np.roll(values, shift, axis - len(source)) for values in noise]
-        outputs = predict([patch], rolled, patch.source.start)
-        return None if outputs is None else outputs[0]
+        outputs = predict([patch], rolled, patch.source.start) or ()
+        fitting = [one for one in outputs if one.shape[-len(source) :] == tuple(target)]
+        return fitting[0][0] if fitting else None
 
     reduced = dict[int, int]()
     with suppress(PredictionError):  # a step can return what no patch of the volume gives

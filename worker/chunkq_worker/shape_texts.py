@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from chunkq.job.axis_order import EITHER_ORDER, FIRST, LAST, WrittenOrders, input_channels
 from chunkq.job.model_config import ModelConfig
+from chunkq.plan.outputs import HeadName
 from chunkq.plan.plan import Plan
 from chunkq_worker.runtimes.axis_moves import Move
 from chunkq_worker.steps import KEY, Steps
@@ -25,6 +26,7 @@ class ShapeTexts:
     item      shape of an item of a batch, channels first
     outputs   allowed shapes of an item of the output, channels first, the likeliest one first
     steps     the steps around the network, which see channels first
+    head      the part of the network's output of which the shapes are
     """
 
     model: ModelConfig
@@ -32,6 +34,7 @@ class ShapeTexts:
     item: Shape
     outputs: tuple[Shape, ...]
     steps: Steps
+    head: HeadName = None
 
     def batch(self, count: int) -> str:
         """Return the shape of a batch, and where it comes from."""
@@ -52,18 +55,25 @@ class ShapeTexts:
         """Return the message for an output of a wrong shape for a batch of `count` items."""
         steps = "" if self.steps == Steps() else " with its processing_steps"
         written = self._written_output()
+        of_head = "" if self.head is None else f" in head {self.head!r}"
         expected = self.outputs[0] if self._has_steps_after else written
         first = "" if expected == written else " with channels first"
-        key = "model_config.model_output_shape"
-        if self.model.model_output_shape is not None:
+        key = f"model_config.{self._key}"
+        if self.model.output_shape is not None:
             reason = f"the batch and {key}{first}"
         else:
             lost = "" if self.model.lost_dim is None else " with 1 at lost_dim"
             reason = f"as the input{first}{lost}, because {key} is missing"
         return (
-            f"the network{steps} returned shape {list(shape)} for a batch of {self.batch(count)}; "
-            f"expected {[count, *expected]}, {reason}; {self._remedy(count, shape)}"
+            f"the network{steps} returned shape {list(shape)}{of_head} for a batch of "
+            f"{self.batch(count)}; expected {[count, *expected]}, {reason}; "
+            f"{self._remedy(count, shape)}"
         )
+
+    @property
+    def _key(self) -> str:
+        """The key with the shape of the head."""
+        return "model_output_shape" + ("" if self.head is None else f".{self.head}")
 
     @property
     def _orders(self) -> WrittenOrders:
@@ -79,8 +89,8 @@ class ShapeTexts:
         return Move.TO_LAST.after(item) if is_last else item
 
     def _written_output(self) -> Shape:
-        if self.model.model_output_shape is not None:
-            return self.model.model_output_shape
+        if self.model.output_shape is not None:
+            return self.model.output_shape
         return self._written(self.outputs[0])
 
     def _remedy(self, count: int, shape: Shape) -> str:
@@ -90,7 +100,7 @@ class ShapeTexts:
         last_first = Move.TO_FIRST.after(shape[1:])
         if not is_either and self._fits(last_first) and not self._fits(shape[1:]):
             is_declared = last_first in self.outputs
-            also = "" if is_declared else f", and set model_output_shape: {list(last_first)}"
+            also = "" if is_declared else f", and set {self._key}: {list(last_first)}"
             return f"move its last axis first in postprocessing_protected of {KEY}{also}"
         hint = self._channel_hint() + (self._step_hint() if is_either else "")
         output = self._output_to_set(shape[1:])
@@ -99,7 +109,7 @@ class ShapeTexts:
                 "fix the network, whose output must be as large as the patch or smaller by an even "
                 f"number{hint}{self._size_hint()}"
             )
-        return f"set model_output_shape: {list(output)}, or fix the network{hint}"
+        return f"set {self._key}: {list(output)}, or fix the network{hint}"
 
     def _output_to_set(self, item: Shape) -> Shape | None:
         """Return `model_output_shape` for an output item, None if the item cannot be one."""

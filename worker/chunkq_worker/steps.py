@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, fields, replace
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from chunkq.errors import ArgumentError, JobError, ModelError
 from chunkq.job.user_code import load_names
+from chunkq.plan.outputs import HeadName
 
 KEY = "model_config.processing_steps"
 Step = Callable[[Any], Any]
@@ -22,8 +27,10 @@ class Steps:
     2. `preprocessing_protected`: from and to the runtime's arrays on the device.
     3. The network.
     4. `postprocessing_protected`: from and to the runtime's arrays on the device. If the network
-       returns several arrays, in any container, it gets all that the network returned.
-    5. `postprocessing`: from and to NumPy arrays.
+       returns several arrays, in any container, or if outputs of the job name a `head`, it gets all
+       that the network returned. The heads are then parts of what it returns.
+    5. `postprocessing`: from and to NumPy arrays. If the outputs have several heads, from and to a
+       dict with the array of each head.
 
     The last result has shape (N, *model_output_shape).
     """
@@ -32,6 +39,16 @@ class Steps:
     preprocessing_protected: Step | None = None
     postprocessing_protected: Step | None = None
     postprocessing: Step | None = None
+
+    def for_heads(self, heads: Sequence[HeadName]) -> Steps:
+        """Return the steps for a job whose outputs have these heads."""
+        changes: dict[str, Step] = {}
+        protected, last = self.postprocessing_protected, self.postprocessing
+        if tuple(heads) != (None,) and isinstance(protected, CheckedStep):
+            changes["postprocessing_protected"] = protected.with_heads()
+        if len(heads) > 1 and isinstance(last, CheckedStep):
+            changes["postprocessing"] = last.with_heads()
+        return replace(self, **changes)
 
     @classmethod
     def load(cls, path: str | None) -> Steps:
@@ -71,6 +88,24 @@ class Steps:
         return cls(**{name: CheckedStep(name, step) for name, step in steps.items()})
 
 
+def after_step(
+    step: Step, heads: Sequence[HeadName], arrays: Sequence[npt.NDArray[Any]]
+) -> list[npt.NDArray[Any]]:
+    """Return the NumPy array of each head after the step `postprocessing`.
+
+    Raise ModelError if the step returns other heads than it gets.
+    """
+    if len(heads) == 1:
+        return [np.asarray(step(arrays[0]))]
+    returned = step(dict(zip(heads, arrays, strict=True)))
+    if not isinstance(returned, Mapping) or set(returned) != set(heads):
+        names = list(returned) if isinstance(returned, Mapping) else type(returned).__name__
+        raise ModelError(
+            f"{KEY}: postprocessing returned {names}, expected a dict of the heads {list(heads)}"
+        )
+    return [np.asarray(returned[head]) for head in heads]
+
+
 def step_names() -> list[str]:
     """Return the names of the steps in the order in which they are applied."""
     return [field.name for field in fields(Steps)]
@@ -79,15 +114,24 @@ def step_names() -> list[str]:
 class CheckedStep:
     """A step that raises ModelError if it returns no array or another number of items.
 
-    `source` names it in messages.
+    What the steps behind a network with heads return is checked head by head, with the shapes of
+    the heads. `source` names the step in messages.
     """
 
     def __init__(self, source: str, step: Step) -> None:
-        self.source, self._step = source, step
+        self.source, self._step, self.has_heads = source, step, False
+
+    def with_heads(self) -> CheckedStep:
+        """Return a step that can get and return several arrays in a container."""
+        other = copy(self)
+        other.has_heads = True
+        return other
 
     def __call__(self, batch: Any) -> Any:
         """Return the result of the step for a batch."""
         result = self._step(batch)
+        if self.has_heads:
+            return result
         shape = tuple(getattr(result, "shape", ()))  # the shape of a TensorFlow scalar is truthy
         if not shape:
             raise ModelError(

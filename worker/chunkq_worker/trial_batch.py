@@ -72,8 +72,8 @@ class TrialBatch:
             return None
         return lambda: batcher.raw_alone(self.patches[0], self.halos, self.origin)
 
-    def raw(self, batcher: Batcher, patches: Sequence[Patch]) -> npt.NDArray[Any]:
-        """Return the network's raw outputs (n, C, *Q) for as many patches as fit into a batch."""
+    def raw(self, batcher: Batcher, patches: Sequence[Patch]) -> tuple[npt.NDArray[Any], ...]:
+        """Return the raw outputs (n, C, *Q) of each head for as many patches as fit in a batch."""
         while True:
             outputs = batcher.raw(patches[: batcher.size], self.halos, self.origin)
             if outputs is not None:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from chunkq.blend.combine import Array, as_float, pick_channels, to_numpy
+from chunkq.blend.combine import Array, as_float, to_numpy
 from chunkq.model_check import ValueCheck
 from chunkq.plan.outputs import OutputSpec
 from chunkq.plan.plan import Chunk, Plan
 from chunkq.plan.sample_chunks import fullest_chunk
+from chunkq_worker.network_heads import head_names, head_of, source_of_output
 
 TOLERANCE = 1e-3
 """Distance from 0, 1 or a constant below which values count as equal to it."""
@@ -47,18 +48,19 @@ class ValueWatch:
     """Collects the ranges of the first batch that a network computes after `start`."""
 
     def __init__(self, outputs: Sequence[OutputSpec]) -> None:
-        self._outputs = tuple(outputs)
+        """`outputs` are those of the job."""
+        self._outputs, self._heads = tuple(outputs), head_names(outputs)
         self._patches = 0
         self._has_received = False
         self._input: tuple[float, float] | None = None
-        self._result: tuple[float, float] | None = None
+        self._results: list[tuple[str, tuple[float, float] | None]] = []
         self._suspicions: list[Suspicion] = []
         self.norm_input: NormInput | None = None
 
     @property
     def has_run(self) -> bool:
         """Whether the network has computed a batch."""
-        return self._result is not None
+        return any(span is not None for _, span in self._results)
 
     def start(self, patches: int) -> None:
         """Begin a batch with this number of patches; the items after them are padding."""
@@ -70,21 +72,24 @@ class ValueWatch:
             self._has_received = True
             self._input = _range(to_numpy(as_float(batch))[: self._patches])
 
-    def send(self, outputs: Array) -> None:
-        """Take note of raw outputs (n, C, *Q), after all postprocessing."""
-        if self._result is None:
-            values = to_numpy(as_float(outputs))
-            self._result = _range(values)
-            self._suspicions = [
-                suspicion
-                for output in self._outputs
-                for suspicion in _output_suspicions(pick_channels(values, output.picks), output)
-            ]
+    def send(self, heads: Sequence[Array]) -> None:
+        """Take note of the raw outputs (n, C, *Q) of each head, after all postprocessing."""
+        if self.has_run:
+            return
+        arrays = [to_numpy(as_float(head)) for head in heads]
+        self._results, self._suspicions = [], []
+        for output in self._outputs:
+            values = head_of(output, arrays, self._heads)
+            self._results.append((output.name, _range(values)))
+            self._suspicions += _output_suspicions(values, output)
 
     def result(self) -> ValueCheck:
         """Return the ranges, with one line for each property that can be a mistake."""
         texts = tuple(suspicion.text for suspicion in self.suspicions())
-        return ValueCheck(self._input, self._result, texts)
+        spans = [span for _, span in self._results if span is not None]
+        span = (min(low for low, _ in spans), max(high for _, high in spans)) if spans else None
+        named = tuple((name, one) for name, one in self._results if name)
+        return ValueCheck(self._input, span, texts, named)
 
     def suspicions(self) -> list[Suspicion]:
         """Return what the values suggest; empty before a batch is computed."""
@@ -141,12 +146,13 @@ def _output_suspicions(values: npt.NDArray[np.floating], output: OutputSpec) -> 
     if span is None or output.from_labels:
         return
     low, high = span
+    source = source_of_output(output)
     is_share = low >= -TOLERANCE and high <= 1 + TOLERANCE
     is_one_channel = output.channels == 1
     if is_one_channel and not output.is_average and output.activation == "none" and not is_share:
         yield Suspicion(
             "logits",
-            f"the network returns {low:.4g} to {high:.4g} in one channel, and combine: "
+            f"{source} returns {low:.4g} to {high:.4g} in one channel, and combine: "
             f"{output.combine} compares it with 0.5; if the values are logits, set activation: "
             "sigmoid",
         )
@@ -154,20 +160,20 @@ def _output_suspicions(values: npt.NDArray[np.floating], output: OutputSpec) -> 
     if output.activation == "softmax" and is_share and bool((abs(sums - 1) <= TOLERANCE).all()):
         yield Suspicion(
             "second softmax",
-            "the network returns probabilities, which activation: softmax makes almost equal; "
+            f"{source} returns probabilities, which activation: softmax makes almost equal; "
             "remove activation",
         )
     if output.activation == "sigmoid" and is_share and high > low:
         yield Suspicion(
             "second sigmoid",
-            f"the network returns {low:.4g} to {high:.4g}; if these are probabilities, activation: "
+            f"{source} returns {low:.4g} to {high:.4g}; if these are probabilities, activation: "
             "sigmoid moves them to 0.5 and above: remove activation",
         )
     channels = np.moveaxis(values, 1, 0).reshape(values.shape[1], -1)
     if bool((np.ptp(channels, 1) <= TOLERANCE * max(abs(low), abs(high))).all()):
         yield Suspicion(
             "constant outputs",
-            f"the network returns almost the same value, {high:.4g}, for all voxels of patches "
+            f"{source} returns almost the same value, {high:.4g}, for all voxels of patches "
             "that differ; check the checkpoint and the normalization of the input",
         )
 

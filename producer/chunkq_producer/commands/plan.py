@@ -16,10 +16,11 @@ from chunkq.create import CheckedJob, check_job
 from chunkq.errors import ChunkqError, ErrorCode, JobError, ModelError
 from chunkq.geometry.axes import Axis
 from chunkq.install_hint import install_command
-from chunkq.job.job_file import load_job, select_job_file
+from chunkq.job.job_file import Job, load_job, select_job_file
 from chunkq.job.known_empty import MISSING, has_known_empty
 from chunkq.job.model_config import STOCHASTIC
 from chunkq.job.output import output_axes
+from chunkq.job.output_shapes import unknown_heads
 from chunkq.job.tasks import chunk_count
 from chunkq.model_check import MemoryCheck, ModelCheck, PatchCheck
 from chunkq.paths import without_secret
@@ -86,7 +87,8 @@ def plan(
     Without --check-model the network is not loaded.
     """
     reserve()
-    checked = check_job(load_job(select_job_file(job, config), input=input_, output=output))
+    loaded_job = load_job(select_job_file(job, config), input=input_, output=output)
+    checked = check_job(_with_shapes(loaded_job))
     if plot is not None:
         _save_plot(checked, plot)
     if depth is None:
@@ -98,6 +100,17 @@ def plan(
         width = terminal.columns(result_stream())
         label = LABEL_COLUMNS if width is None or width >= WIDE else NARROW_LABEL_COLUMNS
         print_line("\n".join(terminal.rows(_rows(checked, depth, trial), width, label=label)))
+
+
+def _with_shapes(job: Job) -> Job:
+    """Return the job with the shapes that its network returns."""
+    if not unknown_heads(job):
+        return job
+    from chunkq.progress_bar import ProgressDisplay
+    from chunkq_producer.check_model import complete_job
+
+    with ProgressDisplay() as display:
+        return complete_job(job, display)
 
 
 def _save_plot(job: CheckedJob, path: Path) -> None:

@@ -14,6 +14,7 @@ from chunkq.progress_bar import ProgressDisplay
 from chunkq.queue.registry import open_shared, queue_url
 from chunkq.system.standard_output import print_text, reserve
 from chunkq.terminal import argument
+from chunkq_producer.check_model import complete_job
 from chunkq_producer.commands.options import (
     config_option,
     input_option,
@@ -47,7 +48,9 @@ def produce(
     JOB is a YAML or JSON job file. Next, start `chunkq work` on each machine.
     """
     reserve()
-    loaded_job = load_job(select_job_file(job, config), input=input_, output=output)
+    written_job = load_job(select_job_file(job, config), input=input_, output=output)
+    with ProgressDisplay() as display:
+        loaded_job = complete_job(written_job, display)
     checked = check_job(loaded_job)
     check_output(checked, resume=resume, overwrite=overwrite)
     for line in checked.warnings:

@@ -27,8 +27,8 @@ FAULTS = (
     ),
     Fault(
         "overflow-counts-as-infinity",
-        "worker/chunkq_worker/batching.py",
-        "self._check_overflow(xp.isfinite(raw) & ~finite, raw, batch)",
+        "worker/chunkq_worker/output_predictions.py",
+        "_check_overflow(xp.isfinite(raw) & ~finite, raw, output, batch)",
         "pass",
         "outputs beyond float32 become 0 with nan: zero",
         ("tests/integration/test_dtypes.py",),

@@ -48,7 +48,7 @@ FAULTS = (
     Fault(
         "output-shape-without-its-source",
         "worker/chunkq_worker/shape_texts.py",
-        "if self.model.model_output_shape is not None:\n            reason",
+        "if self.model.output_shape is not None:\n            reason",
         "if self.model is not None:\n            reason",
         "a message says that the job has a shape that it does not have",
         named("tests/unit/test_shape_texts.py", "source_of_the_expected_shape"),

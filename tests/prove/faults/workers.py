@@ -9,6 +9,9 @@ TORCH = "tests/integration/test_torch_runtime.py"
 WORKERS = "tests/integration/test_workers.py"
 RANDOM = "tests/integration/test_random_networks.py"
 EARLY = "tests/integration/test_early_start.py"
+HEADS = "worker/chunkq_worker/network_heads.py"
+PREDICTIONS = "worker/chunkq_worker/output_predictions.py"
+RETURNED = "worker/chunkq_worker/runtimes/returned_values.py"
 LAYOUT = "worker/chunkq_worker/runtimes/network_layout.py"
 ORDER = "tests/unit/test_axis_order.py"
 USER_MODULES, IMPORTS = "chunkq/job/user_modules.py", "tests/unit/test_user_modules.py"
@@ -49,10 +52,26 @@ FAULTS = (
     Fault(
         "output-shape-read-in-another-order-than-the-network-has",
         LAYOUT,
-        "        self._check_reading(order, output)\n",
+        "        _check_reading(head, order, output)\n",
         "",
         "channels and voxels of the output are exchanged",
         named(ORDER, "another_order"),
+    ),
+    Fault(
+        "heads-in-the-order-of-the-network",
+        RETURNED,
+        "for head in self.heads)",
+        "for head in sorted(self.heads, key=str))",
+        "an output gets the voxels of another head",
+        named("tests/contract/test_runtime_heads.py", "in_the_order"),
+    ),
+    Fault(
+        "a-replay-overwrites-heads",
+        "worker/chunkq_worker/runtimes/staging.py",
+        "tuple(tensor.clone() for tensor in output) if is_plain else output",
+        "output",
+        "the next batch overwrites the heads of the last one",
+        named("tests/contract/test_runtime_heads.py", "captured_graph"),
     ),
     Fault(
         "steps-get-an-output-that-fits-both-orders",
@@ -64,16 +83,16 @@ FAULTS = (
     ),
     Fault(
         "integers-are-averaged",
-        BATCHING,
-        "check_output_dtype(self._output_dtype, output)",
+        HEADS,
+        "check_output_dtype(dtype, output, source_of_output(output))",
         "pass",
         "class numbers are averaged",
         named("tests/integration/test_label_networks.py", "integer"),
     ),
     Fault(
         "labels-beyond-the-classes-vote-for-nothing",
-        BATCHING,
-        "self._check_labels(values, finite, batch, output.channels)",
+        PREDICTIONS,
+        "_check_labels(*values[key], output, batch)",
         "pass",
         "labels that classes does not count disappear",
         named("tests/integration/test_label_networks.py", "no_label"),
@@ -185,7 +204,7 @@ FAULTS = (
     ),
     Fault(
         "nan-zero-before-the-activation",
-        BATCHING,
+        PREDICTIONS,
         "xp.where(finite, predictions, xp.zeros_like(predictions))",
         "predictions",
         "with nan: zero and a sigmoid, NaN counts as 0.5",
@@ -193,7 +212,7 @@ FAULTS = (
     ),
     Fault(
         "nan-in-the-padding-fails-a-chunk",
-        BATCHING,
+        HEADS,
         ")[:used]",
         ")",
         "predictions of a batch's padding are added, or fail the chunk",

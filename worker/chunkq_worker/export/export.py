@@ -145,7 +145,8 @@ def _write(
             batch.float() if batch.dtype == torch.bfloat16 else batch
         )  # NumPy has no such type
         try:
-            outputs.append(np.asarray(runtime(host_batch.numpy()), dtype=np.float64))
+            [output] = runtime(host_batch.numpy())
+            outputs.append(np.asarray(output, dtype=np.float64))
         except ModelError:
             raise
         except Exception as error:

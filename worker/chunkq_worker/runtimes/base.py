@@ -17,6 +17,7 @@ from chunkq.casts import REAL
 from chunkq.errors import ModelError
 from chunkq.install_hint import install_command
 from chunkq.job.model_config import ModelConfig
+from chunkq.plan.outputs import HeadName
 from chunkq_worker.runtimes.item_shapes import ItemShapes
 from chunkq_worker.steps import Steps
 from chunkq_worker.value_watch import ValueWatch
@@ -65,8 +66,10 @@ class Runtime(ABC):
     """The memory and streams of the device; None if results are in host memory."""
     reads_device_memory: bool = True
     """Whether batches can be in the memory of the `accelerator`."""
-    output_dtype: str = "float32"
-    """Name of the dtype that the network, with its protected steps, returned in the last call."""
+    output_dtypes: tuple[str, ...] = ("float32",)
+    """Names of the dtypes of what the last call returned, as the network or a step returned it."""
+    unused_heads: tuple[HeadName, ...] = ()
+    """Heads that the network returned in the last call and that no output of the job names."""
     any_batch: bool = False
     """Whether smaller batches cost less, because the network is not compiled for one batch size."""
     _watch: ValueWatch | None = None
@@ -74,14 +77,16 @@ class Runtime(ABC):
     """Whether random numbers come from the states of `random_state.random_states`."""
 
     @abstractmethod
-    def __call__(self, batch: Any) -> Array:
+    def __call__(self, batch: Any) -> tuple[Array, ...]:
         """Run the protected steps and the network on a batch (N, C, *P) or (N, *P), any dtype.
 
+        Return one array for each of the heads in the `ItemShapes` of this runtime, in their order.
         `batch` is an array in host memory, the return value of this runtime's `BatchFeed.send`, or
         a tensor in the memory of the `accelerator`. It is cast to the model's dtype on the device.
         Networks and steps may modify it in place. A network with channels last gets and returns
-        them there; the steps see channels first. Returns float32 or float64 of any shape, with an
-        `accelerator` any float dtype. The result may share memory with the batch.
+        them there; the steps see channels first. The arrays are float32 or float64 of any shape,
+        with an `accelerator` of any float dtype. They may share memory with the batch. Raise
+        ModelError with `head_missing` if the network does not return one of the heads.
         """
 
     @abstractmethod

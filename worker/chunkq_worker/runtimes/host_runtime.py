@@ -13,6 +13,8 @@ from chunkq.blend.combine import Array
 from chunkq.job.model_config import ModelConfig
 from chunkq.system import buffers
 from chunkq_worker.runtimes.base import Runtime, real_numbers
+from chunkq_worker.runtimes.item_shapes import ItemShapes
+from chunkq_worker.runtimes.returned_values import HeadReader
 from chunkq_worker.steps import Steps
 
 
@@ -22,12 +24,18 @@ class HostRuntime(Runtime):
     Subclasses implement `_run`.
     """
 
-    def __init__(self, model: ModelConfig, steps: Steps) -> None:
+    def __init__(self, model: ModelConfig, steps: Steps, shapes: ItemShapes) -> None:
         self.device, self._steps = model.device, steps
         self._dtype = np.dtype(model.dtype)
+        self._reader = HeadReader(
+            shapes.names,
+            self._is_array,
+            "array",
+            has_step=steps.postprocessing_protected is not None,
+        )
 
     @override
-    def __call__(self, batch: Array) -> Array:
+    def __call__(self, batch: Array) -> tuple[Array, ...]:
         inputs = self._cast(batch)
         if self._steps.preprocessing_protected is not None:
             inputs = self._steps.preprocessing_protected(inputs)
@@ -35,8 +43,11 @@ class HostRuntime(Runtime):
             self._watch.receive(inputs)
         outputs = self._run(inputs)
         if self._steps.postprocessing_protected is not None:
-            outputs = self._steps.postprocessing_protected(outputs)
-        return self._as_float(outputs)
+            outputs = self._reader.from_step(self._steps.postprocessing_protected(outputs))
+        self.unused_heads = self._reader.unused
+        floats = [self._as_float(output) for output in outputs]
+        self.output_dtypes = tuple(dtype for _, dtype in floats)
+        return tuple(array for array, _ in floats)
 
     def _cast(self, batch: Array) -> Array:
         """Return a batch in the job's dtype, copied if a protected step gets it."""
@@ -47,20 +58,24 @@ class HostRuntime(Runtime):
             return convert(batch, self._dtype, order="C")
 
     @abstractmethod
-    def _run(self, inputs: Array) -> Array:
+    def _run(self, inputs: Array) -> Any:
         """Run the network on a batch in the dtype that the protected step returned.
 
-        Raise ModelError if the network cannot process the batch or does not return one array.
+        Return `HeadReader.from_network`. Raise ModelError if the network cannot process the batch.
         """
 
-    def _as_float(self, outputs: Array) -> Array:
-        """Return outputs as float32 or float64. Raise ModelError unless they are real numbers."""
+    def _is_array(self, value: Any) -> bool:
+        return isinstance(value, np.ndarray)
+
+    def _as_float(self, outputs: Array) -> tuple[Array, str]:
+        """Return an array as float32 or float64, and the name of its dtype.
+
+        Raise ModelError unless it has real numbers.
+        """
         outputs = np.asarray(outputs)
-        self.output_dtype = outputs.dtype.name
         steps = self._steps.postprocessing_protected
-        return real_numbers(
-            outputs, f"the network{'' if steps is None else ' with its protected steps'}"
-        )
+        source = f"the network{'' if steps is None else ' with its protected steps'}"
+        return real_numbers(outputs, source), outputs.dtype.name
 
     @override
     def zeros(self, shape: tuple[int, ...]) -> Array:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from chunkq.errors import ModelError
 from chunkq.job.axis_order import FIRST, LAST, AxisOrder, join, split
 from chunkq_worker.runtimes.axis_moves import Axes, Move, format_axes, matches
-from chunkq_worker.runtimes.item_shapes import ItemShapes
+from chunkq_worker.runtimes.item_shapes import HeadShapes, ItemShapes
 from chunkq_worker.steps import KEY, Steps
 
 
@@ -46,7 +46,7 @@ class NetworkLayout:
         is_fixed = (self.axes[0] is not None, self.axes[-1] is not None)
         if _is_cube(item) and (all(is_fixed) or self._has_steps_before):
             raise ModelError(
-                f"model_config.model_input_shape: {list(self.shapes.written_shapes[0])} does not "
+                f"model_config.model_input_shape: {list(self.shapes.written)} does not "
                 "show whether the network gets channels first or last, because all axes of its "
                 f"input have {item[0]} entries; use another patch size"
             )
@@ -78,14 +78,14 @@ class NetworkLayout:
                 yield Move.TO_LAST
             return
         moves = [Move.NONE, Move.TO_LAST] if shapes.can_move else [Move.NONE]
-        yield from reversed(moves) if shapes.written.input is LAST else moves
+        yield from reversed(moves) if shapes.order is LAST else moves
         if not shapes.has_channels:
             yield from (Move.ADD_FIRST, Move.ADD_LAST)
 
     def choose(
         self,
         moves: Sequence[Move],
-        attempt: Callable[[Move], Axes],
+        attempt: Callable[[Move], Sequence[Axes]],
         *,
         is_final: Callable[[BaseException], bool],
         reset: Callable[[], None] = lambda: None,
@@ -93,16 +93,17 @@ class NetworkLayout:
         """Return the first move with which the network returns a declared output.
 
         Without one, return the first with which it does not fail if steps can change the output,
-        else the first. `attempt` calls the network and returns the shape of an output item. `reset`
-        is called after an attempt without success. Errors that are final are raised.
+        else the first. `attempt` calls the network and returns the shape of an item of each head,
+        or if steps follow, of each array that the network returned. `reset` is called after an
+        attempt without success. Errors that are final are raised.
         """
         if len(moves) == 1:
             return moves[0]
         successful = []
         for move in moves:
             try:
-                output = attempt(move)
-                if self.output_fits(output):
+                outputs = attempt(move)
+                if self.outputs_fit(outputs):
                     return move
                 successful.append(move)
             except Exception as error:  # of any class: the network got another order than it takes
@@ -111,18 +112,22 @@ class NetworkLayout:
             reset()
         return successful[0] if successful and self._has_steps_after else moves[0]
 
-    def output_fits(self, output: Axes) -> bool:
-        """Return whether an output item can be the declared one.
+    def outputs_fit(self, outputs: Sequence[Axes]) -> bool:
+        """Return whether output items can be those of the declared heads, in their order.
 
-        Steps after the network can have it with any number of channels.
+        Steps after the network can have one of them with any number of channels.
         """
         if not self._has_steps_after:
-            return bool(self._fitting_outputs(output))
-        parts = (output, output[1:], output[:-1])
-        return any(matches(part, patch) for part in parts for patch in self._output_patches())
+            pairs = zip(self.shapes.heads, outputs, strict=True)
+            return all(not head.outputs or _fitting(head, output) for head, output in pairs)
+        parts = [part for output in outputs for part in (output, output[1:], output[:-1])]
+        is_known = all(head.outputs for head in self.shapes.heads)
+        return not is_known or any(
+            matches(part, patch) for part in parts for patch in self._output_patches()
+        )
 
-    def output_move(self, item: Axes, move: Move, output: Axes) -> Move:
-        """Return the move behind the network for an output item.
+    def output_move(self, item: Axes, move: Move, output: Axes, number: int = 0) -> Move:
+        """Return the move behind the network for an output item of a head, by its number.
 
         `item` is that of the batch before `move`. Unknown lengths of the output are None. Raise
         ModelError if the order is undecided.
@@ -130,29 +135,21 @@ class NetworkLayout:
         order = self._order(item, move)
         if self._has_steps_after:
             return self._move_before_steps(item, order, output)
-        fitting = self._fitting_outputs(output)
+        head = self.shapes.heads[number]
+        fitting = _fitting(head, output)
         if not fitting:
             return Move.NONE  # the batcher reports the shape
-        self._check_reading(order, output)
+        _check_reading(head, order, output)
         if {Move.NONE, Move.TO_FIRST} <= set(fitting):
             return Move.TO_FIRST if order is LAST else Move.NONE
         return fitting[0]
-
-    def _fitting_outputs(self, output: Axes) -> list[Move]:
-        moves = [Move.NONE, Move.TO_FIRST]
-        if not self.shapes.has_output_channels:
-            moves = [Move.NONE, Move.DROP_LAST, Move.DROP_FIRST]
-        return [
-            move
-            for move in moves
-            if any(matches(output, move.before(shape)) for shape in self.shapes.outputs)
-        ]
 
     def _move_before_steps(self, item: Axes, order: AxisOrder | None, output: Axes) -> Move:
         """Return the move of an output that steps get, which can have any number of channels."""
         if self._is_moved_by_step(item):
             return Move.NONE
-        has_channels, patches = self.shapes.has_output_channels, self._output_patches()
+        has_channels = any(head.has_channels for head in self.shapes.heads)
+        patches = self._output_patches()
         if not has_channels and any(matches(output, (*patch, 1)) for patch in patches):
             return Move.DROP_LAST
         if not any(len(output) == len(patch) + 1 for patch in patches):
@@ -170,8 +167,17 @@ class NetworkLayout:
         return Move.TO_FIRST if order is LAST else Move.NONE
 
     def _output_patches(self) -> list[Axes]:
-        has_channels = self.shapes.has_output_channels
-        return [shape[1:] if has_channels else shape for shape in self.shapes.outputs]
+        """Return the output patches of all heads; one of unknown shape is expected as the input."""
+        shapes = self.shapes
+        patch = shapes.input[1:] if shapes.has_channels else shapes.input
+        return [
+            one
+            for head in shapes.heads
+            for one in [
+                *(shape[1:] if head.has_channels else shape for shape in head.outputs),
+                *([] if head.outputs else [patch]),
+            ]
+        ]
 
     def _is_moved_by_step(self, item: Axes) -> bool:
         """Return whether a step has moved the channels to the end, or added them there."""
@@ -188,28 +194,12 @@ class NetworkLayout:
         has_channels = self.shapes.has_channels and matches(item, self.shapes.input)
         return FIRST if move is Move.ADD_FIRST or has_channels else None
 
-    def _check_reading(self, order: AxisOrder | None, output: Axes) -> None:
-        """Raise ModelError if the order of the network contradicts how its output shape was read.
-
-        This can only happen if the written shape can be read in both orders.
-        """
-        written, shape = self.shapes.written, self.shapes.written_shapes[1]
-        if not written.is_output_ambiguous or not matches(output, shape):
-            return
-        if order is written.output or (order is None and written.output is FIRST):
-            return
-        first = join(*split(shape, LAST), FIRST)
-        raise ModelError(
-            f"model_config.model_output_shape: {list(shape)} can have its channels first or last; "
-            f"set it to {list(first)} if there are {shape[-1]}"
-        )
-
     def input_problem(self, expects: str, batch: Axes) -> str | None:
         """Return the message for a declared shape that does not fit the network, else None.
 
         `expects` is the subject and verb for the network's declared shape `batch`.
         """
-        shapes, declared = self.shapes, self.shapes.written_shapes[0]
+        shapes, declared = self.shapes, self.shapes.written
         if self.axes is None or self._fitting_moves(shapes.input):
             return None
         key, advice = f"model_config.model_input_shape: {list(declared)}", self.shape_to_set()
@@ -243,8 +233,35 @@ class NetworkLayout:
             1 if declared is None else n
             for n, declared in zip(move.before(lengths), item, strict=True)
         ]
-        is_last = self.shapes.written.input is LAST
+        is_last = self.shapes.order is LAST
         return list(Move.TO_LAST.after(fitting)) if is_last else fitting
+
+
+def _fitting(head: HeadShapes, output: Axes) -> list[Move]:
+    """Return the moves after which an output item has a declared shape of a head."""
+    moves = [Move.NONE, Move.TO_FIRST]
+    if not head.has_channels:
+        moves = [Move.NONE, Move.DROP_LAST, Move.DROP_FIRST]
+    return [
+        move for move in moves if any(matches(output, move.before(shape)) for shape in head.outputs)
+    ]
+
+
+def _check_reading(head: HeadShapes, order: AxisOrder | None, output: Axes) -> None:
+    """Raise ModelError if the order of the network contradicts how its output shape was read.
+
+    This can only happen if the written shape can be read in both orders.
+    """
+    shape = head.written
+    if not head.is_ambiguous or not matches(output, shape):
+        return
+    if order is head.order or (order is None and head.order is FIRST):
+        return
+    first = join(*split(shape, LAST), FIRST)
+    raise ModelError(
+        f"model_config.model_output_shape: {list(shape)} can have its channels first or last; "
+        f"set it to {list(first)} if there are {shape[-1]}"
+    )
 
 
 def _is_cube(item: Axes) -> bool:

@@ -19,7 +19,6 @@ from chunkq_worker.runtimes.base import Runtime
 from chunkq_worker.runtimes.classes import instantiate, load_definition, source_of
 from chunkq_worker.runtimes.host_runtime import HostRuntime
 from chunkq_worker.runtimes.item_shapes import ItemShapes
-from chunkq_worker.runtimes.returned_values import prediction_in
 from chunkq_worker.runtimes.thread_limit import ThreadLimit
 from chunkq_worker.steps import Steps
 
@@ -41,28 +40,27 @@ class NumpyRuntime(HostRuntime):
         network: Network,
         model: ModelConfig,
         steps: Steps,
+        shapes: ItemShapes,
         limit: ThreadLimit,
         *,
         is_object: bool = False,
     ) -> None:
-        super().__init__(model, steps)
+        super().__init__(model, steps, shapes)
         self._is_object = is_object
         self._model = model
         self._network: Network | None = network
         self._limit = limit
 
     @override
-    def __call__(self, batch: npt.NDArray[Any]) -> Array:
+    def __call__(self, batch: npt.NDArray[Any]) -> tuple[Array, ...]:
         with self._limit.applied():
             return super().__call__(batch)
 
     @override
-    def _run(self, inputs: Array) -> Array:
+    def _run(self, inputs: Array) -> Any:
         if self._network is None:
             raise ModelError("the network is closed")
-        outputs = self._network(np.require(inputs, requirements=["C", "W"]))
-        has_step = self._steps.postprocessing_protected is not None
-        return prediction_in(outputs, _is_array, "array", has_step=has_step)
+        return self._reader.from_network(self._network(np.require(inputs, requirements=["C", "W"])))
 
     @override
     def created_values(self) -> Sequence[tuple[str, Any]]:
@@ -91,13 +89,9 @@ def load(
     limit = ThreadLimit(threads)
     if network is not None:
         _check_call(network, {}, f"model: {model.class_name}")
-        return NumpyRuntime(network, model, steps, limit, is_object=True)
+        return NumpyRuntime(network, model, steps, shapes, limit, is_object=True)
     with limit.applied():
-        return NumpyRuntime(_network(model), model, steps, limit)
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, np.ndarray)
+        return NumpyRuntime(_network(model), model, steps, shapes, limit)
 
 
 def _values(network: Network) -> list[tuple[str, Any]]:

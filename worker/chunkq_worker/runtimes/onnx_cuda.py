@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -107,8 +108,8 @@ class OnnxOnTorch(OnnxRuntime):
         super().__init__(session, graph, model, steps, layout)
         self._torch, self._device = torch, device
         self._device_address = (device.type, device.index or 0)
-        self._output_dtype = np.dtype(graph.output_dtype)
-        self._output_shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+        self._output_dtypes = tuple(map(np.dtype, graph.output_dtypes))
+        self._output_shapes: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
         self._initial_free_bytes = free_bytes
         self.accelerator = Cuda()
 
@@ -122,24 +123,25 @@ class OnnxOnTorch(OnnxRuntime):
         return array.permute(axes).contiguous()
 
     @override
-    def _run_session(self, batch: Array) -> Array:
+    def _is_array(self, value: Any) -> bool:
+        return isinstance(value, self._torch.Tensor)
+
+    @override
+    def _run_session(self, batch: Array) -> Sequence[Array]:
         batch = batch.contiguous()
         shape = tuple(batch.shape)
         if shape not in self._output_shapes:
-            self._output_shapes[shape] = self._infer_output_shape(batch)
-        outputs = self._torch.empty(
-            self._output_shapes[shape],
-            dtype=getattr(self._torch, self._output_dtype.name),
-            device=self._device,
-        )
-        binding = self._bind(batch)
-        binding.bind_output(
-            self._graph.output,
-            *self._device_address,
-            self._output_dtype.type,
-            list(outputs.shape),
-            outputs.data_ptr(),
-        )
+            self._output_shapes[shape] = self._infer_output_shapes(batch)
+        binding, outputs = self._bind(batch), []
+        pairs = zip(self._output_shapes[shape], self._output_dtypes, strict=True)
+        for name, (output_shape, dtype) in zip(self._graph.outputs, pairs, strict=True):
+            output = self._torch.empty(
+                output_shape, dtype=getattr(self._torch, dtype.name), device=self._device
+            )
+            binding.bind_output(
+                name, *self._device_address, dtype.type, list(output_shape), output.data_ptr()
+            )
+            outputs.append(output)
         self._run_bound(binding)
         return outputs
 
@@ -160,18 +162,18 @@ class OnnxOnTorch(OnnxRuntime):
         self._session.run_with_iobinding(binding)
         binding.synchronize_outputs()
 
-    def _infer_output_shape(self, batch: Array) -> tuple[int, ...]:
-        """Run the graph once with an output allocated by ONNX Runtime; return the output shape."""
+    def _infer_output_shapes(self, batch: Array) -> list[tuple[int, ...]]:
+        """Run the graph once with outputs allocated by ONNX Runtime; return their shapes."""
         binding = self._bind(batch)
-        binding.bind_output(self._graph.output, *self._device_address)
+        for name in self._graph.outputs:
+            binding.bind_output(name, *self._device_address)
         self._run_bound(binding)
-        [outputs] = binding.get_outputs()
-        return tuple(outputs.shape())
+        return [tuple(output.shape()) for output in binding.get_outputs()]
 
     @override
-    def _as_float(self, outputs: Array) -> Array:
-        self.output_dtype = str(outputs.dtype).removeprefix("torch.")
-        return outputs if outputs.dtype.is_floating_point else outputs.float()
+    def _as_float(self, outputs: Array) -> tuple[Array, str]:
+        dtype = str(outputs.dtype).removeprefix("torch.")
+        return outputs if outputs.dtype.is_floating_point else outputs.float(), dtype
 
     @override
     def to_device(self, array: npt.NDArray[Any]) -> Array:

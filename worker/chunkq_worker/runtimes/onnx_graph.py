@@ -9,9 +9,11 @@ from typing import Any, Self
 
 from chunkq.errors import ModelError
 from chunkq.job.model_config import ModelConfig
+from chunkq.plan.outputs import HeadName
 from chunkq_worker.runtimes.axis_moves import format_axes
 from chunkq_worker.runtimes.item_shapes import ItemShapes
 from chunkq_worker.runtimes.network_layout import NetworkLayout
+from chunkq_worker.runtimes.returned_values import listed, missing_head
 from chunkq_worker.steps import Steps
 
 DTYPES: MappingProxyType[str, str] = MappingProxyType(
@@ -31,46 +33,64 @@ EXTRA_OUTPUT_DTYPES = MappingProxyType(
 )
 """Additional types that only the output can have."""
 EXPORT_ADVICE = "export the network with one input, the batch, and one output, the prediction"
+HEAD_ADVICE = "name those to use as head of the outputs, or export the network with one output"
 
 
 @dataclass(frozen=True)
 class Graph:
-    """The single input and the single output of a graph.
+    """The single input of a graph, and the outputs that are read.
 
     `dtype` and `axes` describe the input, batch axis first. An axis is its fixed length, or None
-    if the length is dynamic. `axes` is empty if the graph does not declare a shape.
+    if the length is dynamic. `axes` is empty if the graph does not declare a shape. `outputs` and
+    `output_dtypes` are those of the heads, or of all outputs if a step gets them, and `unused` the
+    names of all other outputs.
     """
 
     path: str
     input: str
-    output: str
+    outputs: tuple[str, ...]
     dtype: str
     axes: tuple[int | None, ...]
-    output_dtype: str
+    output_dtypes: tuple[str, ...]
+    unused: tuple[str, ...] = ()
 
     @classmethod
-    def from_session(cls, session: Any, path: str) -> Self:
-        """Read the input and output of a session's graph. Raise ModelError unless it has one each.
+    def from_session(
+        cls, session: Any, path: str, heads: Sequence[HeadName] = (None,), *, has_step: bool = False
+    ) -> Self:
+        """Read the input and the outputs of a session's graph.
 
-        Raise ModelError also for an input or output of an unsupported type.
+        A head names an output, or is its number; None is the only output. With `has_step`, heads
+        are those of the step that gets all outputs. Raise ModelError for another number of inputs
+        or outputs, for a missing head, and for unsupported types.
         """
         key = f"model_config.model_file: {path}"
         node_in = _single(session.get_inputs(), f"{key} has", "inputs")
-        node_out = _single(session.get_outputs(), f"{key} has", "outputs")
+        nodes_out = session.get_outputs()
+        takes_all = has_step and tuple(heads) != (None,)
+        used = nodes_out if takes_all else [_output(nodes_out, head, key) for head in heads]
         if node_in.type not in DTYPES:
             raise ModelError(
                 f"{key}: input {node_in.name!r} has dtype {_dtype_name(node_in.type)}, expected "
                 f"one of {', '.join(DTYPES.values())}; export the network with one of these"
             )
         output_dtypes = DTYPES | EXTRA_OUTPUT_DTYPES
-        if node_out.type not in output_dtypes:
-            raise ModelError(
-                f"{key}: output {node_out.name!r} has type {_dtype_name(node_out.type)}, expected "
-                f"a tensor of numbers; {EXPORT_ADVICE}"
-            )
-        axes = tuple(n if isinstance(n, int) and n > 0 else None for n in node_in.shape)
-        dtypes = DTYPES[node_in.type], output_dtypes[node_out.type]
-        return cls(path, node_in.name, node_out.name, dtypes[0], axes, dtypes[1])
+        for node in used:
+            if node.type not in output_dtypes:
+                raise ModelError(
+                    f"{key}: output {node.name!r} has type {_dtype_name(node.type)}, expected a "
+                    f"tensor of numbers; {EXPORT_ADVICE}"
+                )
+        names = tuple(node.name for node in used)
+        return cls(
+            path,
+            node_in.name,
+            names,
+            DTYPES[node_in.type],
+            tuple(n if isinstance(n, int) and n > 0 else None for n in node_in.shape),
+            tuple(output_dtypes[node.type] for node in used),
+            tuple(node.name for node in nodes_out if node.name not in names),
+        )
 
     def layout(self, shapes: ItemShapes, steps: Steps) -> NetworkLayout:
         """Return the layout of the graph's batches for the shapes of a job."""
@@ -119,11 +139,25 @@ class Graph:
         )
 
 
-def _single(nodes: Sequence[Any], subject: str, plural: str) -> Any:
+def _output(nodes: Sequence[Any], head: HeadName, key: str) -> Any:
+    """Return the output node of a head, or raise ModelError."""
+    if head is None:
+        return _single(nodes, f"{key} has", "outputs", HEAD_ADVICE)
+    for number, node in enumerate(nodes):
+        if head in (number, node.name):
+            return node
+    names = listed([node.name for node in nodes])
+    raise missing_head(
+        f"no head {head!r} in {key.removeprefix('model_config.model_file: ')}, which has the "
+        f"outputs {names}; use one of these, or its number, as head"
+    )
+
+
+def _single(nodes: Sequence[Any], subject: str, plural: str, advice: str = EXPORT_ADVICE) -> Any:
     """Return the only node, or raise ModelError."""
     if len(nodes) != 1:
         names = ", ".join(node.name for node in nodes) or "none"
-        raise ModelError(f"{subject} {len(nodes)} {plural} ({names}), expected 1; {EXPORT_ADVICE}")
+        raise ModelError(f"{subject} {len(nodes)} {plural} ({names}), expected 1; {advice}")
     return nodes[0]
 
 

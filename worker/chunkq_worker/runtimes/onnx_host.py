@@ -49,29 +49,36 @@ class OnnxRuntime(HostRuntime):
         steps: Steps,
         layout: NetworkLayout,
     ) -> None:
-        super().__init__(model, steps)
+        super().__init__(model, steps, layout.shapes)
         self._session, self._graph, self._layout = session, graph, layout
+        self._reader.unused = graph.unused
         self._moves: dict[Axes, Move] = {}
         # TensorRT builds an engine, which takes minutes, for each new batch size.
         is_specialized = model.provider == "tensorrt"
         self.any_batch = bool(graph.axes) and graph.axes[0] is None and not is_specialized
 
     @override
-    def _run(self, inputs: Array) -> Array:
+    def _run(self, inputs: Array) -> Any:
         item: Axes = tuple(inputs.shape[1:])
         if item not in self._moves:
             self._moves[item] = self._layout.choose(
                 self._layout.input_moves(item),
-                lambda move: tuple(self._run_moved(inputs, move).shape[1:]),
+                lambda move: [tuple(o.shape[1:]) for o in self._run_moved(inputs, move)],
                 is_final=self.is_out_of_memory,
             )
         move = self._moves[item]
-        outputs = self._run_moved(inputs, move)
-        output_move = self._layout.output_move(item, move, tuple(outputs.shape[1:]))
-        return output_move.apply(outputs, self._permute)
+        outputs = []
+        for number, output in enumerate(self._run_moved(inputs, move)):
+            shape = tuple(output.shape[1:])
+            output_move = self._layout.output_move(item, move, shape, number)
+            outputs.append(output_move.apply(output, self._permute))
+        if self._steps.postprocessing_protected is None:
+            return tuple(outputs)
+        has_names = self._layout.shapes.names != (None,)
+        return dict(zip(self._graph.outputs, outputs, strict=True)) if has_names else outputs[0]
 
-    def _run_moved(self, inputs: Array, move: Move) -> Array:
-        """Return the output of the graph, with its axes in the order of the graph."""
+    def _run_moved(self, inputs: Array, move: Move) -> Sequence[Array]:
+        """Return the outputs that are read, with their axes in the order of the graph."""
         moved = move.apply(inputs, self._permute)
         self._graph.check_batch(tuple(moved.shape), str(moved.dtype).removeprefix("torch."))
         return self._run_session(moved)
@@ -79,10 +86,11 @@ class OnnxRuntime(HostRuntime):
     def _permute(self, array: Array, axes: tuple[int, ...]) -> Array:
         return np.ascontiguousarray(np.transpose(array, axes))
 
-    def _run_session(self, inputs: Array) -> Array:
-        """Return the output of the graph for a batch that `Graph.check_batch` accepts."""
+    def _run_session(self, inputs: Array) -> Sequence[Array]:
+        """Return the outputs that are read for a batch that `Graph.check_batch` accepts."""
         feed = {self._graph.input: np.ascontiguousarray(inputs)}
-        return self._session.run([self._graph.output], feed)[0]
+        outputs: Sequence[Array] = self._session.run([*self._graph.outputs], feed)
+        return outputs
 
     @override
     def is_out_of_memory(self, error: BaseException) -> bool:
@@ -116,7 +124,8 @@ def open_graph(
     """Open the graph that the job names and validate it against `model_config`."""
     path = model.model_file or ""
     session = open_session(path, threads, providers)
-    graph = Graph.from_session(session, path)
+    has_step = steps.postprocessing_protected is not None
+    graph = Graph.from_session(session, path, shapes.names, has_step=has_step)
     layout = graph.layout(shapes, steps)
     graph.check_config(model, steps, layout)
     provider_names = ", ".join(session.get_providers())

@@ -255,7 +255,7 @@ class GraphReplay:
         self._captured: dict[Any, tuple[torch.Tensor, Callable[[], None], Any]] = {}
 
     def __call__(self, batch: torch.Tensor) -> Any:
-        """Return the output of the network, copied if it is a tensor."""
+        """Return the output of the network, copied if it is a tensor or a tuple of tensors."""
         key = (tuple(batch.shape), batch.dtype, batch.stride())
         if key not in self._captured:
             static_batch = torch.empty_like(batch)
@@ -267,7 +267,10 @@ class GraphReplay:
         static_batch, replay, output = self._captured[key]
         static_batch.copy_(batch)
         replay()
-        return output.clone() if isinstance(output, torch.Tensor) else output
+        if isinstance(output, torch.Tensor):
+            return output.clone()
+        is_plain = type(output) is tuple and all(map(torch.is_tensor, output))
+        return tuple(tensor.clone() for tensor in output) if is_plain else output
 
     def clear(self) -> None:
         """Release all captures and their memory."""

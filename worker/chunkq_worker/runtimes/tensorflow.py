@@ -20,7 +20,7 @@ from chunkq_worker.runtimes.axis_moves import Axes, Move, format_axes
 from chunkq_worker.runtimes.base import Runtime, not_real
 from chunkq_worker.runtimes.item_shapes import ItemShapes
 from chunkq_worker.runtimes.network_layout import NetworkLayout
-from chunkq_worker.runtimes.returned_values import prediction_in
+from chunkq_worker.runtimes.returned_values import HeadReader
 from chunkq_worker.runtimes.tensorflow_files import LOADERS, Network
 from chunkq_worker.runtimes.tensorflow_import import tf, without_log_output
 from chunkq_worker.runtimes.tensorflow_objects import object_network
@@ -52,6 +52,12 @@ class TensorFlowRuntime(Runtime):
         self._object = network
         self.device, self._steps, self._model, self._shapes = model.device, steps, model, shapes
         self._network: Network | None = None
+        self._reader = HeadReader(
+            shapes.names,
+            _is_tensor,
+            "tensor",
+            has_step=steps.postprocessing_protected is not None,
+        )
         self._load_network()
         self._moves: dict[Axes, Move] = {}
         self._dtype = tf.dtypes.as_dtype(model.dtype)
@@ -83,7 +89,7 @@ class TensorFlowRuntime(Runtime):
                     self._open_network().prepare(moves[0].apply(inputs, tf.transpose))
 
     @override
-    def __call__(self, batch: npt.NDArray[Any]) -> Array:
+    def __call__(self, batch: npt.NDArray[Any]) -> tuple[Array, ...]:
         if self._torch is not None:
             # torch may still read the last result, whose memory TensorFlow can reuse.
             self._torch.cuda.current_stream().synchronize()
@@ -95,13 +101,12 @@ class TensorFlowRuntime(Runtime):
                 self._watch.receive(inputs.numpy())
             outputs = self._forward(inputs)
             if self._steps.postprocessing_protected is not None:
-                outputs = tf.convert_to_tensor(self._steps.postprocessing_protected(outputs))
-            self.output_dtype = outputs.dtype.name
-            if not (outputs.dtype.is_floating or outputs.dtype.is_integer or outputs.dtype.is_bool):
-                raise not_real("the network", self.output_dtype)
-            if outputs.dtype != tf.float64:
-                outputs = tf.cast(outputs, tf.float32)
-        return self._as_array(outputs)
+                returned = self._reader.from_step(self._steps.postprocessing_protected(outputs))
+                outputs = [tf.convert_to_tensor(output) for output in returned]
+            self.unused_heads = self._reader.unused
+            self.output_dtypes = tuple(output.dtype.name for output in outputs)
+            floats = [_as_float(output) for output in outputs]
+        return self._as_arrays(floats)
 
     def _cast(self, batch: npt.NDArray[Any]) -> Any:
         return tf.cast(tf.convert_to_tensor(batch), self._dtype)
@@ -136,33 +141,37 @@ class TensorFlowRuntime(Runtime):
             )
         return self._moves[item]
 
-    def _trace(self, inputs: Any, move: Move) -> Axes:
+    def _trace(self, inputs: Any, move: Move) -> Sequence[Axes]:
         """Build the network, load its weights and trace its graph for this batch shape.
 
-        Return the shape of an item of the network's output; unknown lengths are None.
+        Return the shape of an item of each head, or of each array that a step gets. Unknown lengths
+        are None.
         """
         network, layout, item = self._open_network(), self._layout, tuple(inputs.shape[1:])
         has_step = self._steps.postprocessing_protected is not None
         network.prepare(move.apply(inputs, tf.transpose))
-        output: Axes = ()
+        outputs: list[Axes] = []
 
-        def moved(tensor: Any) -> Any:
-            nonlocal output
+        def moved(tensor: Any, number: int = 0) -> Any:
             if not _is_tensor(tensor) or tensor.shape.rank is None:
+                outputs.append(())
                 return tensor
-            output = tuple(tensor.shape[1:])
-            return layout.output_move(item, move, output).apply(tensor, tf.transpose)
+            outputs.append(tuple(tensor.shape[1:]))
+            move_back = layout.output_move(item, move, outputs[-1], number)
+            return move_back.apply(tensor, tf.transpose)
 
         def forward(batch: Any) -> Any:
-            returned = network(move.apply(batch, tf.transpose))
-            outputs = prediction_in(returned, _is_tensor, "tensor", has_step=has_step)
-            return tf.nest.map_structure(moved, outputs)
+            outputs.clear()
+            returned = self._reader.from_network(network(move.apply(batch, tf.transpose)))
+            if has_step:
+                return tf.nest.map_structure(moved, returned)
+            return tuple(moved(tensor, number) for number, tensor in enumerate(returned))
 
         spec = tf.TensorSpec(inputs.shape, inputs.dtype)
         # Keras, too, runs networks without autograph.
         graph = tf.function(forward, autograph=False).get_concrete_function(spec)
         self._traced = (_key(inputs), graph)
-        return output
+        return outputs
 
     def _open_network(self) -> Network:
         if self._network is None:
@@ -180,7 +189,7 @@ class TensorFlowRuntime(Runtime):
             if self.is_out_of_memory(error):
                 raise
             hint = self._shape_hint(inputs.shape[0])
-            written = list(self._shapes.written_shapes[0])
+            written = list(self._shapes.written)
             raise ModelError(shape_problem(error, inputs.shape, written) + hint) from error
 
     def _shape_hint(self, batch_size: int) -> str:
@@ -192,17 +201,18 @@ class TensorFlowRuntime(Runtime):
         shape = self._layout.shape_to_set()
         if spec[0][0] not in (None, batch_size):
             return f"{hint}; set max_batch_size: {spec[0][0]}"
-        is_set = shape in (None, list(self._shapes.written_shapes[0]))
+        is_set = shape in (None, list(self._shapes.written))
         return hint if is_set else f"{hint}; set model_input_shape: {shape}"
 
-    def _as_array(self, outputs: Any) -> Array:
+    def _as_arrays(self, outputs: Sequence[Any]) -> tuple[Array, ...]:
         if self._torch is not None:
             tf.test.experimental.sync_devices()  # torch uses other streams
-            tensor = self._torch.from_dlpack(tf.experimental.dlpack.to_dlpack(outputs))
-            return tensor.to("cuda")  # the last operation may have run on the host
-        array = np.asarray(outputs)
+            shared = map(tf.experimental.dlpack.to_dlpack, outputs)
+            # The last operation may have run on the host.
+            return tuple(self._torch.from_dlpack(tensor).to("cuda") for tensor in shared)
+        arrays = [np.asarray(output) for output in outputs]
         # Arrays that share memory with TensorFlow are read-only, but a step can modify its input.
-        return array if self._steps.postprocessing is None else array.copy()
+        return tuple(arrays if self._steps.postprocessing is None else [a.copy() for a in arrays])
 
     @override
     def zeros(self, shape: tuple[int, ...]) -> Array:
@@ -314,6 +324,14 @@ def _try_set(setter: Any, *values: Any) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def _as_float(output: Any) -> Any:
+    """Return a tensor as float32 or float64. Raise ModelError unless it has real numbers."""
+    dtype = output.dtype
+    if not (dtype.is_floating or dtype.is_integer or dtype.is_bool):
+        raise not_real("the network", dtype.name)
+    return output if dtype == tf.float64 else tf.cast(output, tf.float32)
 
 
 def _is_tensor(value: Any) -> bool:

@@ -158,14 +158,12 @@ class SavedNetwork(Network):
             )
         self._signature = signatures[name]
         inputs = self._signature.structured_input_signature[1]
-        outputs = self._signature.structured_outputs
-        for plural, names in (("inputs", inputs), ("outputs", outputs)):
-            if len(names) != 1:
-                listed = ", ".join(sorted(names)) or "none"
-                raise ModelError(
-                    f"{key}: signature {name} has {len(names)} {plural} ({listed}), expected 1; "
-                    f"{SAVE_ADVICE}"
-                )
+        if len(inputs) != 1:
+            listed = ", ".join(sorted(inputs)) or "none"
+            raise ModelError(
+                f"{key}: signature {name} has {len(inputs)} inputs ({listed}), expected 1; "
+                f"{SAVE_ADVICE}"
+            )
         [(self._input, spec)] = inputs.items()
         shape = None if spec.shape.rank is None else tuple(spec.shape)
         self.input_spec = (shape, spec.dtype.name)

@@ -17,11 +17,12 @@ from typing_extensions import override
 from chunkq.blend.combine import Array
 from chunkq.errors import ModelError
 from chunkq.job.model_config import HALF_PRECISIONS, ModelConfig
+from chunkq.plan.outputs import HeadName
 from chunkq.system import buffers
 from chunkq_worker.runtimes.base import BatchFeed, Runtime, not_real
 from chunkq_worker.runtimes.cache_folder import use_compiler_cache
 from chunkq_worker.runtimes.item_shapes import ItemShapes
-from chunkq_worker.runtimes.returned_values import prediction_in
+from chunkq_worker.runtimes.returned_values import HeadReader
 from chunkq_worker.runtimes.staging import (
     Accelerator,
     Cuda,
@@ -76,12 +77,19 @@ class TorchRuntime(Runtime):
         threads: int | None,
         accelerator: Accelerator | None = None,
         source: ObjectModule | None = None,
+        heads: Sequence[HeadName] = (None,),
     ) -> None:
         self.device, self._steps, self._threads = model.device, steps, threads
         self._source = source
         self._model, self._limits, self._module = model, loaded.limits, loaded.module
         self._saved, self._notes = loaded.saved, loaded.notes
         self._dtype: torch.dtype = getattr(torch, model.dtype)
+        self._reader = HeadReader(
+            heads,
+            torch.is_tensor,
+            "tensor",
+            has_step=steps.postprocessing_protected is not None,
+        )
         # Compiled and captured networks are specialized for one batch size, exported ones can be.
         is_specialized = model.compile or model.cuda_graph or model.type == "exported"
         self.any_batch = not is_specialized
@@ -101,7 +109,7 @@ class TorchRuntime(Runtime):
                 self._graph_replay = GraphReplay(accelerator, self._run_uncaptured)
 
     @override
-    def __call__(self, batch: npt.NDArray[Any] | SentBatch | torch.Tensor) -> Array:
+    def __call__(self, batch: npt.NDArray[Any] | SentBatch | torch.Tensor) -> tuple[Array, ...]:
         if self._threads is not None and torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)  # another job of this process can use another
         with (
@@ -123,21 +131,27 @@ class TorchRuntime(Runtime):
             if self._watch is not None:
                 self._watch.receive(inputs)
             outputs = self._forward(inputs)
-            is_tensor = isinstance(outputs, torch.Tensor)
             if self._steps.postprocessing_protected is not None:
-                outputs = self._steps.postprocessing_protected(outputs)
-            if not is_tensor and self._graph_replay is not None:
-                outputs = outputs.clone()  # a replay overwrites what it returned before
-            if outputs.device != device:
-                raise _other_device(outputs.device, device)
-            self.output_dtype = _dtype_name(outputs)
-            if outputs.is_complex():
-                raise not_real("the network", self.output_dtype)
-            if outputs.dtype == torch.float64:
-                return outputs
-            # On an accelerator, the first kernel that reads low precision converts it.
-            is_kept = self.accelerator is not None and outputs.dtype.is_floating_point
-            return outputs if is_kept else outputs.float()
+                is_tensor = isinstance(outputs, torch.Tensor)
+                outputs = self._reader.from_step(self._steps.postprocessing_protected(outputs))
+                if not is_tensor and self._graph_replay is not None:
+                    # a replay overwrites what it returned before
+                    outputs = tuple(output.clone() for output in outputs)
+            self.unused_heads = self._reader.unused
+            self.output_dtypes = tuple(map(_dtype_name, outputs))
+            return tuple(self._as_float(output, device) for output in outputs)
+
+    def _as_float(self, output: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Return the tensor of a head in a float dtype; raise ModelError if it cannot be used."""
+        if output.device != device:
+            raise _other_device(output.device, device)
+        if output.is_complex():
+            raise not_real("the network", _dtype_name(output))
+        if output.dtype == torch.float64:
+            return output
+        # On an accelerator, the first kernel that reads low precision converts it.
+        is_kept = self.accelerator is not None and output.dtype.is_floating_point
+        return output if is_kept else output.float()
 
     def _forward(self, inputs: torch.Tensor) -> Any:
         """Run the network. Raise ModelError for an error that the job file causes."""
@@ -155,11 +169,10 @@ class TorchRuntime(Runtime):
             raise
 
     def _run_uncaptured(self, inputs: torch.Tensor) -> Any:
-        """Return the prediction of the network, or all that it returns if a step picks."""
+        """Return the heads of the network, or what a step gets; see `HeadReader`."""
         with self._execution_context():
             returned = self._run(inputs)
-        has_step = self._steps.postprocessing_protected is not None
-        return prediction_in(returned, torch.is_tensor, "tensor", has_step=has_step)
+        return self._reader.from_network(returned)
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
@@ -315,7 +328,7 @@ def load(
             "process, or remove compile"
         )
     accelerator = Cuda() if model.device == "cuda" else None
-    return TorchRuntime(loaded, model, steps, threads, accelerator, source)
+    return TorchRuntime(loaded, model, steps, threads, accelerator, source, shapes.names)
 
 
 def _other_device(found: torch.device, expected: torch.device) -> ModelError:

@@ -9,7 +9,14 @@ from functools import cached_property
 from typing import Any
 
 from chunkq.errors import JobError
-from chunkq.job.axis_order import WrittenOrders, channels_first, input_channels, join, split
+from chunkq.job.axis_order import (
+    AxisOrder,
+    WrittenOrders,
+    channels_first,
+    input_channels,
+    join,
+    split,
+)
 from chunkq.job.job_file import Job, parse_job
 from chunkq.job.record import JobRecord
 from chunkq.plan.footprint import footprint
@@ -146,23 +153,30 @@ class SearchSpace:
         job, plan = self._record.job, self._plan
         model, rank = job.model, plan.rank
         channels = input_channels(model, plan.volume)
-        lost_axis = channels_first(model, rank, channels).lost_axis(rank)
-        outputs = tuple(
-            q if a == lost_axis else new - (p - q)
-            for a, (new, p, q) in enumerate(
-                zip(patch, plan.input_patch, plan.output_patch, strict=True)
-            )
-        )
-        orders = WrittenOrders.of(model, rank, channels)
-        shapes = {
-            "model_input_shape": (model.model_input_shape, orders.input, patch),
-            "model_output_shape": (model.model_output_shape, orders.output, outputs),
-        }
+        head = model.of_head(plan.heads[0].name)
+        lost_axis = channels_first(head, rank, channels).lost_axis(rank)
+
+        def resized(output: Shape) -> Shape:
+            axes = enumerate(zip(patch, plan.input_patch, output, strict=True))
+            return tuple(q if a == lost_axis else new - (p - q) for a, (new, p, q) in axes)
+
+        outputs = resized(plan.output_patch)
+        order = WrittenOrders.of(head, rank, channels).input
         changes: Changes = {
-            ("model_config", key): list(join(split(shape, order)[0], lengths, order))
-            for key, (shape, order, lengths) in shapes.items()
-            if shape is not None
+            ("model_config", "model_input_shape"): _with_patch(
+                model.model_input_shape, order, patch
+            )
         }
+        by_head = {}
+        for one in plan.heads:
+            written = model.of_head(one.name)
+            if written.output_shape is not None:
+                order = WrittenOrders.of(written, rank, channels).output
+                by_head[one.name] = _with_patch(written.output_shape, order, resized(one.patch))
+        if isinstance(model.model_output_shape, dict):
+            changes["model_config", "model_output_shape"] = by_head
+        elif by_head:
+            changes["model_config", "model_output_shape"] = by_head[plan.heads[0].name]
 
         def scaled(lengths: Sequence[int]) -> list[int]:
             sizes = zip(lengths, outputs, plan.output_patch, strict=True)
@@ -209,3 +223,8 @@ def _apply(job: Job, changes: Changes) -> Job:
             section = section[name]
         section[key] = value
     return parse_job(values)
+
+
+def _with_patch(shape: Shape, order: AxisOrder | None, patch: Shape) -> list[int]:
+    """Return a shape of an item with another patch; `order` says where its channels are."""
+    return list(join(split(shape, order)[0], patch, order))

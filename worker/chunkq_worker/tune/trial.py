@@ -235,7 +235,10 @@ class NetworkTrial(Trial):
         self._is_warm = False
 
     def _sample(self) -> npt.NDArray[Any]:
-        """Return the network's raw outputs for patches in the middle of the chunk (n, C, *Q)."""
+        """Return the raw outputs of the first head for patches in the middle of the chunk.
+
+        The array is (n, C, *Q).
+        """
         size, plan = self.engine.batcher.size, self.engine.plan
         number = SAMPLE_VALUES // sum(head.channels * prod(head.patch) for head in plan.heads)
         number = max(MIN_SAMPLE_PATCHES, min(MAX_SAMPLE_PATCHES, number))
@@ -246,7 +249,7 @@ class NetworkTrial(Trial):
             output = self.engine.batcher.raw(patches[first : first + size], self._halos, origin)
             if output is None:
                 raise TooLargeError(f"a batch of {size} does not fit")
-            outputs.append(output)
+            outputs.append(output[0])
         return np.concatenate(outputs)
 
 
