@@ -57,8 +57,8 @@ class ValueCheck:
     input_range: tuple[float, float] | None = None
     output_range: tuple[float, float] | None = None
     warnings: tuple[str, ...] = ()
-    has_preprocessing: bool = True
     output_ranges: tuple[tuple[str, tuple[float, float] | None], ...] = ()
+    has_preprocessing: bool = True
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the ranges as pairs of a label and a text."""
