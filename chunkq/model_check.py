@@ -63,15 +63,15 @@ class ValueCheck:
     def rows(self) -> list[tuple[str, str]]:
         """Return the ranges as pairs of a label and a text."""
         spans = [
-            ("input range", self.input_range, ", after preprocessing" * self.has_preprocessing),
+            ("input range", "", self.input_range, ", after preprocessing" * self.has_preprocessing),
             *(
-                (f"output range{name and f' of {name}'}", span, ", before any activation")
+                ("output range", f"{name}: " if name else "", span, ", before any activation")
                 for name, span in self.output_ranges or (("", self.output_range),)
             ),
         ]
         return [
-            (label, f"{span[0]:.4g} to {span[1]:.4g}{when}")
-            for label, span, when in spans
+            (label, f"{name}{span[0]:.4g} to {span[1]:.4g}{when}")
+            for label, name, span, when in spans
             if span is not None
         ]
 

@@ -37,7 +37,7 @@ FOREIGN = ("CHUNKQ_", "CUDA_", "NET_", "SBATCH_", "SLURM", "SRUN_")
 # - small machines: config_overrides, because the nodes declare more resources than exist;
 # - no idle waiting: the scheduler's intervals, KillWait and cred_expire. The last is also the
 #   delay of a requeued job (120 s by default; SLURM ignores less than 5);
-# - jobs of the partition `spare` are requeued for those of `main`, after a minute of grace.
+# - jobs of the partition `spare` are requeued for those of `main`; KillWait is their grace.
 CONFIGURATION = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -71,7 +71,7 @@ NodeName={nodes[1]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} {reso
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=2
-PartitionName=spare Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=spare Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1
 """
 RESOURCES = f"CPUs=64 RealMemory=512000 Gres=gpu:{GPUS}"
 
