@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from math import prod
 
 from chunkq.plan.plan import Chunk, Plan
 from chunkq.plan.sample_chunks import sample_chunks
 
+SHARD_COPIES = 3
+"""Copies of a shard in memory while it is written: decoded, compressed, and as one object."""
 SLAB_BYTES = 1 << 20
 """Bytes of sums that are added and reduced at a time, while they are in the CPU's cache."""
 
@@ -113,9 +116,17 @@ def _output_footprint(plan: Plan, chunk: Chunk) -> tuple[int, int, int, int]:
     incoming = sum(piece.box.size for piece in plan.incoming_pieces(chunk)) * sums_voxel
     largest_band = max((box.size for box in chunk.band_boxes), default=0)
     adding = min(largest_band * (sums_voxel + output_voxel), 2 * SLAB_BYTES)
+    shard = _shard_voxels(plan, chunk) * output.dtype.itemsize * SHARD_COPIES
     return (
         sums + max(argmax, results),
-        writing,
+        writing + shard,
         bands + rest + incoming,
-        adding + chunk.block.size * output_voxel,
+        max(adding, shard) + chunk.block.size * output_voxel,
     )
+
+
+def _shard_voxels(plan: Plan, chunk: Chunk) -> int:
+    """Return the number of voxels of a shard in a block; 0 without shards."""
+    if plan.storage_shards is None:
+        return 0
+    return prod(map(min, plan.storage_shards, chunk.block.shape))

@@ -59,7 +59,7 @@ def _run_on_workers(
         elif not warned and time.monotonic() - last_change > IDLE_SECONDS:
             warned = True
             log.warning(
-                "queue: no worker has reserved any of the %d blocks for %.0f s; start `chunkq "
+                "queue: no worker has reserved any of the %d tasks for %.0f s; start `chunkq "
                 "work`, or interrupt and finalize without --distribute",
                 counts.queued,
                 IDLE_SECONDS,
@@ -68,8 +68,9 @@ def _run_on_workers(
     failed = [task for task in executor.failed(job.id) if task.kind == kind]
     if failed:
         names = ", ".join(job.chunk_name(task.item, task.chunk) for task in failed[:6])
+        what = "blocks" if kind == "finalize" else f"{kind} tasks"
         raise ChunkqError(
-            f"finalize: {len(failed)} blocks failed ({names}); see `chunkq status`, fix the cause, "
+            f"finalize: {len(failed)} {what} failed ({names}); see `chunkq status`, fix the cause, "
             "then run `chunkq retry` and this command again",
             code=ErrorCode.BLOCKS_FAILED,
         )

@@ -105,6 +105,9 @@ class JobStatus:
     queue_problem: str | None = None
     lost_from_queue: bool = False
     """Whether chunks are not done, not failed and not on this queue, and the job is not active."""
+    level_parts: int = 0
+    level_parts_done: int = 0
+    """Parts of the levels of pyramids, and those that are written."""
 
 
 def job_status(job: JobHandle, executor: Executor | None, problem: str | None = None) -> JobStatus:
@@ -127,6 +130,7 @@ def job_status(job: JobHandle, executor: Executor | None, problem: str | None = 
             executor, problem = None, str(error)
     rate = _patches_per_second(recent)
     staging = Staging.of(job, needed=costs.chunks > done)
+    level_parts = sum(map(stage_of("downsample").count, job.items))
     remaining, patches_left = costs.chunks - done, costs.patches - patches_done
     voxels = sum(item.plan.region.size for item in job.items)
     voxels_per_patch = voxels / total_costs(item.plan for item in job.items).patches
@@ -162,6 +166,8 @@ def job_status(job: JobHandle, executor: Executor | None, problem: str | None = 
         failures=_failure_groups(job, failures, unexplained),
         queue_problem=problem,
         lost_from_queue=lost_from_queue,
+        level_parts=level_parts,
+        level_parts_done=job.recent_commits("downsample", 0).total if level_parts else 0,
     )
 
 
@@ -324,6 +330,8 @@ def _task_line(status: JobStatus) -> str:
             parts.append(f"{count} {label}")
     if status.blocks_finalized:
         parts.append(f"{status.blocks_finalized}/{status.blocks_to_finalize} blocks finalized")
+    if status.level_parts_done:
+        parts.append(f"{status.level_parts_done}/{status.level_parts} parts of pyramids")
     if status.sealed:
         parts.append("complete")
     return ", ".join(parts)

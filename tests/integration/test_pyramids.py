@@ -25,6 +25,7 @@ from tests.harness.small_job import small_workspace
 from tests.harness.volumes import random_volume, write_zarr
 from tests.harness.waiting import wait_until
 from tests.harness.workspace import Workspace, run_inline, run_tasks
+from tests.integration.test_outputs import scaled_workspace
 from tests.reference import reduce_cells
 
 Voxels = npt.NDArray[Any]
@@ -167,6 +168,27 @@ def test_each_output_of_a_job_has_levels_by_its_own_method(tmp_path: Path) -> No
     assert {chunk[0] for chunk in workspace.ledger.committed("downsample")} == {0, 1, 2}
 
 
+@pytest.mark.parametrize("roi", [None, [[16, None], [2, 21]]])
+def test_outputs_of_another_resolution_have_levels_and_shards_of_their_own(
+    tmp_path: Path, roi: Any
+) -> None:
+    outputs = {
+        "coarse": {"channels": 0, "scale": [2, 2], "storage_chunks": [2, 2]},
+        "shards": {"channels": 1, "scale": [2, 2], "storage_chunks": [2, 2]},
+        "tissue": {"combine": "soft", "scale": [2, 2], "storage_chunks": [8, 8]},
+    }
+    outputs["shards"]["storage_shards"] = [4, 8]
+    workspace = scaled_workspace(tmp_path, "pyramid", outputs, pyramid={"levels": 3}, roi=roi)
+    run(workspace)
+    for name, method in {"coarse": "mean", "shards": "mean", "tissue": "mode"}.items():
+        stored = levels(workspace.output / name)
+        assert_pyramid(stored, method, 3)
+        image = zarr.open_group(workspace.output / name, mode="r")
+        scales = [d["coordinateTransformations"][0]["scale"] for d in datasets(image)]
+        assert scales == [[2.0, 2.0], [4.0, 4.0], [8.0, 8.0]]
+        assert image["0"].shards == ((4, 8) if name == "shards" else None)
+
+
 def voxels(workspace: Workspace) -> dict[str, bytes]:
     """Return the files of all levels; the group's metadata contain the digest of the job."""
     return {name: content for name, content in workspace.stored().items() if name != "zarr.json"}
@@ -180,7 +202,15 @@ def test_workers_write_the_levels_before_the_job_is_finalized(tmp_path: Path) ->
     stage = stage_of("downsample")
     assert set(workspace.ledger.committed("downsample")) == set(stage.chunks(item))
     written = workspace.done("downsample")
+    status = workspace.status()
+    assert status["level_parts_done"] == status["level_parts"] == len(written)
+    text = f"{len(written)}/{len(written)} parts of pyramids"
+    assert text in workspace.call("status", workspace.output).ok().out
     workspace.finalize().ok()
+    report = workspace.report()
+    assert report["levels"]["tasks"] == report["levels"]["planned"] == len(written)
+    for kind in ("levels", "level_below"):
+        assert report["bytes"][kind] == report["planned_bytes"][kind] > 0
     assert workspace.done("downsample") == written
     one = small_workspace(tmp_path / "one", **AVERAGES)
     run(one)

@@ -290,10 +290,15 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
             (
                 "note",
                 f"{share:.0%} of the voxels need merging ({si(costs.piece_bytes, 'B')} of "
-                "temporary files); set a larger chunksize or smaller storage_chunks",
+                f"temporary files); set a larger chunksize or smaller {_stored_key(job)}",
             )
         )
     return rows
+
+
+def _stored_key(job: CheckedJob) -> str:
+    """Return the key with the shape of what is written at once."""
+    return "storage_chunks" if job.largest.storage_shards is None else "storage_shards"
 
 
 def _shards_text(plan: Plan) -> str:
