@@ -233,8 +233,9 @@ def _check_same(stored: JobRecord, record: JobRecord) -> None:
         )
     pairs = zip(stored.sources, _flat_identities(stored), _flat_identities(record), strict=True)
     problems = [
-        f"input: {without_secret(source.path)} was replaced since {output} was produced; "
-        "restore it, or use --overwrite to start again"
+        f"input: {without_secret(source.path)} was replaced since {output} was produced "
+        "(its size or time of change differs); restore it together with its time, or use "
+        "--overwrite to start again"
         for source, identity_then, identity_now in pairs
         if identity_then != identity_now
     ]

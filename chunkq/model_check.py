@@ -48,27 +48,29 @@ class MemoryCheck:
 class ValueCheck:
     """Smallest and largest finite values of one batch of patches.
 
-    `input_range` is that of what the network receives, after preprocessing, and `output_range` that
-    of what it returns, before any activation. `output_ranges` has that of each output with a name.
-    Ranges are None if there are no such values. `warnings` are lines about what the values suggest.
+    `input_range` is that of what the network receives, after the steps of `has_preprocessing`, and
+    `output_range` that of what it returns, before any activation. `output_ranges` has that of each
+    output with a name. Ranges are None if there are no such values. `warnings` are lines about what
+    the values suggest.
     """
 
     input_range: tuple[float, float] | None = None
     output_range: tuple[float, float] | None = None
     warnings: tuple[str, ...] = ()
     output_ranges: tuple[tuple[str, tuple[float, float] | None], ...] = ()
+    has_preprocessing: bool = True
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the ranges as pairs of a label and a text."""
         spans = [
-            ("input range", "", self.input_range, "after preprocessing"),
+            ("input range", "", self.input_range, ", after preprocessing" * self.has_preprocessing),
             *(
-                ("output range", f"{name}: " if name else "", span, "before any activation")
+                ("output range", f"{name}: " if name else "", span, ", before any activation")
                 for name, span in self.output_ranges or (("", self.output_range),)
             ),
         ]
         return [
-            (label, f"{name}{span[0]:.4g} to {span[1]:.4g}, {when}")
+            (label, f"{name}{span[0]:.4g} to {span[1]:.4g}{when}")
             for label, name, span, when in spans
             if span is not None
         ]

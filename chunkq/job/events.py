@@ -46,10 +46,11 @@ class StageProgress(Event):
 
 @dataclass(frozen=True, slots=True)
 class TaskEnded(Event):
-    """A worker has run a task for `seconds`."""
+    """A worker has run a task for `seconds`. `name` is that of its chunk in messages."""
 
     task: Task
     seconds: float
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ class TaskFailed(Event):
     task: Task
     attempt: int
     message: str
+    name: str = ""
 
 
 def ignore(event: Event) -> None:
@@ -70,11 +72,11 @@ def write_log(event: Event) -> None:
     match event:
         case Message(line):
             run_log.warning("%s", line)
-        case TaskEnded(task, seconds):
-            name = chunk_name(task.chunk)
+        case TaskEnded(task, seconds, name):
+            name = name or chunk_name(task.chunk)
             worker_log.info("%s chunk %s done in %.1f s", task.kind, name, seconds)
-        case TaskFailed(task, attempt, message):
-            name = chunk_name(task.chunk)
+        case TaskFailed(task, attempt, message, name):
+            name = name or chunk_name(task.chunk)
             worker_log.error("%s chunk %s, attempt %d: %s", task.kind, name, attempt, message)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -179,6 +180,10 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
+LABEL = re.compile(r"(?=.*[^\W\d])[^:,\[\]]+")
+"""Texts that can only be the name of a channel: neither an index nor a range or list of them."""
+
+
 def _as_picks(value: object) -> object:
     """Return picks with a list as a tuple. Raise PydanticCustomError if they are none."""
     entries = _as_tuple(value)
@@ -187,6 +192,13 @@ def _as_picks(value: object) -> object:
     if is_range or is_list or (_is_index_or_label(entries) and not isinstance(entries, str)):
         return entries
     raise PydanticCustomError("picks", "expected a list, an index, or a range such as '0:3'")
+
+
+def _as_channels(value: object) -> object:
+    """Return `_as_picks`, also of a single label that can be no number and no range."""
+    if isinstance(value, str) and LABEL.fullmatch(value) and value.lower() != "all":
+        return (value,)
+    return _as_picks(value)
 
 
 def _is_index_or_label(value: object) -> bool:
@@ -226,6 +238,7 @@ Orientation = Annotated[str, BeforeValidator(_as_orientation)]
 
 
 Picks = Annotated[int | str | tuple[int | str, ...], BeforeValidator(_as_picks)]
+Channels = Annotated[int | str | tuple[int | str, ...], BeforeValidator(_as_channels)]
 
 
 class InputConfig(Section):
@@ -264,11 +277,11 @@ class InputConfig(Section):
         ),
     ] = None
     channels: Annotated[
-        Picks | None,
+        Channels | None,
         key_doc(
             "Input and output",
-            "Channels in the order of the network: a list of indices and OME labels, one index, or "
-            "a half-open range.",
+            "Channels in the order of the network: a list of indices and OME labels, one of them, "
+            "or a half-open range.",
             example=[2, "DAPI"],
             unit=None,
             omitted="all",

@@ -377,8 +377,8 @@ def _check_source(source: ImageSource, identity: str, key: str) -> None:
         raise ChunkReadError(f"{key}: {path} is missing; restore it", code=ErrorCode.INPUT_MISSING)
     if current != identity:
         raise ChunkReadError(
-            f"{key}: {path} was replaced since the job was produced; restore it, or use "
-            "--overwrite to start again",
+            f"{key}: {path} was replaced since the job was produced (its size or time of "
+            "change differs); restore it together with its time, or use --overwrite to start again",
             code=ErrorCode.INPUT_CHANGED,
         )
 

@@ -64,7 +64,11 @@ def checked_scheme(url: str) -> str:
     scheme = url.partition("://")[0]
     if "://" not in url or (scheme not in BACKENDS and scheme not in EXTENSIONS.find()):
         known = schemes()
-        hint = _foreign_hint(scheme) or suggestion(scheme, known)
+        name = url.partition(":")[0]
+        if "://" not in url and name in known:
+            hint = f"; use two slashes after {name}:"
+        else:
+            hint = _foreign_hint(scheme) or suggestion(scheme, known)
         printed = re.sub(r"(?s)^([\w+.-]*:/*)?.*@", r"\1***@", url)
         raise JobError(
             f"queue: {printed}: unknown scheme; "

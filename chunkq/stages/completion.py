@@ -152,7 +152,7 @@ def _advice(job: JobHandle, missing: Collection[str]) -> str:
     names = {job.chunk_name(f.item, f.chunk) for f in failed_tasks if f.kind in counted}
     failed = len(names & {*missing})
     if not failed:
-        return "run `chunkq work`"
+        return "run `chunkq work`, or `chunkq run` again if the queue has none of them"
     return (
         f"{failed} failed; run `chunkq status {output}` to see why, then `chunkq retry {output}` "
         "and `chunkq work`"

@@ -180,6 +180,9 @@ def _legend(figure: Figure, plan: Plan, drawn: Sequence[int], layers: Sequence[L
             label=f"storage chunks of {_lengths(plan.storage_chunks)}, in one block",
         ),
     ]  # fmt: skip
+    if plan.costs.chunks < plan.costs.blocks:
+        label = "blocks without patches, predicted by the chunks beside them"
+        entries.insert(1, Patch(facecolor=VOLUME, edgecolor="none", label=label))
     if plan.grid.region is not None:
         label = f"region {_lengths(plan.region.shape)}"
         entries.append(Patch(facecolor="none", edgecolor=REGION, linewidth=2, label=label))

@@ -16,6 +16,7 @@ import torch
 from chunkq_worker.batching import Batcher
 from chunkq_worker.runtimes.returned_values import prediction_in
 from chunkq_worker.runtimes.torch_checkpoint import PLACEHOLDERS
+from chunkq_worker.runtimes.torch_weights import NetworkNames, assemble_parts
 from chunkq_worker.steps import Steps
 from safetensors.torch import save as to_safetensors
 
@@ -108,6 +109,26 @@ def test_the_weights_that_fit_the_class_are_loaded_and_named(tmp_path: Path, for
     assert len(runtime.notes()) == bool(named)
     assert_contains("".join(runtime.notes()), *named)
     assert not runtime.created_values()
+
+
+def test_weights_in_one_part_per_submodule_are_put_together() -> None:
+    parts = {"encoder": torch.nn.Conv2d(1, 2, 3), "decoder": torch.nn.Conv2d(2, 1, 3)}
+    module = torch.nn.ModuleDict(parts)
+    names = NetworkNames.of(module)
+    states = {key: part.state_dict() for key, part in parts.items()}
+    content = {"epoch": 3, "encoder_state": states["encoder"], "net": {"dec": states["decoder"]}}
+    assembled = assemble_parts(content, names)
+    assert assembled is not None
+    state, line = assembled
+    assert {name: id(value) for name, value in state.items()} == {
+        f"{key}.{name}": id(value) for key, part in states.items() for name, value in part.items()
+    }
+    assert_contains(line, "encoder_state", "net.dec", "encoder", "decoder")
+    assert assemble_parts({"encoder_state": states["encoder"]}, names) is None
+    twins = torch.nn.ModuleDict({"left": parts["encoder"], "right": torch.nn.Conv2d(1, 2, 3)})
+    both = NetworkNames.of(twins)
+    assert assemble_parts({"weights": states["encoder"]}, both) is None
+    assert assemble_parts({"a": states["encoder"], "b": states["encoder"]}, both) is None
 
 
 def test_weights_in_half_precision_are_loaded(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from chunkq_worker.commands.tune import _check_editable
+from chunkq_worker.tune.file import JobFile
 from chunkq_worker.tune.search import Setting
 from chunkq_worker.tune.space import SearchSpace
 
@@ -364,6 +366,8 @@ def test_every_chunk_shape_is_a_valid_job(workspace: Workspace) -> None:
         job = load_job(values)
         record = JobRecord.create(job, [find_source(job.input[0])])
         plan, space = record.plan(), SearchSpace(record)
+        # A CPU does not permit cuda_graph; the job file can be edited nevertheless.
+        _check_editable(JobFile.read(workspace.folder / "job.yaml"), space)
         assert None in space.chunk_shapes
         for chunk in space.chunk_shapes:
             changed = space.record(Setting(4, 1, chunk=chunk)).plan()

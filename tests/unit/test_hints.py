@@ -122,7 +122,6 @@ SPELLINGS: dict[str, dict[str, dict[Any, str]]] = {
         "anonymous": {"yes": "true", 0: "false", "false": "false", None: "remove the key"},
         "axes": {"ZYX": "zyx", "z,y,x": "zyx", "z y x": "zyx", "zyq": "tczyx", 3: "tczyx"},
         "channels": {
-            "GFP": "['GFP']",
             "GFP,DAPI": "['GFP', 'DAPI']",
             "0,1": "[0, 1]",
             "0-2": "'0:3'",

@@ -666,7 +666,7 @@ def input_of(value: Any) -> Job:
         ({"path": "a.zarr", "order": "zyq"}, ["input.order: "]),
         ({"path": "a.zarr", "level": -1}, ["input.level: "]),
         ({"path": "a.zarr", "channels": [1.5]}, ["input.channels: "]),
-        ({"path": "a.zarr", "channels": "DAPI"}, ["input.channels: "]),
+        ({"path": "a.zarr", "channels": "DAPI, GFP"}, ["input.channels: "]),
         ({"path": "a.zarr", "channels": []}, ["input.channels: "]),
         ({"path": "a.zarr", "time": True}, ["input.time: "]),
         (["a.zarr", {"path": "b.zarr", "axes": "", "level": 1.5}],

@@ -93,5 +93,17 @@ def test_a_batch_of_several_inputs_names_their_number() -> None:
     joined = made.model.model_copy(update={"join_dim": 1})
     both = replace(made.plan.volume, dtypes=("uint8", "uint8"))
     plan = replace(made.plan, volume=both)
-    line = ShapeTexts(joined, plan, (2, 8, 8), made.outputs, Steps()).wrong_input(4)
+    joint = ShapeTexts(joined, plan, (2, 8, 8), made.outputs, Steps())
+    line = joint.wrong_input(4, ValueError("shapes"))
     assert "[4, 2, 8, 8] (4 × model_config.model_input_shape of 2 inputs)" in line
+
+
+def test_advice_about_the_patch_follows_from_its_lengths_and_the_kind_of_error() -> None:
+    odd = texts("torch", (1, 10, 16), (1, 10, 16))
+    assert "try patches of [16, 16]" in odd.wrong_input(4, ValueError("sizes"))
+    assert "try patches of [16, 16]" in odd.wrong_output(4, (4, 1, 12, 16))
+    assert "patches" not in odd.wrong_input(4, NameError("name"))
+    even = texts("torch", (1, 16, 16), (1, 16, 16)).wrong_input(4, ValueError("sizes"))
+    assert "try patches" not in even
+    slices = texts("torch", (1, 1, 16), (1, 1, 16)).wrong_input(4, ValueError("sizes"))
+    assert "remove axis 2 of the batch in preprocessing_protected" in slices

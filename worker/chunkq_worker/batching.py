@@ -27,6 +27,7 @@ from chunkq_worker.cancellation import check_stopped
 from chunkq_worker.network_heads import head_names, head_of, network_heads, source_of_output
 from chunkq_worker.output_checks import OutputChecks
 from chunkq_worker.output_predictions import OutputPredictions, format_box
+from chunkq_worker.resolution_check import check_resolution
 from chunkq_worker.runtimes.base import BatchFeed, Runtime, not_real, real_numbers
 from chunkq_worker.steps import KEY, Steps, after_step
 from chunkq_worker.user_errors import source_of
@@ -139,7 +140,7 @@ class Batcher:
         """Return the error for a network that fails; its cause is `error`."""
         failed = ModelError(
             f"{source_of(error)} raised {type(error).__name__} on {batch}: "
-            f"{_end_of(str(error))}; {self._heads[0].texts.wrong_input(self.size)}"
+            f"{_end_of(str(error))}; {self._heads[0].texts.wrong_input(self.size, error)}"
         )
         failed.__cause__ = error
         return failed
@@ -185,6 +186,9 @@ class Batcher:
                 predictions = self._predictions.checked(outputs, batch, explain)
             self.patches_run += len(batch)
             yield batch, predictions
+        if patches and self.checks is not None and not self.checks.is_resolution_checked:
+            self.checks.is_resolution_checked = True  # last, since noise replaces the predictions
+            check_resolution(self.raw, self._plan, patches[0], halos)
 
     def check_input(
         self, halos: Halos, origin: Sequence[int], patches: Sequence[Patch] | None = None

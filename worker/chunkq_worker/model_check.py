@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any, BinaryIO
 
@@ -146,7 +147,8 @@ def _run_batches(engine: InferenceEngine, record: JobRecord) -> ValueCheck:
         check_on_patches(record, engine.plan, engine.batcher)
     if not engine.batcher.has_run:
         engine.batcher.warm_up()
-    return watch.result()
+    has_steps = record.job.model.processing_steps is not None
+    return replace(watch.result(), has_preprocessing=has_steps)
 
 
 def _measure_memory(engine: InferenceEngine, job: JobHandle, depth: int) -> MemoryCheck:

@@ -41,7 +41,8 @@ class OutputChecks:
     `outputs` are those of the job; a batch has one array for each of their heads. `repeats` is the
     number of repetitions of a batch. `is_stochastic` permits that outputs differ. `warnings`
     collects what the checks found and a job may nevertheless do. `report` is called with each of
-    them.
+    them. `is_resolution_checked` is set by the batcher that has checked the resolution of the
+    outputs.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class OutputChecks:
         self.warnings: list[str] = []
         self.report: Callable[[str], None] = log.warning
         self.is_repeated = is_stochastic
+        self.is_resolution_checked = False
         self._outputs, self._heads = tuple(outputs), head_names(outputs)
         self._labels = [LabelDetector(output, source_of_output(output)) for output in outputs]
         self._states: tuple[Any, ...] = ()

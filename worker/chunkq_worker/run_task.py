@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import replace
 
 from chunkq.errors import (
@@ -65,7 +66,7 @@ def run_task(task: Task, attempt: Attempt, emit: Sink = write_log) -> TaskResult
     except (Exception, SystemExit) as error:
         record_failure(task, attempt, error, emit)
         raise
-    emit(TaskEnded(task, time.time() - started))
+    emit(TaskEnded(task, time.time() - started, job.chunk_name(task.item, task.chunk)))
     return result
 
 
@@ -128,7 +129,10 @@ def record_failure(
     message = str(error) or type(error).__name__
     if not isinstance(error, ChunkqError):
         message = f"{type(error).__name__}: {message}"
-    emit(TaskFailed(task, attempt.number, message))
+    name = ""
+    with suppress(Exception):  # the job itself can be what cannot be read
+        name = _open_job(task.job, task.epoch).chunk_name(task.item, task.chunk)
+    emit(TaskFailed(task, attempt.number, message, name))
     failure = Failure(
         kind=task.kind,
         item=task.item,

@@ -12,6 +12,10 @@ from chunkq_worker.runtimes.axis_moves import Move
 from chunkq_worker.steps import KEY, Steps
 
 Shape = tuple[int, ...]
+CODE_ERRORS = (NameError, AttributeError, ImportError, KeyError, OSError, AssertionError)
+"""Errors that another shape seldom prevents."""
+EVEN = 16
+"""Patch lengths that are multiples of it can be halved four times."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +43,13 @@ class ShapeTexts:
         source = f" of {inputs} inputs" if inputs > 1 else ""
         return f"{shape} ({count} × model_config.model_input_shape{source})"
 
-    def wrong_input(self, count: int) -> str:
+    def wrong_input(self, count: int, error: Exception) -> str:
         """Return the end of a message about a network that fails for a batch."""
-        hint = self._channel_hint()
-        return f"the batch has shape {self.batch(count)}; check it and the network{hint}"
+        shape = f"the batch has shape {self.batch(count)}"
+        if isinstance(error, CODE_ERRORS):
+            return f"{shape}; fix the code"
+        hint = self._channel_hint() + self._slice_hint() + self._size_hint()
+        return f"{shape}; check it and the network{hint}"
 
     def wrong_output(self, count: int, shape: Shape) -> str:
         """Return the message for an output of a wrong shape for a batch of `count` items."""
@@ -100,7 +107,7 @@ class ShapeTexts:
         if output is None:
             return (
                 "fix the network, whose output must be as large as the patch or smaller by an even "
-                f"number{hint}"
+                f"number{hint}{self._size_hint()}"
             )
         return f"set {self._key}: {list(output)}, or fix the network{hint}"
 
@@ -128,6 +135,25 @@ class ShapeTexts:
         if not self._has_steps_after:
             return ""
         return f"; steps get channels first, so remove one of {KEY} that moves axes"
+
+    def _slice_hint(self) -> str:
+        """Return what to do if a patch with an axis of one voxel is for a network of less axes."""
+        patch, rank = self.plan.input_patch, self.plan.rank
+        if self.model.lost_dim is not None or 1 not in patch or rank < 2:
+            return ""
+        axis = patch.index(1) + len(self.item) - rank + 1
+        return (
+            f"; if it has no axis for the patch's length of 1, remove axis {axis} of the batch in "
+            f"preprocessing_protected of {KEY}, and insert it in postprocessing_protected"
+        )
+
+    def _size_hint(self) -> str:
+        """Return which patch sizes to try if the network can halve the patch several times."""
+        patch = self.plan.input_patch
+        if not any(length > 1 and length % EVEN for length in patch):
+            return ""
+        sizes = [length if length == 1 else -(-length // EVEN) * EVEN for length in patch]
+        return f"; if it halves the patch several times, try patches of {sizes}"
 
     def _channel_hint(self) -> str:
         """Return what to try if the declared input has no channel axis, else nothing."""

@@ -90,9 +90,11 @@ def print_result(job: JobHandle, report: dict[str, Any]) -> None:
     if report["missing"]:
         print_text(f"incomplete: {output} ({chunk_count(len(report['missing']))} missing)")
         return
+    finalized = report["finalized_blocks"]
+    blocks = f"{finalized} blocks finalized, " if finalized else ""
     print_text(
         f"complete: {output} ({report['chunks']} chunks, {report['patches']} patches, "
-        f"{report['finalized_blocks']} blocks finalized, {duration(report['wall_seconds'])})"
+        f"{blocks}{duration(report['wall_seconds'])})"
     )
     print_text(time_summary(report))
 

@@ -122,6 +122,7 @@ def fetched(timing: Timing) -> str | None:
     text = f"{si(fetching.bytes, 'B')} of stored input in {count(fetching.requests)} requests"
     if fetching.storage_chunks:
         text += f", {fetching.requests / fetching.storage_chunks:.2f} per storage chunk"
+        text += " (each worker process has a cache of its own)"
     return text
 
 

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -40,7 +40,7 @@ from chunkq_worker.child_env import child_env
 from chunkq_worker.commands.work import parse_duration
 from chunkq_worker.devices import slots
 from chunkq_worker.tune.file import UNEDITABLE, JobFile
-from chunkq_worker.tune.options import with_network_options
+from chunkq_worker.tune.options import SWITCHES, with_network_options
 from chunkq_worker.tune.process import Trials
 from chunkq_worker.tune.search import (
     Limits,
@@ -52,7 +52,7 @@ from chunkq_worker.tune.search import (
     Setting,
     Stage,
 )
-from chunkq_worker.tune.space import SearchSpace
+from chunkq_worker.tune.space import Changes, SearchSpace
 from chunkq_worker.tune.table import (
     build_table,
     comment_lines,
@@ -269,15 +269,10 @@ def _check_editable(file: JobFile, space: SearchSpace) -> None:
     start = space.start(1)
     try:
         chunk = next((shape for shape in space.chunk_shapes if shape is not None), None)
-        other = Setting(
-            start.batch + 1,
-            1,
-            not start.compile,
-            not start.channels_last,
-            not start.cuda_graph,
-            chunk=chunk,
-        )
-        file.changed(space.changes(other), "", ())
+        other = replace(start, batch=start.batch + 1, depth=1, chunk=chunk)
+        # The job may not permit a switch, as a CPU does not permit cuda_graph: its key is enough.
+        switches: Changes = {("model_config", key): not getattr(start, key) for key in SWITCHES}
+        file.changed(space.changes(other) | switches, "", ())
     except ChunkqError as error:
         if error.code is not ErrorCode.JOB_FILE_UNEDITABLE:
             raise

@@ -21,6 +21,7 @@ from chunkq.job.allowed_paths import (
     AllowedPaths,
     allowed_job_path,
 )
+from chunkq.job.job_folder import JobFolder
 from chunkq.job.job_path import job_folder_of, output_of, output_path
 from chunkq.job.tasks import JobId, chunk_count
 from chunkq.paths import without_secret
@@ -147,6 +148,8 @@ def work(
     for line in () if lifeline else executor.risks():
         click.echo(f"chunkq: warning: {line}", err=True)
     before = _jobs(executor, folder)
+    if folder is not None and not before and not lifeline:
+        click.echo(f"chunkq: warning: {_not_queued(folder)}", err=True)
     code = supervisor.run(executor)
     after = _jobs(executor, folder)
     executor.close()
@@ -173,6 +176,14 @@ def work(
             [],
         )
     sys.exit(code)
+
+
+def _not_queued(folder: str) -> str:
+    """Return what to print for a job of which the queue has no task."""
+    output = without_secret(output_of(folder))
+    if JobFolder(folder).read_record() is None:
+        return f"--job: no job at {output}; fix the path"
+    return f"--job: no chunk of {output} is on this queue"
 
 
 def _jobs(executor: Executor, path: str | None) -> dict[JobId, TaskCounts]:

@@ -55,9 +55,13 @@ def instantiate(
         with nullcontext() if model.class_file is None else sibling_imports(model.class_file):
             return definition(**kwargs)
     except (Exception, SystemExit) as error:
+        hint = (
+            f"fix the class or its arguments ({', '.join(sorted(kwargs))}) in kwargs_file"
+            if kwargs
+            else "fix the class, or set its arguments in model_config.kwargs_file"
+        )
         raise ModelError(
-            f"{CLASS_NAME}: {model.class_name}(**kwargs) raised "
-            f"{one_line(error)[:300]}; fix the class or its kwargs {sorted(kwargs)}"
+            f"{CLASS_NAME}: {model.class_name}(**kwargs) raised {one_line(error)[:300]}; {hint}"
         ) from error
 
 

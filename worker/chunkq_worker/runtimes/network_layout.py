@@ -216,11 +216,14 @@ class NetworkLayout:
         )
 
     def shape_to_set(self) -> list[int] | None:
-        """Return the shape for the job that fits the network, None if the number of axes differs.
+        """Return the shape for the job that fits the network.
 
-        The axis of `join_dim` stays 1.
+        It is None if the number of axes differs, or if the shape of the job fits. The axis of
+        `join_dim` stays 1.
         """
         item, axes = self.shapes.input, self.axes or ()
+        if self._fitting_moves(item):
+            return None
         same_length = [m for m in self._possible(item) if len(m.after(item)) == len(axes)]
         if not same_length:
             return None

@@ -29,6 +29,8 @@ from chunkq_worker.runtimes.torch_weights import (
     STATE_KEYS,
     AmbiguousWeightsError,
     NetworkNames,
+    assemble_parts,
+    describe_misfit,
     nearest_state,
     select_weights,
 )
@@ -112,14 +114,19 @@ def _load_state(module: torch.nn.Module, path: str) -> str:
         raise ModelError(
             f"{key} has several weights that fit the class: {error}; save those to use alone"
         ) from error
-    # Without a fit, hooks of the network may nevertheless convert older names.
-    state = nearest_state(content, names) if fit is None else dict(fit.state)
+    note = "" if fit is None else fit.describe()
+    if fit is not None:
+        state = dict(fit.state)
+    elif (assembled := assemble_parts(content, names)) is not None:
+        state, note = assembled
+    else:  # hooks of the network may nevertheless convert older names
+        state = nearest_state(content, names)
     try:
         module.load_state_dict(state)
     except (RuntimeError, TypeError) as error:
-        message = " ".join(str(error).split())
-        raise ModelError(f"{key} does not fit the class: {message[:400]}") from error
-    note = "" if fit is None else fit.describe()
+        problem = describe_misfit(content, state, names.shapes) or " ".join(str(error).split())
+        advice = "use the checkpoint of this class, or set its arguments in kwargs_file"
+        raise ModelError(f"{key} does not fit the class: {problem[:400]}; {advice}") from error
     return note and f"{key}: {note}"
 
 

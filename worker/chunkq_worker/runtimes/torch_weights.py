@@ -119,6 +119,56 @@ def select_weights(content: Any, names: NetworkNames) -> Fit | None:
     return replace(first, others=tuple(fit.place for fit in fits if fit is not first))
 
 
+def assemble_parts(content: Any, names: NetworkNames) -> tuple[dict[str, Any], str] | None:
+    """Put the weights of a network together that a checkpoint has in one part per submodule.
+
+    Return the state and a line about it, for example from keys `encoder_state` and `decoder_state`
+    for the attributes `encoder` and `decoder`. It is None unless exactly one part fits each of
+    them.
+    """
+    groups: dict[str, dict[str, tuple[int, ...] | None]] = {}
+    for name, shape in names.shapes.items():
+        first, _, rest = name.partition(".")
+        groups.setdefault(first, {})[rest] = shape
+    places, state = dict[str, str](), dict[str, Any]()
+    if len(groups) < 2:
+        return None
+    for first, shapes in groups.items():
+        own = NetworkNames(shapes)
+        fits = [fit for keys, part in _states(content) for fit in _fits(keys, part, own)]
+        if len(fits) > 1:
+            fits = [fit for fit in fits if any(first in key for key in fit.keys)]
+        if len(fits) != 1 or "" in shapes or fits[0].place in places.values():
+            return None
+        state |= {f"{first}.{name}": value for name, value in fits[0].state.items()}
+        places[first] = fits[0].place
+    return state, f"used weights {', '.join(f'{place} for {n}' for n, place in places.items())}"
+
+
+def describe_misfit(content: Mapping[str, Any], state: Mapping[str, Any], names: Shapes) -> str:
+    """Return how a checkpoint differs from the network whose names it should have.
+
+    `state` is its part that is nearest to the network.
+    """
+    missing = [name for name in names if name not in state and not name.endswith(COUNTERS)]
+    extra = [name for name in state if name not in names]
+    wrong = [name for name in names if name in state and not _has_shape(state[name], names[name])]
+    parts = []
+    if wrong:
+        value, shape = state[wrong[0]], names[wrong[0]]
+        stored = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        more = f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else ""
+        parts.append(f"{wrong[0]} has shape {stored}, but {list(shape or ())} in the class{more}")
+    if missing:
+        count = f"{len(missing)} of {len(names)} values are missing"
+        parts.append(f"{count} ({_listed(missing)})")
+    if extra:
+        parts.append(f"{len(extra)} are not in the class ({_listed(extra)})")
+    if not any(name in names for name in state):
+        parts.append(f"the file has the keys {_listed([str(key) for key in content])}")
+    return "; ".join(parts)
+
+
 def nearest_state(content: Any, names: NetworkNames) -> dict[str, Any]:
     """Return the part of a checkpoint that shares most modules with a network, {} without a part.
 
