@@ -25,7 +25,7 @@ from chunkq_producer.cluster import Cluster, cluster_for, join_cluster
 from chunkq_producer.engine import Engine
 from chunkq_producer.job_status import FailureGroup
 from chunkq_producer.produce import produce_job
-from chunkq_producer.slurm import POLL_SECONDS, Step, has_ended, wait_for_leader
+from chunkq_producer.slurm import POLL_SECONDS, Announcement, Step, has_ended, wait_for_leader
 from chunkq_producer.worker_command import RunOptions, WorkerCommand, Workers
 from chunkq_producer.workers import (
     InterruptedRunError,
@@ -179,9 +179,32 @@ def _raise_unless_lost(
 
 
 def follow(job: Job, engine: str, step: Step, options: RunOptions, emit: Sink) -> RunResult:
-    """Run workers on this node until the leading process has finished the job."""
+    """Run workers on this node until the leading process has finished the job.
+
+    A node can be so late that the cluster has ended before it could join; it has nothing to do.
+    """
     leader = wait_for_leader(job.output, step)
     handle = open_job(job_folder_of(job.output))
+    try:
+        _run_workers_of(leader, job, handle, engine, step, options, emit)
+    except InterruptedRunError:
+        raise
+    except ChunkqError:
+        if not has_ended(job.output, step):
+            raise
+    return RunResult(handle, handle.ledger.read_report() or {}, is_leader=False)
+
+
+def _run_workers_of(
+    leader: Announcement,
+    job: Job,
+    handle: JobHandle,
+    engine: str,
+    step: Step,
+    options: RunOptions,
+    emit: Sink,
+) -> None:
+    """Run workers in the cluster of the leading process until it ends."""
 
     def is_over() -> bool:
         return has_ended(job.output, step)
@@ -195,19 +218,18 @@ def follow(job: Job, engine: str, step: Step, options: RunOptions, emit: Sink) -
                 workers = start_workers(executor, handle, cluster, options, emit)
         if wait_for_workers(workers, lambda: POLL_SECONDS, is_over):
             raise InterruptedRunError(f"run: interrupted on node {step.node}")
-        if cluster.has_died() and not is_over():
+        if cluster.has_died():
             raise ChunkqError(
                 f"run: the node {step.node} has left the cluster of this run, because its "
                 "processes ended; run the same command to continue",
                 code=ErrorCode.CLUSTER_UNAVAILABLE,
             )
-        if have_failed(workers) and not is_over():
+        if have_failed(workers):
             raise ChunkqError(
                 f"run: a worker on node {step.node} ended with an error; fix the cause above, "
                 "then run the same command",
                 code=ErrorCode.WORKER_FAILED,
             )
-    return RunResult(handle, handle.ledger.read_report() or {}, is_leader=False)
 
 
 def _failure_line(group: FailureGroup) -> str:

@@ -339,6 +339,7 @@ def test_several_outputs_are_a_file_each_or_datasets(suffix: str, tmp_path: Path
     keys = job_in(tmp_path, f"seg{suffix}")
     del keys["combine"]
     keys["outputs"] = {"bright": {"combine": "soft"}, "score": {"output_dtype": "float16"}}
+    keys["model_config"] |= {"model_output_shape": keys["model_config"]["model_input_shape"]}
     run_inline(keys)
     run_inline(keys | {"output": str(tmp_path / "seg.zarr")})
     for name, dtype in (("bright", "uint8"), ("score", "float32")):
