@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from enum import StrEnum, auto
+from itertools import pairwise
 from typing import Any, Self
 
 MAX_LINE_LENGTH = 1000
@@ -145,6 +146,22 @@ class ErrorCode(StrEnum):
     """A worker of the run ended with an error."""
     CLUSTER_UNAVAILABLE = auto()
     """The cluster of the run did not start, or ended before the run."""
+
+
+def describe_code(code: ErrorCode) -> str:
+    """Return what an error code means, the text below it in the source of `ErrorCode`."""
+    import ast
+    import inspect
+
+    [members] = [
+        node.body for node in ast.parse(inspect.getsource(ErrorCode)).body
+        if isinstance(node, ast.ClassDef)
+    ]  # fmt: skip
+    for member, text in pairwise(members):
+        names = [t.id for t in getattr(member, "targets", ()) if isinstance(t, ast.Name)]
+        if names == [code.name] and isinstance(text, ast.Expr):
+            return str(ast.literal_eval(text.value))
+    raise ValueError(f"{code.name} has no description")
 
 
 class PredictionWarning(UserWarning):

@@ -8,9 +8,10 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from chunkq_producer.commands.explain import explanation, overview
+from chunkq_producer.commands.explain import explain, explanation, overview
+from click.testing import CliRunner
 
-from chunkq.errors import JobError
+from chunkq.errors import ErrorCode, JobError, describe_code
 from chunkq.job.fields import GROUP, OMITTED, UNIT
 from chunkq.job.job_file import SCHEMA_FILE, job_schema
 from chunkq.job.key_reference import Key, all_keys, find_key
@@ -153,3 +154,11 @@ def test_an_unknown_key_is_an_error_with_the_nearest_ones(name: str, nearest: li
 def test_the_summary_of_a_key_is_its_first_sentence() -> None:
     entry = Key("k", "Patches", "Path, as `a.b`. More.", "text", None, None, "", None, False)
     assert entry.summary == "Path, as `a.b`"
+
+
+@pytest.mark.parametrize("code", list(ErrorCode))
+def test_every_error_code_is_explained(code: ErrorCode) -> None:
+    result = CliRunner().invoke(explain, [f"[{code}]"])
+    words = " ".join(result.output.split())
+    assert result.exit_code == 0
+    assert words.startswith(f"{code} {describe_code(code)}")

@@ -8,6 +8,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from chunkq import terminal
+from chunkq.errors import ErrorCode, describe_code
 from chunkq.job import key_reference
 from chunkq.job.key_reference import Key
 from chunkq.system.standard_output import print_line, result_stream
@@ -31,12 +32,13 @@ HEADINGS = {
 def complete_keys(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """Return the paths of the keys that start with a text, for shells."""
-    entries = key_reference.all_keys()
+    """Return the paths of keys and the error codes that start with a text, for shells."""
+    helps = {entry.path: entry.summary for entry in key_reference.all_keys()}
+    helps |= dict.fromkeys(ErrorCode, "error code")
     return [
-        CompletionItem(entry.path, help=entry.summary)
-        for entry in entries
-        if entry.path.startswith(incomplete)
+        CompletionItem(name, help=text)
+        for name, text in helps.items()
+        if name.startswith(incomplete)
     ]
 
 
@@ -45,12 +47,16 @@ def complete_keys(
 def explain(key: str | None) -> None:
     """Explain KEY of the job file, such as strides or model_config.dtype.
 
-    The section of a key may be left out where its name is unique. Without KEY, list all keys.
+    The section of a key may be left out where its name is unique. KEY can also be the code at the
+    end of an error message, such as model_unusable. Without KEY, list all keys.
     """
     width = min(terminal.columns(result_stream()) or MAX_COLUMNS, MAX_COLUMNS)
     if key is None:
         entries = key_reference.all_keys()
         lines = [*overview(entries, width), "", *_closing_lines(width)]
+    elif (code := key.strip("[]")) in list(ErrorCode):
+        text = f"{describe_code(ErrorCode(code))} Remedies are in docs/troubleshooting.md."
+        lines = [code, "", *terminal.wrap(f"  {text}", width)]
     else:
         lines = list(explanation(key_reference.find_key(key), width))
     print_line("\n".join(line.rstrip() for line in lines))
