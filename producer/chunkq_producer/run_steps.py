@@ -18,6 +18,7 @@ from chunkq.job.job_folder import JobFolder
 from chunkq.job.job_handle import JobHandle, open_job
 from chunkq.job.job_path import job_folder_of
 from chunkq.job.tasks import chunk_count
+from chunkq.paths import without_secret
 from chunkq.queue.registry import open_executor
 from chunkq_producer.check_model import STAGE as CHECK_STAGE
 from chunkq_producer.check_model import check_model, complete_job
@@ -109,6 +110,8 @@ def _check_before_writing(
             for line in executor.risks():
                 emit(Message(f"chunkq: warning: {line}"))
     if not overwrite and _is_complete(job):
+        output = without_secret(job.record.job.output)
+        emit(Message(f"chunkq: note: {output} is complete already; use --overwrite to start again"))
         return
     if early is not None:
         emit(StageProgress(CHECK_STAGE))

@@ -550,6 +550,7 @@ def test_running_a_finished_job_again_changes_nothing(sealed: Workspace) -> None
     commits, values = sealed.commits(), read_output(sealed.output)
     result = sealed.run("run", "job.json", "--gpus", "none").ok()
     assert "complete: " in result.out
+    assert "--overwrite" in result.err  # the note that nothing was left to compute
     assert sealed.commits() == commits
     np.testing.assert_array_equal(read_output(sealed.output), values)
 
