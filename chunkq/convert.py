@@ -207,12 +207,6 @@ def _chunkq_output(path: str) -> ChunkqOutput | None:
                     plan.region.start,
                     [float(factor) for factor in spec.scale],
                 )
-                if spec.value_range is not None:
-                    raise JobError(
-                        f"input: {without_secret(path)} stores a range of values as "
-                        f"{spec.average_dtype}, which convert does not support in this version; "
-                        "apply scale and offset of its attribute chunkq"
-                    )
                 return ChunkqOutput(spec.has_labels, space)
     return None
 

@@ -11,7 +11,7 @@ from chunkq.job.output import output_axes
 from chunkq.job.output_name import FileName
 from chunkq.job.record import JobRecord
 from chunkq.paths import join
-from chunkq.writers.base import ExportWriter, ImageToWrite, WriterOptions
+from chunkq.writers.base import ExportWriter, ImageToWrite, StoredValues, WriterOptions
 from chunkq.writers.file_space import file_space
 from chunkq.writers.registry import WRITERS
 
@@ -72,7 +72,7 @@ def writers(record: JobRecord, file: ExportedFile) -> list[ExportWriter]:
         spec, scale = view.output, plan.outputs[number].scale
         axes = output_axes(file.image, view)
         spatial = [axis for axis in axes if axis.kind == "space"]
-        leading = (1,) * (len(axes) - len(spatial))
+        leading, values = (1,) * (len(axes) - len(spatial)), spec.value_range
         image = ImageToWrite(
             axes,
             spec.dtype.name,
@@ -84,6 +84,7 @@ def writers(record: JobRecord, file: ExportedFile) -> list[ExportWriter]:
                 plan.region.start,
                 [float(factor) for factor in scale],
             ),
+            values=None if values is None else StoredValues(values.scale, values.offset),
         )
         options = WriterOptions(dataset=spec.name)
         found.append(WRITERS[name.format](image, file.path, options))
@@ -100,14 +101,6 @@ def check_exports(record: JobRecord) -> tuple[str, ...]:
             "pyramid: unsupported for an output that is a file; remove it, or use a Zarr output"
         )
     files = tuple(exported_files(record))
-    for file in files:
-        for spec in record.image_plan(file.image).outputs:
-            if spec.value_range is not None:
-                key = f"outputs.{spec.name}.output_dtype" if spec.name else "output_dtype"
-                raise JobError(
-                    f"{key}: {spec.average_dtype} with a range of values is unsupported for an "
-                    "output that is a file; use float32, or a Zarr output"
-                )
     return tuple(
         note for file in files for writer in writers(record, file) for note in writer.notes
     )

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import h5py
 import nibabel
 import numpy as np
 import numpy.typing as npt
@@ -114,14 +115,34 @@ def test_integers_are_read_back_within_half_a_step_by_zarr_and_xarray(
     assert planned["outputs"][0]["range"] == list(span)
 
 
-def test_files_and_conversions_that_would_lose_a_range_are_refused(tmp_path: Path) -> None:
-    workspace = workspace_of(tmp_path, output_dtype="uint8", range=[-2, 6])
-    values = keys_of(workspace)
-    with pytest.raises(JobError, match=r"^output_dtype: uint8"):
-        run_inline(values | {"output": str(tmp_path / "out.h5")})
-    run(workspace)
-    converted = workspace.call("convert", workspace.output, tmp_path / "copy.h5")
-    assert (converted.code, (tmp_path / "copy.h5").exists()) == (2, False)
+@pytest.mark.parametrize("suffix", [".nii.gz", ".h5", ".ome.zarr"])
+def test_files_and_conversions_keep_what_integers_stand_for(tmp_path: Path, suffix: str) -> None:
+    workspace = workspace_of(tmp_path, "score", output_dtype="uint8", range=[-2, 6])
+    stored, attributes, _ = run(workspace)
+    facts = attributes["chunkq"]
+    paths = [tmp_path / f"copy{suffix}"]
+    assert workspace.call("convert", workspace.output, paths[0]).code == 0
+    if suffix != ".ome.zarr":
+        paths.append(tmp_path / f"job{suffix}")
+        run_inline(keys_of(workspace) | {"output": str(paths[1])})
+    for path in paths:
+        if suffix == ".nii.gz":
+            image = nibabel.load(path)  # type: ignore[attr-defined]
+            assert image.get_data_dtype() == np.uint8
+            np.testing.assert_allclose(
+                image.get_fdata().squeeze().T, stored * facts["scale"] + facts["offset"], atol=1e-6
+            )
+            continue
+        if suffix == ".h5":
+            with h5py.File(path) as file:
+                [dataset] = file.values()
+                values, kept = dataset[...], dict(dataset.attrs)
+        else:
+            group = zarr.open_group(path, mode="r")
+            values, kept = np.asarray(group["0"]), dict(group.attrs["chunkq"])  # type: ignore[arg-type]
+            kept = {"scale_factor": kept["scale"], "add_offset": kept["offset"]}
+        np.testing.assert_array_equal(values, stored)
+        assert (kept["scale_factor"], kept["add_offset"]) == (facts["scale"], facts["offset"])
 
 
 def test_averages_are_activated_after_they_are_averaged(tmp_path: Path) -> None:
