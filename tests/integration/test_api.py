@@ -30,7 +30,7 @@ from chunkq_worker.model_defaults import job_for_model
 
 import chunkq
 from chunkq.blend.combine import to_labels
-from chunkq.blend.streaming import regions
+from chunkq.blend.streaming import OutputStream, regions
 from chunkq.blend.sums import Contribution, OwnBlock
 from chunkq.errors import (
     ChunkqError,
@@ -264,7 +264,7 @@ def test_streaming_keeps_the_pieces_of_at_most_one_slice_of_blocks(
     def sums(*shape: int) -> npt.NDArray[np.float32]:
         return np.zeros((plan.channels, *shape), np.float32)
 
-    def contribution(index: tuple[int, ...]) -> tuple[Chunk, Contribution]:
+    def contribution(index: tuple[int, ...]) -> tuple[Chunk, tuple[Contribution]]:
         chunk, pieces = plan.chunk(index), []
         base = tracked((plan.channels * chunk.region.size,)) if views else None
         for piece in plan.outgoing_pieces(chunk):
@@ -273,10 +273,10 @@ def test_streaming_keeps_the_pieces_of_at_most_one_slice_of_blocks(
             pieces.append((piece, part))
         band = tuple(sums(*box.shape) for box in chunk.band_boxes)
         own_block = OwnBlock(band, tuple(sums(*box.shape) for box in chunk.rest_boxes))
-        return chunk, Contribution(sums(*chunk.core.shape), own_block, tuple(pieces))
+        return chunk, (Contribution(sums(*chunk.core.shape), own_block, tuple(pieces)),)
 
     peak = 0
-    for _ in regions(plan, map(contribution, plan.indices())):
+    for _ in regions([OutputStream(plan)], map(contribution, plan.indices())):
         peak = max(peak, sum(array.nbytes for array in alive.values()))
     slices = plan.blocks[0]
     assert slices == 8

@@ -823,7 +823,7 @@ def test_an_unusable_checkpoint_is_reported_in_one_line(
 def test_invalid_kwargs_are_reported_in_one_line(model_files: Path, tmp_path: Path) -> None:
     path = tmp_path / "kwargs.py"
     for text, fragments in (
-        ("kwargs = {'wdth': 3}", ["model_config.class_name: ", "TypeError", "['wdth']"]),
+        ("kwargs = {'wdth': 3}", ["model_config.class_name: ", "TypeError", "(wdth)"]),
         ("kwargs = [3]", ["model_config.kwargs_file: `kwargs` in ", "list", "dict"]),
         ("width = 3", ["model_config.kwargs_file: ", "'kwargs'", "width"]),
     ):

@@ -21,7 +21,6 @@ from chunkq.job.allowed_paths import (
     AllowedPaths,
     allowed_job_path,
 )
-from chunkq.job.job_folder import JobFolder
 from chunkq.job.job_path import job_folder_of, output_of, output_path
 from chunkq.job.tasks import JobId, chunk_count
 from chunkq.paths import without_secret
@@ -180,6 +179,8 @@ def work(
 
 def _not_queued(folder: str) -> str:
     """Return what to print for a job of which the queue has no task."""
+    from chunkq.job.job_folder import JobFolder  # NumPy and pydantic, only in this case
+
     output = without_secret(output_of(folder))
     if JobFolder(folder).read_record() is None:
         return f"--job: no job at {output}; fix the path"
