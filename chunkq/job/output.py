@@ -363,8 +363,8 @@ class ImageOutput:
 
     @property
     def present_path(self) -> str:
-        """Path of the folder of level 0 now."""
-        return join(self.path, self._current_names[0])
+        """Path of the array of level 0 now. A late process can have written beside a sealed one."""
+        return join(self.path, SEALED_NAME if self._was_renamed(0) else self._names[0])
 
     def array_folder(self, level: int = 0) -> str:
         """Return the name in the output of the folder of an array, while the job runs."""

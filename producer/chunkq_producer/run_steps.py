@@ -17,6 +17,7 @@ from chunkq.job.job_file import Job
 from chunkq.job.job_folder import JobFolder
 from chunkq.job.job_handle import JobHandle, open_job
 from chunkq.job.job_path import job_folder_of
+from chunkq.job.output_shapes import unknown_heads
 from chunkq.job.tasks import chunk_count
 from chunkq.paths import without_secret
 from chunkq.queue.registry import open_executor
@@ -63,7 +64,8 @@ def run_steps(
 
     Raises like `run_job`.
     """
-    job = complete_job(job, emit)
+    if unknown_heads(job):
+        job = complete_job(job, emit)
     checked = check_job(job)
     check_output(checked, overwrite=overwrite)
     for line in engine.warnings:

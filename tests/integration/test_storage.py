@@ -274,6 +274,14 @@ def test_a_zarr_v3_output_is_an_ome_zarr_0_5_image_with_the_space_of_the_input(
                 ],
             }
         ],
+        "image-label": {
+            "version": "0.5",
+            "colors": [
+                {"label-value": 0, "rgba": [0, 0, 0, 0]},
+                {"label-value": 1, "rgba": [31, 119, 180, 255]},
+                {"label-value": 2, "rgba": [255, 127, 14, 255]},
+            ],
+        },
     }
     array = json.loads((output / "0" / "zarr.json").read_text())
     assert array["dimension_names"] == ["z", "y", "x"]
