@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from chunkq.errors import ErrorCode, JobError, QueueError
 from chunkq.job.tasks import JobId, Task, chunk_name, parse_chunk
 from chunkq.paths import mask_secrets, without_secret
+from chunkq.queue.backends.rq import executor
 from chunkq.queue.backends.rq.connect import connect
 from chunkq.queue.backends.rq.names import job_of, queue_name, queue_prefix, rq_id, stored_job
 from chunkq.queue.contract.executor import WorkerName
@@ -51,6 +52,13 @@ almost = st.fixed_dictionaries(
 def test_a_task_is_equal_after_a_round_trip_through_a_message(task: Task) -> None:
     assert Task.from_json(task.to_json()) == task == Task.from_dict(task.as_dict())
     assert len(task.to_json().splitlines()) == 1
+
+
+@given(tasks)
+def test_redis_stores_a_task_like_a_call_of_a_function(task: Task) -> None:
+    stored = executor._message(task)
+    assert json.loads(stored) == [f"chunkq.{task.kind}", None, [task.as_dict()], {}]
+    assert executor._task(stored) == task
 
 
 @given(tasks, tasks)

@@ -15,7 +15,7 @@ import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import islice
 from typing import Any
 
@@ -347,8 +347,16 @@ class RqExecutor(LeaseQueue):
 
 def _message(task: Task) -> bytes:
     """Encode a task like a function call of RQ. The function name is for display only."""
-    message: list[Any] = [f"chunkq.{task.kind}", None, [task.as_dict()], {}]
-    return encode_message(message).encode()
+    before, after = _around_chunk(task.kind, task.job, task.epoch, task.item)
+    return f"{before}[{','.join(map(str, task.chunk))}]{after}".encode()
+
+
+@lru_cache(maxsize=64)
+def _around_chunk(kind: str, job: str, epoch: str, item: int) -> tuple[str, str]:
+    """Return the texts before and after the chunk in the messages of tasks that differ in it."""
+    message: list[Any] = [f"chunkq.{kind}", None, [Task(kind, job, epoch, item, ()).as_dict()], {}]
+    before, _, after = encode_message(message).rpartition("[]")
+    return before, after
 
 
 def _task(message: bytes | None) -> Task | None:
