@@ -91,12 +91,12 @@ def _files(path: str, access: Access) -> list[str]:
     filesystem, inner = open_filesystem(path, access)
     scheme = path.partition("://")[0]
     if has_magic(inner):
-        found = filesystem.glob(inner)
+        files = filesystem.glob(inner)
     elif scheme not in ("http", "https") and filesystem.isdir(inner):
-        found = [name for name in filesystem.find(inner) if _is_image(name)]
+        files = [name for name in filesystem.find(inner) if _is_image(name)]
     else:
         return [path]
-    names = (str(name) for name in found)
+    names = (str(name) for name in files)
     return sorted(name if is_url(name) else f"{scheme}://{name.lstrip('/')}" for name in names)
 
 
@@ -199,9 +199,9 @@ def truth_of(images: ImageList, *, regex: str | None, column: str | None) -> pa.
         matches = [pattern.search(path) for path in images.paths]
         return pa.array([m[1] if m is not None else None for m in matches], pa.string())
     if column not in images.table.column_names:
-        found = ", ".join(images.table.column_names)
+        columns = ", ".join(images.table.column_names)
         raise StoreError(
-            f"truth.column: the list of images has no column {column!r}; use one of {found}",
+            f"truth.column: the list of images has no column {column!r}; use one of {columns}",
             code=ErrorCode.IMAGE_LIST_INVALID,
         )
     return pc.cast(images.table.column(column).combine_chunks(), pa.string())

@@ -57,14 +57,14 @@ def find_peaks(maps: Maps, spec: PeakSpec) -> Peaks:
     """
     maps = np.asarray(maps, np.float32)
     clean = np.where(np.isnan(maps), -np.inf, maps)
-    found = _local_maxima(clean, spec.threshold) if spec.multiple else _largest(clean, spec)
-    points = found[:, [2, 1]].astype(np.float64)
-    if spec.refinement == "integral" and len(found):
-        points += _centers_of_mass(np.maximum(clean, 0), found)
+    positions = _local_maxima(clean, spec.threshold) if spec.multiple else _largest(clean, spec)
+    points = positions[:, [2, 1]].astype(np.float64)
+    if spec.refinement == "integral" and len(positions):
+        points += _centers_of_mass(np.maximum(clean, 0), positions)
     return Peaks(
-        found[:, 0].astype(np.int32),
+        positions[:, 0].astype(np.int32),
         (points * spec.stride).astype(np.float32),
-        maps[tuple(found.T)],
+        maps[tuple(positions.T)],
     )
 
 

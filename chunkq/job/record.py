@@ -157,10 +157,10 @@ class JobRecord:
             try:
                 plan = self.image_plan(image)
                 plans.append(plan)
-                found = pyramid_problems(self.job, image, plan)
+                errors = pyramid_problems(self.job, image, plan)
             except JobError as error:
-                found = list(error.problems)
-            problems += [line for line in found if line not in problems]
+                errors = list(error.problems)
+            problems += [line for line in errors if line not in problems]
         if problems:
             raise JobError(problems)
         return plans

@@ -131,10 +131,10 @@ def replace_file(path: str, target: str) -> None:
 
 def _write(item: ItemHandle, file: ExportedFile, path: str, report: Report) -> tuple[int, int]:
     """Write a file at a temporary path and flush it; return its size and its checksum."""
-    found = writers(item.job.record, file)
-    total, before = sum(writer.steps for writer in found), 0
+    file_writers = writers(item.job.record, file)
+    total, before = sum(writer.steps for writer in file_writers), 0
     label = f"writing {file.path.rpartition('/')[2]}"
-    for number, writer in zip(file.outputs, found, strict=True):
+    for number, writer in zip(file.outputs, file_writers, strict=True):
         array = item.job.output.image(file.image, number).open()
         copy_image(writer, array, path, _shifted(report, label, before, total))
         before += writer.steps

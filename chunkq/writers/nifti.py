@@ -172,11 +172,11 @@ class NiftiWriter(ExportWriter):
 
     def _file_axes(self) -> list[Axis]:
         """Return the axes x, y, z of the file; one of a single voxel where the image has none."""
-        found = [None if place is None else self.image.axes[place[0]] for place in self._dimensions]
-        units = [axis.unit for axis in found if axis is not None]
+        axes = [None if place is None else self.image.axes[place[0]] for place in self._dimensions]
+        units = [axis.unit for axis in axes if axis is not None]
         absent = Axis("", "space", 1, units[0] if units else None)
         return [
-            replace(absent, name=n) if a is None else a for n, a in zip("xyz", found, strict=True)
+            replace(absent, name=n) if a is None else a for n, a in zip("xyz", axes, strict=True)
         ]
 
     @override

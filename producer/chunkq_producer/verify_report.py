@@ -65,12 +65,12 @@ class VerifyReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
-        found, plan = self._verification, self._plan
+        verification, plan = self._verification, self._plan
         return {
             "output": without_secret(self._job.folder.output),
             "state": self.state,
-            "objects": found.objects,
-            "bytes": found.bytes,
+            "objects": verification.objects,
+            "bytes": verification.bytes,
             "seconds": round(self._duration, 3),
             "damaged": [
                 {
@@ -78,11 +78,11 @@ class VerifyReport:
                     "damage": problem.damage,
                     "task": problem.task and task_name(self._job, problem.task),
                 }
-                for problem in found.problems
+                for problem in verification.problems
             ],
-            "documents": {document.name: damage for document, damage in found.documents},
-            "pending": list(found.pending),
-            "unverified": list(found.unverified),
+            "documents": {document.name: damage for document, damage in verification.documents},
+            "pending": list(verification.pending),
+            "unverified": list(verification.unverified),
             "chunks": self._names(plan.chunks),
             "others": [task_name(self._job, task) for task in plan.others],
             "queued": self._queued,
@@ -90,26 +90,26 @@ class VerifyReport:
 
     def lines(self) -> Iterator[str]:
         """Yield the lines of the report."""
-        found, output = self._verification, without_secret(self._job.folder.output)
-        size = (
-            f"{_count(found.objects, 'object')}, {si(found.bytes, 'B')}, {seconds(self._duration)}"
-        )
+        verification, output = self._verification, without_secret(self._job.folder.output)
+        objects = _count(verification.objects, "object")
+        size = f"{objects}, {si(verification.bytes, 'B')}, {seconds(self._duration)}"
         yield f"{self.state}: {output} ({size})"
         yield from self._damages()
         quoted = argument(output)
         if self._is_repaired:
             yield from self._repairs(quoted)
-        elif not found.is_sound:
+        elif not verification.is_sound:
             yield from self._advice(quoted)
-        elif found.pending:
-            yield f"not computed yet: {_count(len(found.pending), 'task')}; next: chunkq work"
-        elif not found.is_sealed:
+        elif verification.pending:
+            tasks = _count(len(verification.pending), "task")
+            yield f"not computed yet: {tasks}; next: chunkq work"
+        elif not verification.is_sealed:
             yield f"next: chunkq finalize {quoted}"
 
     def _damages(self) -> Iterator[str]:
-        found = self._verification
-        lines = [f"{document.name}: {damage}" for document, damage in found.documents]
-        for problem in found.problems:
+        verification = self._verification
+        lines = [f"{document.name}: {damage}" for document, damage in verification.documents]
+        for problem in verification.problems:
             task = "" if problem.task is None else task_name(self._job, problem.task)
             name = problem.name or f"commit record of {task}"
             source = f" ({task})" if problem.name and task else ""
@@ -117,17 +117,17 @@ class VerifyReport:
         yield from (f"  {line}" for line in lines[:LINES_SHOWN])
         if len(lines) > LINES_SHOWN:
             yield f"  and {len(lines) - LINES_SHOWN} more (see --json)"
-        if found.unverified:
-            count = _count(len(found.unverified), "task")
+        if verification.unverified:
+            count = _count(len(verification.unverified), "task")
             yield f"without checksums, from an earlier version of chunkq: {count}"
 
     def _advice(self, output: str) -> Iterator[str]:
         plan = self._plan
         if plan.chunks:
             names = self._names(plan.chunks)
-            shown = ", ".join(names[:LINES_SHOWN])
+            first = ", ".join(names[:LINES_SHOWN])
             more = f" and {len(names) - LINES_SHOWN} more" if len(names) > LINES_SHOWN else ""
-            yield f"to compute again: {chunk_count(len(names))} ({shown}{more})"
+            yield f"to compute again: {chunk_count(len(names))} ({first}{more})"
         if plan.chunks or plan.others or plan.documents or plan.foreign:
             yield f"next: chunkq verify {output} --repair"
 
