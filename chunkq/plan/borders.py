@@ -36,8 +36,8 @@ def count_borders(plan: Plan, axis: int) -> int:
 def select_borders(plan: Plan, axis: int, limit: int, pairs: int) -> Iterator[Border]:
     """Yield at most `limit` borders along an axis, evenly spaced among all in C order.
 
-    Of each border the middle is used: as much as gives `pairs` pairs of voxels in all, and at least
-    `MIN_EDGE` voxels along each side.
+    Of each border a part about its middle is used, from the start of a storage chunk on: as much as
+    gives `pairs` pairs of voxels in all, and at least `MIN_EDGE` voxels along each side.
     """
     count = count_borders(plan, axis)
     chosen = min(count, limit)
@@ -55,9 +55,10 @@ def select_borders(plan: Plan, axis: int, limit: int, pairs: int) -> Iterator[Bo
         low, high = [], []
         for n, a in enumerate(plan.axes):
             block = a.block(a.numbers[0] + (0 if n == axis else index[n]))
-            middle, half = (block.start + block.stop) // 2, edge // 2
-            low.append(max(block.start, middle - half))
-            high.append(min(block.stop, middle + edge - half))
+            start = (block.start + block.stop) // 2 - edge // 2
+            start -= (start - a.low) % a.storage  # few storage chunks are read
+            low.append(max(block.start, start))
+            high.append(min(block.stop, low[-1] + edge))
         yield Border(axis, *(_layers(low, high, axis, plane) for plane in (border, inside)))
 
 

@@ -59,10 +59,12 @@ def test_the_borders_of_a_small_output_are_compared_as_a_whole() -> None:
         np.testing.assert_array_equal(seen, expected)
 
 
-def test_a_few_borders_of_many_are_spread_evenly_and_read_in_their_middle() -> None:
+def test_a_few_borders_of_many_are_spread_evenly_and_read_from_a_storage_chunk_on() -> None:
     plan = plan_for((2000, 4000), (8, 8), inference_type="patch", chunksize=[200, 400])
     borders = list(select_borders(plan, 0, 9, 9 * 100))
     assert count_borders(plan, 0) == 90
     assert [border.at_border.start[0] + 1 for border in borders] == [*range(200, 2000, 200)]
     assert {border.at_border.shape for border in borders} == {(2, 100)}
-    assert {border.at_border.start[1] % 400 for border in borders} == {150}
+    storage = plan.storage_chunks[1]
+    assert 1 < storage < 150
+    assert {border.at_border.start[1] % 400 for border in borders} == {150 - 150 % storage}
