@@ -17,12 +17,13 @@ from chunkq.errors import ChunkqError, ErrorCode, JobError, StoreError
 from chunkq.job.events import Message, Sink, StageProgress, ignore
 from chunkq.job.fields import InputConfig
 from chunkq.job.job_folder import JobFolder
-from chunkq.job.job_path import SUFFIX, job_folder_of
+from chunkq.job.job_path import PRECOMPUTED, SUFFIX, job_folder_of
 from chunkq.job.output import image_folder, output_axes
-from chunkq.job.output_documents import ATTRIBUTE
+from chunkq.job.output_documents import ATTRIBUTE, parsed
 from chunkq.job.output_name import export_target
-from chunkq.paths import absolute_input, is_url, join, split_format, without_secret
+from chunkq.paths import absolute_input, is_url, join, read_bytes, split_format, without_secret
 from chunkq.storage.array import Array
+from chunkq.storage.formats.precomputed_metadata import INFO
 from chunkq.storage.formats.zarr_nodes import read_node
 from chunkq.storage.images import ImageSource, find_array, source_of
 from chunkq.storage.objects import ObjectFolder
@@ -221,17 +222,20 @@ def _parents(path: str) -> Iterator[tuple[str, str]]:
 
 def _chunkq_attributes(source: ImageSource, config: InputConfig) -> dict[str, Any]:
     """Return the attributes that chunkq has written for an array; empty for other arrays."""
-    if source.format != "zarr":
-        return {}
-    node = None
+    attributes: Any = None
     with suppress(Exception):  # no group above the array, or one that cannot be read
-        node = read_node(_group_of(source), config.access)
-    attributes = {} if node is None else node.attributes.get(ATTRIBUTE)
+        if source.format == PRECOMPUTED:
+            content = read_bytes(join(source.path, INFO), config.access)
+            attributes = (parsed(content) or {}).get(ATTRIBUTE)
+        elif source.format == "zarr":
+            node = read_node(_group_of(source), config.access)
+            attributes = None if node is None else node.attributes.get(ATTRIBUTE)
     return attributes if isinstance(attributes, dict) else {}
 
 
 def _group_of(source: ImageSource) -> str:
-    return source.path.rstrip("/").rpartition("/")[0]
+    path = source.path.rstrip("/")
+    return path if source.format == PRECOMPUTED else path.rpartition("/")[0]
 
 
 def _check_complete(source: ImageSource, attributes: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from chunkq.job.job_handle import JobHandle, open_job
 from chunkq.job.job_path import job_folder_of
 from chunkq.job.known_empty import MISSING, EmptyFinder, KnownEmpty, has_known_empty
 from chunkq.job.mask_source import check_mask_times, find_mask, mask_doubts, nothing_inside
-from chunkq.job.output import new_record
+from chunkq.job.output import check_outputs, new_record
 from chunkq.job.pyramids import pyramid_doubts, pyramids_of
 from chunkq.job.record import KEYS_WITHOUT_EFFECT, JobRecord
 from chunkq.job.tasks import JobId
@@ -30,11 +30,12 @@ from chunkq.plan.item_tasks import ItemTasks
 from chunkq.plan.plan import Costs, Plan, total_costs
 from chunkq.plan.pyramid import Pyramid
 from chunkq.stages.completion import chunks_of, job_completion
+from chunkq.storage.formats.precomputed_metadata import INFO
 from chunkq.storage.images import ImageSource
 from chunkq.storage.objects import ObjectFolder
 
-METADATA = {2: (".zgroup", "0/.zarray"), 3: ("zarr.json", "0/zarr.json")}
-"""Zarr format -> metadata files of the output's group and array."""
+ZARR_DOCUMENTS = (".zgroup", "0/.zarray", "zarr.json", "0/zarr.json", ".zarray")
+"""Documents of which a Zarr store has some."""
 
 
 @dataclass(frozen=True)
@@ -114,19 +115,20 @@ def check_job(
             f"output: {without_secret(job.output)} ends in .chunkq, which is reserved for job "
             "folders; choose another path"
         )
-    if is_web(job.output):
+    if is_web(job.output_path):
         raise JobError(
             f"output: {without_secret(job.output)} is on a web server, which is read-only; use a "
             "local path or a bucket"
         )
-    paths = {job.output, *(file.path for file in exported_files(record))}
+    paths = {job.output_path, *(file.path for file in exported_files(record))}
     for name, source in (*(("input", s) for s in sources), *([("mask", mask)] if mask else [])):
         if any(_overlap(path, source.path) for path in paths):
             raise JobError(
                 f"output: {without_secret(job.output)} would overwrite the {name} "
                 f"{without_secret(source.path)}; choose another output"
             )
-    doubts = [*doubts[:1], *pyramid_doubts(job, plans[0]), *check_exports(record)]
+    notes = (*check_exports(record), *check_outputs(record))
+    doubts = [*doubts[:1], *pyramid_doubts(job, plans[0]), *notes]
     checked = CheckedJob(record, plans, (*_warnings(sources), *doubts))
     if job.skip_empty == MISSING:
         _ = checked.known_empty  # refused before work starts if storage chunks cannot be listed
@@ -149,7 +151,7 @@ def check_output(job: CheckedJob, *, resume: bool = False, overwrite: bool = Fal
     Raises JobError or StoreError if the path holds something else, or if `resume` and there is no
     job.
     """
-    output = job.record.job.output
+    output = job.record.job.output_path
     if resume and overwrite:
         raise JobError("--resume: conflicts with --overwrite; use one of them")
     folder = JobFolder(job_folder_of(output))
@@ -158,7 +160,8 @@ def check_output(job: CheckedJob, *, resume: bool = False, overwrite: bool = Fal
         if files := list(exported_files(job.record)):
             _check_overwritable_files(files)
         else:
-            _check_overwritable(output, is_job=folder.objects.exists(RECORD))
+            is_job = folder.objects.exists(RECORD)
+            _check_overwritable(output, is_job=is_job, is_volume=job.record.job.is_precomputed)
         _check_writable(output)
         return
     stored_record = folder.read_record()
@@ -343,18 +346,15 @@ def _check_writable(output: str) -> None:
     )
 
 
-def _check_overwritable(output: str, *, is_job: bool) -> None:
-    """Raise StoreError if the output is neither a Zarr store nor part of a job."""
+def _check_overwritable(output: str, *, is_job: bool, is_volume: bool) -> None:
+    """Raise StoreError if the output is neither a store of its format nor part of a job."""
     filesystem, inner = open_filesystem(output)
-    metadata_files = {name for names in METADATA.values() for name in names} | {".zarray"}
+    documents = (INFO,) if is_volume else ZARR_DOCUMENTS
     objects = ObjectFolder(output)
-    if (
-        filesystem.exists(inner)
-        and not is_job
-        and not any(objects.exists(name) for name in metadata_files)
-    ):
+    if filesystem.exists(inner) and not is_job and not any(map(objects.exists, documents)):
+        expected = "precomputed volume" if is_volume else "Zarr store"
         raise StoreError(
-            f"output: {without_secret(output)} is not a Zarr store and cannot be replaced by "
+            f"output: {without_secret(output)} is not a {expected} and cannot be replaced by "
             "--overwrite; choose another output",
             code=ErrorCode.OUTPUT_EXISTS,
         )
@@ -386,4 +386,5 @@ def _flat(record: JobRecord) -> dict[str, Any]:
     model = values.pop("model_config")
     flat = values | {f"model_config.{key}": value for key, value in model.items()}
     flat |= {f"content of {key}": digest for key, digest in record.file_hashes.items()}
+    flat["the format of the output"] = record.job.is_precomputed
     return flat | {"the input volume": record.sources}

@@ -22,6 +22,7 @@ from chunkq.job.ledger import BATCH_SIZE
 from chunkq.job.object_checksums import decode_checksums, encode_checksums
 from chunkq.job.output import StoredArray
 from chunkq.job.output_documents import Damage, WrittenDocument
+from chunkq.job.output_layouts import ARRAY_DOCUMENTS
 from chunkq.job.task_records import Commit
 from chunkq.plan.plan import Index
 from chunkq.stages.base import Stage, TaskKey
@@ -34,8 +35,6 @@ READERS = 16
 """Tasks whose objects are read concurrently, if they fit into `READER_BYTES`."""
 READER_BYTES = 1 << 30
 """Limit of the bytes of objects of a bucket that are in memory."""
-ARRAY_DOCUMENTS = frozenset({".zattrs", ".zarray", "zarr.json"})
-"""Documents in the folder of an array, which are no objects with voxels."""
 MAX_ITEMSIZE = 8
 UNREADABLE = frozenset({errno.EIO, errno.EILSEQ, errno.ENODATA, getattr(errno, "EUCLEAN", 0)})
 """Errors of a disk that cannot read back what was written."""

@@ -34,8 +34,8 @@ class ExportedFile:
 
 
 def file_name(record: JobRecord) -> FileName | None:
-    """Return the name of the output of a job that writes files; None if it writes Zarr."""
-    return FileName.parse(record.job.output)
+    """Return the name of the output of a job that writes files; None if it writes a store."""
+    return None if record.job.is_precomputed else FileName.parse(record.job.output)
 
 
 def exported_files(record: JobRecord) -> Iterator[ExportedFile]:

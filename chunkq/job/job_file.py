@@ -6,7 +6,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from reprlib import Repr
 from types import MappingProxyType
@@ -42,7 +42,7 @@ from chunkq.job.fields import (
     Widths,
     key_doc,
 )
-from chunkq.job.job_path import canonical
+from chunkq.job.job_path import canonical, without_format
 from chunkq.job.model_config import ModelConfig, model_problems
 from chunkq.job.output_config import (
     Classes,
@@ -183,9 +183,10 @@ class Job(Section):
         str,
         key_doc(
             "Input and output",
-            "OME-Zarr image to write. The name of a file, `seg.nii.gz`, `seg.tif` or `seg.h5`, "
-            "writes NIfTI, OME-TIFF or HDF5 when all chunks are done. The job folder is created "
-            "beside it, as `OUTPUT.chunkq`.",
+            "OME-Zarr image to write. `precomputed://PATH` writes a Neuroglancer precomputed "
+            "volume. The name of a file, `seg.nii.gz`, `seg.tif` or `seg.h5`, writes NIfTI, "
+            "OME-TIFF or HDF5 when all chunks are done. The job folder is created beside it, as "
+            "`OUTPUT.chunkq`.",
             example="labels.zarr",
             unit=None,
             see="guides/convert.md#the-output-of-a-job",
@@ -626,6 +627,16 @@ class Job(Section):
     def input_paths(self) -> tuple[str, ...]:
         """The path of each input."""
         return tuple(config.path for config in self.inputs)
+
+    @property
+    def output_path(self) -> str:
+        """Path of the output, without the name of its format."""
+        return without_format(self.output)
+
+    @property
+    def is_precomputed(self) -> bool:
+        """Whether the output is a Neuroglancer precomputed volume."""
+        return self.output_path != self.output
 
     def output_configs(self) -> dict[str, OutputConfig]:
         """Return the outputs by name, with the keys of the job where they have none of their own.
@@ -1228,6 +1239,10 @@ def _head_problems(job: Job) -> list[str]:
 def _output_problems(job: Job) -> list[str]:
     """Return the problems of the outputs, whatever the network returns."""
     configs = job.output_configs()
+    if job.is_precomputed:
+        problems = list(_volume_problems(job, configs.values()))
+        if problems:
+            return problems
     if job.zarr_format == 2 and any(config.storage_shards for config in configs.values()):
         return ["storage_shards: Zarr v2 has no shards; remove it, or set zarr_format: 3"]
     if job.outputs is None:
@@ -1239,6 +1254,20 @@ def _output_problems(job: Job) -> list[str]:
     for name, config in configs.items():
         problems += _value_problems(job, f"outputs.{name}.", config)
     return problems
+
+
+def _volume_problems(job: Job, configs: Iterable[OutputConfig]) -> Iterator[str]:
+    """Yield a line for each key that a precomputed output does not have."""
+    reasons = {
+        "storage_shards": "blocks of a precomputed output are stored without shards",
+        "codec": "labels of a precomputed output are stored as compressed_segmentation, averages "
+        "without compression",
+    }
+    for key, reason in reasons.items():
+        if any(getattr(config, key) is not None for config in configs):
+            yield f"{key}: {reason}; remove it, or use a Zarr output"
+    if job.zarr_format != Job.model_fields["zarr_format"].default:
+        yield "zarr_format: the output is a precomputed volume; remove it, or use a Zarr output"
 
 
 def _value_problems(job: Job, prefix: str, output: OutputConfig) -> list[str]:

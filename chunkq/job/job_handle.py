@@ -30,7 +30,7 @@ from chunkq.job.items import Image, Item
 from chunkq.job.job_folder import JobFolder
 from chunkq.job.known_empty import KnownEmpty, has_known_empty
 from chunkq.job.ledger import ItemLedger, Ledger
-from chunkq.job.level_arrays import LevelArray, level_box
+from chunkq.job.level_arrays import Channels, LevelArray, channel_groups, level_box
 from chunkq.job.mask_source import mask_of, mask_time
 from chunkq.job.output import Output
 from chunkq.job.output_handle import OutputHandle
@@ -293,15 +293,23 @@ class ItemHandle:
     def level(self, output: int, number: int) -> LevelArray:
         """The array of a level of an output, as the item reads and writes it."""
         array, view = self.image.level(output, number), self.plan.of_output(output)
-        return LevelArray(array, self.item.point, view.channel_numbers, view.storage_chunks)
+        groups = self._channel_groups(output)
+        return LevelArray(array, self.item.point, groups, view.storage_chunks)
 
-    def level_object_names(
-        self, output: int, number: int, box: Box, channel: int | None
-    ) -> Iterator[str]:
-        """Yield the names in the output of the objects of a box of a level, as `object_names`."""
+    def level_object_names(self, output: int, number: int, box: Box) -> Iterator[str]:
+        """Yield the names in the output of the objects of a box of a level, group by group."""
         stored = self.job.output.image(self.item.image, output)
-        for name in stored.grids[number].names(level_box(self.item.point, box, channel)):
-            yield f"{stored.array_folder(number)}/{name}"
+        for channels in self._channel_groups(output):
+            for name in stored.grids[number].names(level_box(self.item.point, box, channels)):
+                yield f"{stored.array_folder(number)}/{name}"
+
+    def _channel_groups(self, output: int) -> tuple[Channels, ...]:
+        """The channels of an output that an object stores together."""
+        view = self.plan.of_output(output)
+        if not view.channel_axis:
+            return channel_groups(None, 1)
+        grid = self.job.output.image(self.item.image, output).grids[0]
+        return channel_groups(view.channels, grid.chunk[len(self.item.point)])
 
     @cached_property
     def known_empty(self) -> KnownEmpty | None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from chunkq.errors import ErrorCode, JobError
 from chunkq.paths import LOCAL_SCHEMES, absolute, is_url, without_secret
 
+PRECOMPUTED = "precomputed"
+"""Scheme before the path of an output that is a Neuroglancer precomputed volume."""
 SUFFIX = ".chunkq"
 """Suffix of a job folder: the job folder of `OUTPUT` is `OUTPUT.chunkq`."""
 MAX_PATH_LENGTH = 4096
@@ -25,8 +27,11 @@ def canonical(path: str, base: Path) -> str:
 
     Make a local path absolute against `base` (see `absolute`). Of a URL, convert the scheme (and
     the host of `https://`) to lower case and remove repeated slashes, `.`, `..` and trailing
-    slashes.
+    slashes. `precomputed://` stays before the path of a volume.
     """
+    if path.lower().startswith(f"{PRECOMPUTED}://"):
+        inner = path[len(PRECOMPUTED) + 3 :]
+        return f"{PRECOMPUTED}://{canonical(inner, base) if inner else ''}"
     path = absolute(path, base)
     scheme, separator, rest = path.partition("://")
     if not separator or "::" in path:
@@ -42,8 +47,13 @@ def canonical(path: str, base: Path) -> str:
 
 def job_folder_of(output: str) -> str:
     """Return the job folder of an output path. The path of a job folder stays unchanged."""
-    output = output.rstrip("/")
+    output = without_format(output).rstrip("/")
     return output if output.endswith(SUFFIX) else output + SUFFIX
+
+
+def without_format(output: str) -> str:
+    """Return the path of an output without `precomputed://` before it."""
+    return output.removeprefix(f"{PRECOMPUTED}://")
 
 
 def _resolve_dots(path: str) -> list[str]:
@@ -121,8 +131,11 @@ def _root_problem(path: str) -> str | None:
 
 
 def output_path(output: str, base: Path) -> str:
-    """Return the canonical path of an output. Raises JobError if it has none."""
-    path = canonical(output, base)
+    """Return the canonical path of an output, without `precomputed://` before it.
+
+    Raises JobError if it has none.
+    """
+    path = without_format(canonical(output, base))
     if problem := output_problem(path):
         raise JobError(f"output: {printable_path(path)} {problem}", code=ErrorCode.PATH_INVALID)
     return path

@@ -1,4 +1,4 @@
-"""`LevelArray`: one level of an output of an item, read and written channel by channel."""
+"""`LevelArray`: one level of an output of an item, read and written by groups of channels."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from chunkq.geometry.box import Box
 from chunkq.storage.formats.zarr_writing import WritableArray
 
 Shape = tuple[int, ...]
+Channels = range | None
+"""Channels that one object stores together; None if an array has no channel axis."""
 
 
 @dataclass(frozen=True)
@@ -19,13 +21,13 @@ class LevelArray:
     """The array of a level of an output, as an item of its image sees it.
 
     `point` is the position of the item along the leading axes of the array. `channels` are the
-    numbers of the channels that follow; one None if the array has no channel axis. `chunk` is the
-    shape of a storage chunk along the spatial axes.
+    groups of the channels that follow. `chunk` is the shape of a storage chunk along the spatial
+    axes.
     """
 
     array: WritableArray
     point: Shape
-    channels: tuple[int | None, ...]
+    channels: tuple[Channels, ...]
     chunk: Shape
 
     @property
@@ -33,20 +35,37 @@ class LevelArray:
         """Dtype of the array."""
         return self.array.dtype
 
-    def read(self, box: Box, channel: int | None) -> npt.NDArray[Any]:
-        """Read a box of a channel; shape `box.shape`. Raises ChunkReadError."""
-        return self.array.read(level_box(self.point, box, channel)).reshape(box.shape)
+    def shape_of(self, box: Box, channels: Channels) -> Shape:
+        """Return the shape of a box of a group: ([C,] *box.shape)."""
+        return box.shape if channels is None else (len(channels), *box.shape)
 
-    def store(self, box: Box, values: npt.NDArray[Any], channel: int | None) -> list[int]:
-        """Write whole storage units of a channel; return the checksums of their objects.
+    def read(self, box: Box, channels: Channels) -> npt.NDArray[Any]:
+        """Read a box of a group; shape `shape_of`. Raises ChunkReadError."""
+        outer = level_box(self.point, box, channels)
+        return self.array.read(outer).reshape(self.shape_of(box, channels))
 
-        `values` has the shape `box.shape`. Raises OSError.
+    def store(self, box: Box, values: npt.NDArray[Any], channels: Channels) -> list[int]:
+        """Write whole storage units of a group; return the checksums of their objects.
+
+        `values` has the shape `shape_of`. Raises OSError.
         """
-        outer = level_box(self.point, box, channel)
+        outer = level_box(self.point, box, channels)
         return self.array.store(outer, values.reshape(outer.shape))
 
 
-def level_box(point: Shape, box: Box, channel: int | None) -> Box:
-    """Return the box of the array of a level that has a box of a channel of the item at `point`."""
-    leading = point if channel is None else (*point, channel)
-    return Box((*leading, *box.start), (*(n + 1 for n in leading), *box.stop))
+def channel_groups(count: int | None, together: int) -> tuple[Channels, ...]:
+    """Return the groups of so many channels, of which an object stores `together`.
+
+    `count` is None for an array without channel axis.
+    """
+    if count is None:
+        return (None,)
+    return tuple(range(n, min(n + together, count)) for n in range(0, count, together))
+
+
+def level_box(point: Shape, box: Box, channels: Channels) -> Box:
+    """Return the box of the array of a level that has a box of a group of the item at `point`."""
+    start, stop = point, tuple(n + 1 for n in point)
+    if channels is not None:
+        start, stop = (*start, channels.start), (*stop, channels.stop)
+    return Box((*start, *box.start), (*stop, *box.stop))

@@ -4,7 +4,8 @@ On a local disk the array is named `0.<epoch>` while the job runs, and is rename
 job is sealed. A suspended process of an earlier job on the same path therefore cannot write into
 the array of a later job. A bucket cannot rename objects. There the first job writes `0`, and a job
 that replaces another one writes `0.<epoch>` and keeps this name. The levels of a pyramid have the
-names `1`, `2`, …, and are handled alike.
+names `1`, `2`, …, and are handled alike. So are the scales of a precomputed volume, which are named
+by their voxel size (`job.output_layouts`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -24,33 +24,27 @@ from chunkq import __version__
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.geometry.axes import Axis, channel_axis, cropped, reduced, scaled, with_unique_names
 from chunkq.job.items import Image
-from chunkq.job.output_config import codec_of
-from chunkq.job.output_documents import ATTRIBUTE, WrittenDocument, parsed, to_text
+from chunkq.job.output_documents import ATTRIBUTE, WrittenDocument, parsed
+from chunkq.job.output_layouts import (
+    OutputLayout,
+    PrecomputedLayout,
+    StoredImage,
+    ZarrLayout,
+    check_volume,
+)
 from chunkq.job.parent_groups import unlisted_in_groups
-from chunkq.job.pyramids import method_of
 from chunkq.job.record import JobRecord
-from chunkq.job.tasks import EPOCH_DIGITS
 from chunkq.paths import is_url, join, without_secret
 from chunkq.plan.plan import Plan
 from chunkq.storage.array import Array
-from chunkq.storage.formats.zarr import ZARR_FORMAT, ZarrFormat, array_metadata
 from chunkq.storage.formats.zarr_writing import WritableArray
 from chunkq.storage.object_grid import ObjectGrid
 from chunkq.storage.objects import LOCK, ObjectFolder
-from chunkq.storage.ome import image_metadata, is_image
-from chunkq.storage.value_metadata import array_attributes, label_values, range_attributes
+from chunkq.storage.value_metadata import range_attributes
 
 SEALED_NAME = "0"
-GROUP = {2: ".zattrs", 3: "zarr.json"}
-"""Zarr format -> name of the document with a group's attributes."""
-ARRAY = {2: ".zarray", 3: "zarr.json"}
-"""Zarr format -> name of an array's metadata document."""
-OTHER_FORMAT = {2: ("zarr.json",), 3: (".zgroup", ".zattrs", ".zarray", ".zmetadata")}
-"""Zarr format -> documents of the other format in the root of a store."""
 LOCK_AGE = 120.0
 """Age (s) from which a temporary file of tensorstore belongs to a killed writer."""
-LEVEL_NAME = re.compile(rf"[0-9]+(\.[0-9a-f]{{{EPOCH_DIGITS}}})?")
-"""Name of the array of a level, with or without an epoch."""
 
 
 def new_record(record: JobRecord, *, replaces: bool) -> JobRecord:
@@ -59,45 +53,59 @@ def new_record(record: JobRecord, *, replaces: bool) -> JobRecord:
     Set `replaces` if the output path may have content of an earlier job or program.
     """
     epoch = record.new_epoch()
-    has_final_name = is_url(record.job.output) and not replaces
+    has_final_name = is_url(record.job.output_path) and not replaces
     name = SEALED_NAME if has_final_name else f"{SEALED_NAME}.{epoch}"
-    metadata: dict[str, str] = {}
+    record = replace(record, epoch=epoch, array=name)
+    layout, metadata = layout_of(record), dict[str, str]()
     for image, plan in zip(record.images, record.image_plans(), strict=True):
         for number, view in enumerate(plan.views):
             folder = image_folder(image, view.output.name)
-            for level, axes in enumerate(level_axes(record, image, number)):
-                documents = _array_documents(record, view, axes, level_name(name, level))
+            stored = stored_image(record, image, number)
+            for level, array in enumerate(_running_names(record, layout.names(stored))):
+                documents = layout.array_documents(stored, level, array)
                 metadata |= {_below(folder, path): text for path, text in documents.items()}
-    return replace(record, epoch=epoch, array=name, metadata=metadata)
+    return replace(record, metadata=metadata)
 
 
-def _array_documents(
-    record: JobRecord, plan: Plan, axes: Sequence[Axis], name: str
-) -> dict[str, str]:
-    """Return the metadata documents of the array of a level, which has these axes."""
-    leading, shape = (1,) * (len(axes) - plan.rank), [axis.size for axis in axes]
-    spatial = shape[len(leading) :]
-    chunks = [min(u, v) for u, v in zip(plan.storage_chunks, spatial, strict=True)]
-    shards = plan.storage_shards and [
-        min(s, -(-v // u) * u) for s, v, u in zip(plan.storage_shards, spatial, chunks, strict=True)
-    ]
-    return array_metadata(
-        name,
-        shape=shape,
-        chunks=(*leading, *chunks),
-        shards=shards and (*leading, *shards),
-        dtype=plan.output_dtype,
-        fill_value=plan.output.fill.item(),
-        zarr_format=record.job.zarr_format,
-        axes=[axis.name for axis in axes] if is_image(axes) else None,
-        codec=codec_of(record.job.output_configs()[plan.output.name].codec),
-        attributes=array_attributes(plan.output),
+def layout_of(record: JobRecord) -> OutputLayout:
+    """Return how the output of a job is laid out."""
+    if record.job.is_precomputed:
+        return PrecomputedLayout()
+    return ZarrLayout(record.job.zarr_format)
+
+
+def stored_image(record: JobRecord, image: Image, output: int) -> StoredImage:
+    """Return an output of an image as it is stored."""
+    plan = record.image_plan(image).of_output(output)
+    scale = plan.grid.scale or (1,) * plan.rank
+    return StoredImage(
+        record.job,
+        plan,
+        tuple(level_axes(record, image, output)),
+        record.levels(image, output),
+        tuple(map(float, scale)),
     )
 
 
-def level_name(name: str, level: int) -> str:
-    """Return the name of the array of a level, beside level 0 that has this name."""
-    return f"{level}{name.removeprefix(SEALED_NAME)}"
+def _running_names(record: JobRecord, finals: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of arrays while the job runs; `finals` are those on a sealed local disk."""
+    suffix = record.array.removeprefix(SEALED_NAME)
+    return tuple(f"{final}{suffix}" for final in finals)
+
+
+def check_outputs(record: JobRecord) -> tuple[str, ...]:
+    """Return notes about what a precomputed output does not hold exactly.
+
+    Raises StoreError and JobError if it cannot hold an output of the job.
+    """
+    if not record.job.is_precomputed:
+        return ()
+    return tuple(
+        note
+        for image in record.images
+        for number in range(len(record.image_plan(image).outputs))
+        for note in check_volume(stored_image(record, image, number), record.job.output)
+    )
 
 
 def level_axes(record: JobRecord, image: Image, output: int) -> Iterator[tuple[Axis, ...]]:
@@ -162,6 +170,8 @@ class Output:
         members = [_below(folder, name) for folder in folders for name in outputs or [""]]
         members = [name.rstrip("/") for name in members] or outputs
         groups += [("", members)] if members else []
+        if not layout_of(record).has_groups:
+            groups = []
         self._groups = tuple(ImageGroup(path, record, folder, names) for folder, names in groups)
 
     def image(self, image: Image, number: int = 0) -> ImageOutput:
@@ -224,6 +234,8 @@ class Output:
     def unlisted(self) -> list[str]:
         """Return warnings for groups that contain the output and whose readers do not find it."""
         record = self._record
+        if not layout_of(record).has_groups:
+            return []
         epoch = "" if is_url(self._path) else record.array.removeprefix(SEALED_NAME)
         documents = {name.replace(f"{epoch}/", "/"): text for name, text in record.metadata.items()}
         return unlisted_in_groups(self._path, record.job.zarr_format, documents)
@@ -261,10 +273,21 @@ class ImageOutput:
         }
         self._objects = ObjectFolder(self.path)
         self._local = not is_url(path)
-        self._format = record.job.zarr_format
-        count = len({name.partition("/")[0] for name in self._metadata})
-        self._names = tuple(level_name(record.array, level) for level in range(count))
+        self._layout = layout_of(record)
+
+    @cached_property
+    def _stored(self) -> StoredImage:
+        return stored_image(self._record, self._image, self._number)
+
+    @cached_property
+    def _sealed_names(self) -> tuple[str, ...]:
+        """Names of the arrays of all levels on a local disk, once the job is sealed."""
+        return self._layout.names(self._stored)
+
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
         """Names of the arrays of all levels while the job runs."""
+        return _running_names(self._record, self._sealed_names)
 
     def prepare(self, *, anything_done: bool, check_unchanged: Callable[[], None]) -> None:
         """Create the missing parts of the output of a running job; delete those of earlier jobs.
@@ -277,13 +300,14 @@ class ImageOutput:
         if absent:
             if anything_done:
                 raise StoreError(
-                    f"output: {without_secret(self.path)}/{absent[0]}/{ARRAY[self._format]} is "
+                    f"output: {without_secret(self.path)}/{absent[0]}/"
+                    f"{self._layout.array_document} is "
                     "missing although chunks are committed; restore the file, or use --overwrite "
                     "to start again",
                     code=ErrorCode.OUTPUT_CHANGED,
                 )
             check_unchanged()
-            for document in OTHER_FORMAT[self._format]:
+            for document in self._layout.other_documents:
                 self._objects.delete(document)
             self._put(self._metadata)
         for name in self._names:
@@ -300,7 +324,7 @@ class ImageOutput:
         return any(map(self._was_renamed, range(len(self._names))))
 
     def _was_renamed(self, level: int) -> bool:
-        final = level_name(SEALED_NAME, level)
+        final = self._sealed_names[level]
         return self._local and not self._exists(self._names[level]) and self._exists(final)
 
     def unseal(self) -> None:
@@ -313,7 +337,7 @@ class ImageOutput:
             if self._was_renamed(level):
                 # A late process of this job may have written under the old name.
                 self._objects.discard(name)
-                os.rename(join(self.path, level_name(SEALED_NAME, level)), join(self.path, name))
+                os.rename(join(self.path, self._sealed_names[level]), join(self.path, name))
 
     @property
     def arrays(self) -> list[StoredArray]:
@@ -325,7 +349,7 @@ class ImageOutput:
     def documents(self, state: str) -> list[WrittenDocument]:
         """Return the metadata documents that an image in this state has."""
         names = self._current_names
-        group = _written_group(self._format, self._attributes(state, names))
+        group = self._layout.written(self._attributes(state, names))
         current = dict(zip(self._names, names, strict=True))
         arrays = {
             f"{current[name]}/{document}": text
@@ -336,7 +360,7 @@ class ImageOutput:
             WrittenDocument(
                 _below(self._folder, path),
                 text,
-                is_array=path in arrays and path.endswith(ARRAY[self._format]),
+                is_array=path in arrays and path.endswith(self._layout.array_document),
             )
             for path, text in (arrays | group).items()
         ]
@@ -347,12 +371,11 @@ class ImageOutput:
 
         Judged by the folders, because documents can be missing.
         """
-        finals = (level_name(SEALED_NAME, level) for level in range(len(self._names)))
         return tuple(
             final
             if self._local and not self._objects.exists(name) and self._objects.exists(final)
             else name
-            for name, final in zip(self._names, finals, strict=True)
+            for name, final in zip(self._names, self._sealed_names, strict=True)
         )
 
     @property
@@ -364,7 +387,8 @@ class ImageOutput:
     @property
     def present_path(self) -> str:
         """Path of the array of level 0 now. A late process can have written beside a sealed one."""
-        return join(self.path, SEALED_NAME if self._was_renamed(0) else self._names[0])
+        name = self._sealed_names[0] if self._was_renamed(0) else self._names[0]
+        return join(self.path, name)
 
     def array_folder(self, level: int = 0) -> str:
         """Return the name in the output of the folder of an array, while the job runs."""
@@ -373,30 +397,33 @@ class ImageOutput:
     @cached_property
     def grids(self) -> tuple[ObjectGrid, ...]:
         """The objects of the array of each level."""
-        document = ARRAY[self._format]
-        texts = (self._metadata[f"{name}/{document}"] for name in self._names)
-        return tuple(ObjectGrid.of_document(text, self._format) for text in texts)
+        return tuple(map(self._layout.grid, self._documents))
+
+    @cached_property
+    def _documents(self) -> tuple[str, ...]:
+        """The documents of the arrays of all levels, as they were created."""
+        document = self._layout.array_document
+        return tuple(self._metadata[f"{name}/{document}"] for name in self._names)
 
     def open(self, level: int = 0) -> WritableArray:
         """Open an array of a running job for writing. Raises StoreError if it was changed."""
         name = self._names[level]
         self.check(name)
-        path = join(self.path, name)
-        return ZarrFormat().open_for_writing(path, {ZARR_FORMAT: self._format})
+        return self._layout.open(join(self.path, name), self._documents[level])
 
     def open_present(self) -> Array:
         """Open the array of level 0 for reading, sealed or not. Raises StoreError."""
-        return ZarrFormat().open(self.present_path, {})
+        return self._layout.open_present(self.present_path, self._documents[0])
 
     def check(self, name: str) -> None:
         """Raise StoreError unless the array's metadata are those that were created.
 
         Attributes are not compared, because users may add their own.
         """
-        document = ARRAY[self._format]
+        document = self._layout.array_document
         stored = parsed(self._objects.get(f"{name}/{document}"))
-        running = self._names[int(name.partition(".")[0])]
-        created = json.loads(self._metadata[f"{running}/{document}"])
+        names = self._names if name in self._names else self._sealed_names
+        created = json.loads(self._documents[names.index(name)])
         differences = sorted(
             key
             for key in (stored or {}).keys() | created.keys()
@@ -414,7 +441,7 @@ class ImageOutput:
         """Raise StoreError unless every array, under its current name, is the one created."""
         for level, name in enumerate(self._names):
             is_current = not self._local or self._exists(name)
-            self.check(name if is_current else level_name(SEALED_NAME, level))
+            self.check(name if is_current else self._sealed_names[level])
 
     def mark_incomplete(self, *, check_unchanged: Callable[[], None]) -> None:
         """Write the group metadata of an output that will be read before it is complete."""
@@ -443,9 +470,7 @@ class ImageOutput:
     @property
     def _final_names(self) -> tuple[str, ...]:
         """Names of the arrays of all levels in the sealed output."""
-        if not self._local:
-            return self._names
-        return tuple(level_name(SEALED_NAME, level) for level in range(len(self._names)))
+        return self._sealed_names if self._local else self._names
 
     def is_sealed(self) -> bool:
         """Return whether the group metadata mark this job as complete."""
@@ -453,11 +478,12 @@ class ImageOutput:
 
     def _is_described(self, state: str, names: Sequence[str]) -> bool:
         """Return whether the group metadata are those of this job; other keys are ignored."""
-        attributes = _group_attributes(self._objects, self._format)
-        return _key_values(attributes) == _key_values(self._attributes(state, names))
+        attributes = self._layout.stored_attributes(self._objects)
+        expected = self._attributes(state, names)
+        return _key_values(self._layout, attributes) == _key_values(self._layout, expected)
 
     def _exists(self, name: str) -> bool:
-        return self._objects.exists(f"{name}/{ARRAY[self._format]}")
+        return self._objects.exists(f"{name}/{self._layout.array_document}")
 
     def _rename_to_final(self, name: str, final: str) -> None:
         path = join(self.path, final)
@@ -485,9 +511,10 @@ class ImageOutput:
     def _is_stray(self, name: str) -> bool:
         if name in self._names:
             return self._local and self._was_renamed(self._names.index(name))
-        if LEVEL_NAME.fullmatch(name) is None:
+        has_epoch = self._layout.epoch_name(name)
+        if has_epoch is None or (self._local and name in self._sealed_names):
             return False
-        if "." in name:
+        if has_epoch:
             return True
         # On a local disk it may belong to a later job, and beside `0` to the user.
         return not self._local and self._record.array != SEALED_NAME
@@ -496,18 +523,14 @@ class ImageOutput:
         """Write the group metadata unless they are current; keep the user's attributes."""
         if not self._is_described(state, names):
             attributes = self._attributes(state, names)
-            self._put(_group_documents(self._objects, self._format, attributes))
+            self._put(_merged_documents(self._layout, self._objects, attributes))
 
     def _attributes(self, state: str, names: Sequence[str]) -> dict[str, Any]:
-        """Return the group attributes that chunkq writes: `chunkq` and OME-Zarr metadata."""
-        record = self._record
-        plan = record.image_plan(self._image).of_output(self._number)
-        status = _status(record, state) | {"array": names[0]} | range_attributes(plan.output)
-        axes = level_axes(record, self._image, self._number)
-        method = method_of(record.job, plan.output) if len(names) > 1 else None
-        levels = dict(zip(names, axes, strict=True))
-        image = image_metadata(levels, self._format, method, label_values(plan.output))
-        return {**image, ATTRIBUTE: status}
+        """Return the attributes that chunkq writes: `chunkq`, and what readers need."""
+        status = _status(self._record, state) | {"array": names[0]}
+        status |= range_attributes(self._stored.plan.output)
+        documents = dict(zip(names, self._documents, strict=True))
+        return {**self._layout.attributes(self._stored, documents), ATTRIBUTE: status}
 
     def _put(self, documents: dict[str, str]) -> None:
         _put(self._objects, documents)
@@ -529,23 +552,22 @@ class ImageGroup:
 
     def __init__(self, path: str, record: JobRecord, folder: str, members: Sequence[str]) -> None:
         """`folder` is the path of the group in the output, `members` the images in the group."""
-        self._record, self._format, self._members = record, record.job.zarr_format, members
+        self._record, self._layout, self._members = record, layout_of(record), members
         self._folder, path = folder, join(path, folder) if folder else path
         self._objects, self._series = ObjectFolder(path), ObjectFolder(join(path, "OME"))
 
     def prepare(self, check_unchanged: Callable[[], None]) -> None:
         """Write the metadata of a running job."""
         check_unchanged()
-        for document in OTHER_FORMAT[self._format]:
+        for document in self._layout.other_documents:
             self._objects.delete(document)
-        series = _group_documents(self._series, self._format, self._series_attributes)
-        _put(self._series, series)
+        _put(self._series, _merged_documents(self._layout, self._series, self._series_attributes))
         self.write("incomplete", check_unchanged)
 
     def documents(self, state: str) -> list[WrittenDocument]:
         """Return the documents that the group has in this state."""
-        root = _written_group(self._format, self._attributes(state))
-        series = _written_group(self._format, self._series_attributes)
+        root = self._layout.written(self._attributes(state))
+        series = self._layout.written(self._series_attributes)
         documents = root | {f"OME/{name}": text for name, text in series.items()}
         return [
             WrittenDocument(_below(self._folder, name), text) for name, text in documents.items()
@@ -554,25 +576,29 @@ class ImageGroup:
     @property
     def _series_attributes(self) -> dict[str, Any]:
         series: dict[str, Any] = {"series": list(self._members)}
-        return {"ome": {"version": "0.5", **series}} if self._format == 3 else series
+        return self._versioned(series)
 
     def write(self, state: str, check_unchanged: Callable[[], None]) -> None:
         """Write the group metadata unless they are current; keep the user's attributes."""
         check_unchanged()
         if not self.is_described(state):
-            documents = _group_documents(self._objects, self._format, self._attributes(state))
-            _put(self._objects, documents)
+            attributes = self._attributes(state)
+            _put(self._objects, _merged_documents(self._layout, self._objects, attributes))
 
     def is_described(self, state: str) -> bool:
         """Return whether the group metadata are those of this job; other keys are ignored."""
-        attributes = _group_attributes(self._objects, self._format)
+        attributes = self._layout.stored_attributes(self._objects)
         return bool(attributes.get(ATTRIBUTE) == self._attributes(state)[ATTRIBUTE])
 
     def _attributes(self, state: str) -> dict[str, Any]:
-        layout: dict[str, Any] = {"bioformats2raw.layout": 3}
-        if self._format == 3:
-            layout = {"ome": {"version": "0.5", **layout}}
+        layout = self._versioned({"bioformats2raw.layout": 3})
         return {**layout, ATTRIBUTE: _status(self._record, state)}
+
+    def _versioned(self, attributes: dict[str, Any]) -> dict[str, Any]:
+        """Return attributes of OME-Zarr, which has a version since it uses Zarr v3."""
+        if self._record.job.zarr_format == 2:
+            return attributes
+        return {"ome": {"version": "0.5", **attributes}}
 
 
 def _status(record: JobRecord, state: str) -> dict[str, Any]:
@@ -585,30 +611,11 @@ def _status(record: JobRecord, state: str) -> dict[str, Any]:
     }
 
 
-def _group_attributes(objects: ObjectFolder, zarr_format: int) -> dict[str, Any]:
-    """Return the attributes of a group; empty if it has none or its document is damaged."""
-    stored = parsed(objects.get(GROUP[zarr_format])) or {}
-    attributes = stored.get("attributes") if zarr_format == 3 else stored
-    return attributes if isinstance(attributes, dict) else {}
-
-
-def _group_documents(
-    objects: ObjectFolder, zarr_format: int, attributes: dict[str, Any]
+def _merged_documents(
+    layout: OutputLayout, objects: ObjectFolder, attributes: dict[str, Any]
 ) -> dict[str, str]:
-    """Return the documents of a group with these attributes and the user's own."""
-    stored = _group_attributes(objects, zarr_format)
-    ome = stored.get("ome")
-    if isinstance(ome, dict) and "ome" in attributes:
-        attributes = attributes | {"ome": ome | attributes["ome"]}
-    return _written_group(zarr_format, stored | attributes)
-
-
-def _written_group(zarr_format: int, attributes: dict[str, Any]) -> dict[str, str]:
-    """Return the documents of a group with these attributes."""
-    if zarr_format == 2:
-        return {".zgroup": json.dumps({"zarr_format": 2}), ".zattrs": to_text(attributes)}
-    group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
-    return {"zarr.json": to_text(group)}
+    """Return the documents of an image or a group with these attributes and the user's own."""
+    return layout.written(layout.merged(layout.stored_attributes(objects), attributes))
 
 
 def _put(objects: ObjectFolder, documents: dict[str, str]) -> None:
@@ -632,13 +639,12 @@ def delete_stale_locks(path: str, older_than: float = math.inf) -> None:
                     os.unlink(name)
 
 
-def _key_values(attributes: dict[str, Any]) -> tuple[Any, ...]:
-    """Return the attributes of a group that identify the job and its state."""
+def _key_values(layout: OutputLayout, attributes: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the attributes of an image that identify the job and its state."""
     status = attributes.get(ATTRIBUTE)
     status = status if isinstance(status, dict) else {}
-    ome = attributes.get("ome", attributes)
     try:
-        paths = [dataset["path"] for dataset in ome["multiscales"][0]["datasets"]]
+        names = layout.array_names(attributes)
     except (KeyError, IndexError, TypeError):
-        paths = []
-    return paths, *(status.get(key) for key in ("state", "array", "digest", "epoch"))
+        names = []
+    return names, *(status.get(key) for key in ("state", "array", "digest", "epoch"))

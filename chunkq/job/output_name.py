@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from chunkq.errors import ErrorCode, JobError
-from chunkq.job.job_path import output_path, printable_path
+from chunkq.job.job_path import PRECOMPUTED, canonical, output_path, printable_path
 from chunkq.paths import is_url
 
 _SUFFIXES = {
@@ -65,7 +65,6 @@ WRITTEN = MappingProxyType(
     }
 )
 """Suffix of a file that can be written -> format of its writer."""
-PRECOMPUTED = "precomputed://"
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,8 @@ def export_target(target: str, base: Path) -> tuple[str, str, str]:
     A path without a suffix that names a format is that of OME-Zarr. Raises JobError for formats
     that cannot be written, and for paths that are not those of an output (`output_path`).
     """
-    if target.startswith(PRECOMPUTED):
-        return "precomputed", output_path(target.removeprefix(PRECOMPUTED), base), ""
+    if is_volume(target):
+        return PRECOMPUTED, output_path(target, base), ""
     file, dataset = _dataset(target)
     path = output_path(file, base)
     if (name := FileName.parse(path)) is not None:
@@ -105,6 +104,11 @@ def export_target(target: str, base: Path) -> tuple[str, str, str]:
             f"output: {printable_path(path)} {problem}", code=ErrorCode.STORE_UNSUPPORTED
         )
     return "zarr", path, ""
+
+
+def is_volume(output: str) -> bool:
+    """Return whether the path of an output names a precomputed volume."""
+    return output.lower().startswith(f"{PRECOMPUTED}://")
 
 
 def _dataset(target: str) -> tuple[str, str]:
@@ -122,16 +126,16 @@ def check_new_output(output: str, base: Path, *, zarr_only: bool = False) -> Non
     That has the name of a format that cannot be written, or is no path of an output
     (`output_path`).
     """
-    if output.startswith(PRECOMPUTED):
-        raise JobError(
-            f"output: {printable_path(output)} {format_problem(output)}",
-            code=ErrorCode.STORE_UNSUPPORTED,
-        )
     path = output_path(output, base)
-    if (zarr_only or FileName.parse(path) is None) and (problem := format_problem(path)):
-        raise JobError(
-            f"output: {printable_path(path)} {problem}", code=ErrorCode.STORE_UNSUPPORTED
-        )
+    if is_volume(output):
+        problem = _volume_problem(path, zarr_only=zarr_only)
+    elif zarr_only or FileName.parse(path) is None:
+        problem = format_problem(path)
+    else:
+        problem = None
+    if problem:
+        printed = printable_path(canonical(output, base))
+        raise JobError(f"output: {printed} {problem}", code=ErrorCode.STORE_UNSUPPORTED)
 
 
 def format_problem(path: str) -> str | None:
@@ -149,12 +153,20 @@ def format_problem(path: str) -> str | None:
     found = SCHEMES.get(scheme) or FORMATS.get(last)
     if found is None:
         return None
-    if scheme == "precomputed":
-        return (
-            f"names {found}, which `chunkq convert` writes of a Zarr output; use "
-            f"{stem or 'out'}.zarr"
-        )
+    if last == PRECOMPUTED:
+        return f"names {found}; use {PRECOMPUTED}://{path}, or {stem or 'out'}.zarr"
     return f"names {found}, which cannot be written; use {stem or 'out'}.zarr"
+
+
+def _volume_problem(path: str, *, zarr_only: bool) -> str | None:
+    """Return why a new precomputed volume cannot have a path, as `format_problem`."""
+    stem, suffixes = _split(path.rstrip("/").rpartition("/")[2])
+    if zarr_only:
+        return f"names a precomputed volume; use {stem or 'out'}.zarr, then chunkq convert"
+    if suffixes in ([], [PRECOMPUTED]):
+        return None
+    found = FORMATS.get(suffixes[-1], "a Zarr image")
+    return f"names a precomputed volume and {found}; use {PRECOMPUTED}://{stem or 'out'}"
 
 
 def _split(name: str) -> tuple[str, list[str]]:

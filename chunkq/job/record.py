@@ -16,6 +16,7 @@ from chunkq.geometry.levels import Level
 from chunkq.job.file_hashes import changed_files, hash_files
 from chunkq.job.items import Image, Item, images_of, items_of, largest_image
 from chunkq.job.job_file import Job, parse_job
+from chunkq.job.job_path import PRECOMPUTED
 from chunkq.job.pyramids import levels_of, pyramid_problems
 from chunkq.job.resolve import resolve
 from chunkq.job.tasks import EPOCH_DIGITS
@@ -109,7 +110,9 @@ class JobRecord:
         """SHA-256 of everything that determines the output's bytes, as hexadecimal digits."""
         values = {k: v for k, v in self.job.as_dict().items() if k not in KEYS_WITHOUT_EFFECT}
         images = [json_values.to_values(image) for image in self.images]
-        content = [values, images, self.file_hashes]
+        content: list[Any] = [values, images, self.file_hashes]
+        if self.job.is_precomputed:
+            content.append(PRECOMPUTED)
         if self.mask is not None:
             content.append(json_values.to_values(self.mask))
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

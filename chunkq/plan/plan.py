@@ -326,11 +326,6 @@ class Plan:
         return self.output.channel_axis
 
     @property
-    def channel_numbers(self) -> tuple[int | None, ...]:
-        """The numbers of the channels of the only output; one None if it has no channel axis."""
-        return tuple(range(self.channels)) if self.channel_axis else (None,)
-
-    @property
     def rank(self) -> int:
         """Number of spatial axes."""
         return len(self.axes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from typing_extensions import override
 
@@ -77,8 +77,7 @@ class DownsampleStage(Stage):
     def stored_objects(self, item: ItemHandle, chunk: Index) -> Iterator[str]:
         output, number, *unit = chunk
         level = item.pyramids[output].levels[number - 1]
-        for channel in item.plan.of_output(output).channel_numbers:
-            yield from item.level_object_names(output, number, level.box(unit), channel)
+        yield from item.level_object_names(output, number, level.box(unit))
 
     @override
     def run(self, item: ItemHandle, chunk: Index, attempt: Attempt) -> bool:
@@ -126,15 +125,17 @@ def _downsample(item: ItemHandle, chunk: Index, attempt: Attempt) -> None:
     seconds = dict.fromkeys(("read", "compute", "write"), 0.0)
     moved = dict.fromkeys(("level_below", "level"), 0)
     is_checked, checksums = False, list[int]()
-    most = PART_BYTES // target.dtype.itemsize
-    for channel in source.channels:
+    for channels in source.channels:
+        together = 1 if channels is None else len(channels)
+        most = PART_BYTES // (target.dtype.itemsize * together)
         for box in level.writes(unit, most):
-            values = buffers.zeros(box.shape, target.dtype)
+            values = buffers.zeros(target.shape_of(box, channels), target.dtype)
             for part in level.parts(box, source.chunk, most):
                 read_started = time.time()
-                below = source.read(level.source(part), channel)
+                below = source.read(level.source(part), channels)
                 read_end = time.time()
-                values[part.slices(box.start)] = downsample(below, level.factors, method)
+                where: Any = (..., *part.slices(box.start))
+                values[where] = downsample(below, level.factors, method)
                 seconds["read"] += read_end - read_started
                 seconds["compute"] += time.time() - read_end
                 moved["level_below"] += below.nbytes
@@ -144,7 +145,7 @@ def _downsample(item: ItemHandle, chunk: Index, attempt: Attempt) -> None:
                     return  # another worker committed it first; the output may be sealed
                 item.job.check_unchanged()
                 is_checked = True
-            checksums += target.store(box, values, channel)
+            checksums += target.store(box, values, channels)
             seconds["write"] += time.time() - write_started
             moved["level"] += values.nbytes
     item.job.check_unchanged()

@@ -8,14 +8,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
+from typing import Protocol
 
 from chunkq.geometry.box import Box
-from chunkq.storage.formats.zarr_chunks import ChunkKeys, document_keys
+from chunkq.storage.formats.zarr_chunks import Keys, document_keys
+
+
+class ObjectKeys(Keys, Protocol):
+    """Names of the objects of an array, from which their indices follow."""
+
+    def index(self, name: str) -> tuple[int, ...]:
+        """Return the index of the object with a name that matches the pattern."""
 
 
 @dataclass(frozen=True)
 class ObjectGrid:
-    """The objects of a Zarr array: one for each storage chunk, or for each shard.
+    """The objects of an array: one for each storage chunk, or for each shard of a Zarr array.
 
     `shape` is the shape of the array, and `chunk` that of what one object stores, in the order of
     the stored axes.
@@ -23,7 +31,7 @@ class ObjectGrid:
 
     shape: tuple[int, ...]
     chunk: tuple[int, ...]
-    keys: ChunkKeys
+    keys: ObjectKeys
 
     @classmethod
     def of_document(cls, text: str, zarr_format: int) -> ObjectGrid:
@@ -58,7 +66,7 @@ class ObjectGrid:
         """Return the index of the object with this name, or None if the array has none."""
         if not self._pattern.fullmatch(name):
             return None
-        index = tuple(map(int, re.findall(r"\d+", name)))
+        index = self.keys.index(name)
         is_inside = all(i < count for i, count in zip(index, self.counts, strict=True))
         return index if is_inside and self.keys.name(index) == name else None
 

@@ -3,45 +3,38 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from typing_extensions import override
 
 from chunkq.errors import ChunkReadError, StoreError
-from chunkq.geometry.axes import Axis
-from chunkq.geometry.axis_units import METERS, common_unit, unit_factor
 from chunkq.geometry.box import Box
 from chunkq.paths import join, split_format
 from chunkq.storage.array import Array, Voxels, box_error
-from chunkq.storage.formats.precomputed import INFO, UNIT
+from chunkq.storage.formats.precomputed_metadata import (
+    INFO,
+    SPATIAL_RANK,
+    first_voxels,
+    info,
+    moved,
+    scale_metadata,
+    spatial_order,
+    stored_dtype,
+    volume_metadata,
+)
 from chunkq.storage.formats.tensorstore_arrays import kvstore, read_store
 from chunkq.storage.objects import ObjectFolder
 from chunkq.writers.base import (
     DEFAULT_OPTIONS,
     ImageToWrite,
     WriterOptions,
-    stored_dtype,
 )
 from chunkq.writers.pyramid import PyramidWriter
 
-DTYPES = frozenset({"uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "float32"})
-REPLACED = {"float16": "float32", "bool": "uint8"}
-"""Dtypes that the format does not have -> one that holds all of their values."""
-SEGMENT_DTYPES = {
-    **dict.fromkeys(("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32"), "uint32"),
-    **dict.fromkeys(("uint64", "int64"), "uint64"),
-}
-"""Dtype of labels -> dtype of a segmentation. Negative labels do not fit and are refused later."""
 BLOCK = 64
 """Edge of a block (voxels)."""
-SEGMENTATION_BLOCK = (8, 8, 8)
-"""Shape of the blocks inside a compressed block."""
-SPATIAL_RANK = 3
-MAX_SHIFT = 1e-3
-"""Distance (voxels) by which a position may be rounded without a note."""
-NAMES = ("x", "y", "z")
 
 
 class PrecomputedWriter(PyramidWriter):
@@ -62,14 +55,13 @@ class PrecomputedWriter(PyramidWriter):
             raise self.refused(
                 f"a precomputed volume has the axes x, y, z and channels; found {axes}; use Zarr"
             )
-        replaced = SEGMENT_DTYPES if image.is_labels else REPLACED
-        dtype = stored_dtype(image, DTYPES, replaced)
+        dtype = stored_dtype(np.dtype(image.dtype).name, is_labels=image.is_labels)
         if dtype is None:
             raise self.refused(
                 f"a precomputed volume has no dtype {image.dtype}; set --dtype, or use Zarr"
             )
         self.dtype = dtype
-        order = _by_name(image, spatial)
+        order = [spatial[n] for n in spatial_order([image.axes[n] for n in spatial])]
         self.orientation = (
             *((number, 1) for number in (*time, *channels)),
             *((n, -1 if image.axes[n].scale < 0 else 1) for n in order),
@@ -78,67 +70,31 @@ class PrecomputedWriter(PyramidWriter):
         block = options.chunks or (*leading, *(BLOCK for _ in order))
         self._has_time, self._has_channels = bool(time), bool(channels)
         self._lay_out(block)
-        self.notes = tuple(self._moved())
-
-    def _moved(self) -> Iterator[str]:
-        """Yield a line for each axis that does not begin at a whole voxel."""
-        for axis, offset in zip(
-            _xyz(self.axes[self.lead :]), self.scale(0)["voxel_offset"], strict=True
-        ):
-            start = axis.translation / (axis.scale or 1.0)
-            if abs(start - offset) > MAX_SHIFT:
-                yield (
-                    f"output: {self.name}: {axis.name} begins at voxel {start:.6g}, stored as "
-                    f"{offset}, because a precomputed volume begins at a whole voxel"
-                )
+        stored = self.axes[self.lead :]
+        self.notes = tuple(moved(stored, first_voxels(stored), self.name))
 
     def info(self) -> dict[str, Any]:
         """Return the document `info` of a volume."""
-        return {
-            "@type": "neuroglancer_multiscale_volume",
-            "type": "segmentation" if self.image.is_labels else "image",
-            "data_type": self.dtype.name,
-            "num_channels": self._channels,
-            "scales": [
-                {
-                    **{k: v for k, v in scale.items() if k != "chunk_size"},
-                    "chunk_sizes": [scale["chunk_size"]],
-                }
-                for scale in map(self.scale, range(len(self.levels) + 1))
-            ],
-            **({"chunkq": values.attributes} if (values := self.image.values) else {}),
-        }
+        document = info(self._volume, [self.scale(n) for n in range(len(self.levels) + 1)])
+        values = self.image.values
+        return document if values is None else {**document, "chunkq": values.attributes}
 
     @property
-    def _channels(self) -> int:
-        return self.axes[self.lead - 1].size if self._has_channels else 1
+    def _volume(self) -> dict[str, Any]:
+        channels = self.axes[self.lead - 1].size if self._has_channels else 1
+        return volume_metadata(self.dtype, channels, is_labels=self.image.is_labels)
 
     def scale(self, number: int) -> dict[str, Any]:
         """Return the metadata of a scale for tensorstore; x first."""
-        axes = list(_xyz(self.axes[self.lead :]))
-        unit = common_unit((axis.unit for axis in axes), METERS, [UNIT])
-        total = _three(self.levels[number - 1].total if number else (), 1)
-        resolution = [
-            abs(axis.scale) * unit_factor(axis.unit, unit, METERS) * factor or 1.0
-            for axis, factor in zip(axes, total, strict=True)
-        ]
-        # The offset counts voxels from the corner of the volume, at every level.
-        offset = [
-            int(np.floor(axis.translation / (axis.scale or 1.0) / factor + 0.5 / factor))
-            for axis, factor in zip(axes, total, strict=True)
-        ]
-        scale: dict[str, Any] = {
-            "key": "_".join(f"{size:.10g}" for size in resolution),
-            "size": list(_three(self.level_shape(number)[self.lead :], 1)),
-            "resolution": resolution,
-            "voxel_offset": offset,
-            "chunk_size": list(_three(self.chunk[self.lead :], 1)),
-            "encoding": "raw",
-        }
-        if self.image.is_labels:
-            scale["encoding"] = "compressed_segmentation"
-            scale["compressed_segmentation_block_size"] = list(SEGMENTATION_BLOCK)
-        return scale
+        spatial = self.axes[self.lead :]
+        return scale_metadata(
+            spatial,
+            first_voxels(spatial),
+            self.level_shape(number)[self.lead :],
+            self.levels[number - 1].total if number else (1,) * len(spatial),
+            self.chunk[self.lead :],
+            is_labels=self.image.is_labels,
+        )
 
     def volumes(self, path: str) -> list[str]:
         """Return the path of the volume of each time point, or of the only one."""
@@ -157,12 +113,8 @@ class PrecomputedWriter(PyramidWriter):
 
     @override
     def _open(self, path: str, number: int) -> Array:
-        metadata = {
-            "type": "segmentation" if self.image.is_labels else "image",
-            "data_type": self.dtype.name,
-            "num_channels": self._channels,
-        }
-        stores = [_open_scale(p, metadata, self.scale(number)) for p in self.volumes(path)]
+        scale = self.scale(number)
+        stores = [_open_scale(p, self._volume, scale) for p in self.volumes(path)]
         return ScaleArray(
             path, self.level_shape(number), self.dtype, stores, self._has_time, self.rank
         )
@@ -233,22 +185,3 @@ def _open_scale(path: str, metadata: Mapping[str, Any], scale: Mapping[str, Any]
     except ValueError as error:
         raise StoreError(f"output: {path}: {error}") from error
     return store[ts.d[:].translate_to[0]].T
-
-
-def _by_name(image: ImageToWrite, spatial: Sequence[int]) -> list[int]:
-    """Return the numbers of the spatial axes in the order z, y, x."""
-    names = {image.axes[number].name: number for number in spatial}
-    if set(names) <= set(NAMES) and "x" in names and (len(names) < 2 or "y" in names):
-        return [names[name] for name in reversed(NAMES) if name in names]
-    return list(spatial)
-
-
-def _xyz(axes: Sequence[Axis]) -> list[Axis]:
-    """Return three axes, x first; those that the image lacks have one voxel."""
-    absent = [Axis(name, "space", 1, axes[-1].unit) for name in NAMES[len(axes) :]]
-    return [*reversed(axes), *absent]
-
-
-def _three(numbers: Sequence[int], default: int) -> tuple[int, ...]:
-    """Return three numbers, x first, of some in the order z, y, x."""
-    return (*reversed(numbers), *(default,) * (SPATIAL_RANK - len(numbers)))

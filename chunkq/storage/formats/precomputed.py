@@ -34,6 +34,7 @@ from chunkq.storage.formats.base import (
     missing_error,
     unreadable_error,
 )
+from chunkq.storage.formats.precomputed_metadata import INFO, UNIT
 from chunkq.storage.formats.stored_objects import NOTHING
 from chunkq.storage.formats.tensorstore_arrays import (
     DECOMPRESSORS,
@@ -55,8 +56,6 @@ from chunkq.storage.formats.zarr_nodes import (
 )
 from chunkq.storage.stored_chunks import StoredChunks
 
-INFO = "info"
-"""Name of the document of a volume."""
 SCALE = "scale"
 """Option: key of the scale."""
 SUFFIX = "suffix"
@@ -72,7 +71,6 @@ DTYPES = (
     "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "float32",
 )  # fmt: skip
 """Data types that tensorstore reads."""
-UNIT = "nanometer"
 Model = TypeVar("Model", bound=BaseModel)
 
 

@@ -57,7 +57,7 @@ from chunkq.storage.formats.zarr_nodes import (
     read_node,
     require_parts,
 )
-from chunkq.storage.formats.zarr_writing import WritableArray
+from chunkq.storage.formats.zarr_writing import WritableZarr
 from chunkq.storage.ome import MultiscaleImage, channel_labels, first_image
 from chunkq.storage.stored_chunks import StoredChunks
 
@@ -127,11 +127,11 @@ class ZarrFormat(Format):
         return array
 
     @override
-    def open_for_writing(self, path: str, options: Options) -> WritableArray:
+    def open_for_writing(self, path: str, options: Options) -> WritableZarr:
         node = _require_node(path, DEFAULT_ACCESS)
         array, _ = _open_node(node, options)
         try:
-            return WritableArray(array, node.metadata, node.zarr_format)
+            return WritableZarr(array, node.metadata, node.zarr_format)
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"output: {without_secret(path)}: {_reason(error)}") from error
 

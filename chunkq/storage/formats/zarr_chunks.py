@@ -72,6 +72,10 @@ class ChunkKeys:
         prefix = f"c{separator}" if self.encoding == "default" else ""
         return re.compile(prefix + separator.join([r"\d+"] * rank))
 
+    def index(self, name: str) -> tuple[int, ...]:
+        """Return the index of the storage chunk with a name that matches the pattern."""
+        return tuple(map(int, re.findall(r"\d+", name)))
+
 
 def stored_keys(node: ZarrNode) -> ChunkKeys:
     """Return the keys that the metadata of an array name, or imply."""

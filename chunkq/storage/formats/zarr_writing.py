@@ -1,8 +1,9 @@
-"""Zarr arrays that are written object by object, with a checksum of each stored object."""
+"""Arrays that are written object by object, with a checksum of each stored object."""
 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -31,19 +32,23 @@ def object_checksum(crc32: int) -> int:
     return crc32 or 1
 
 
-class WritableArray(Array):
-    """An open Zarr array for reading and writing. `metadata` is its document.
+class WritableArray(Array, ABC):
+    """An open array for reading and writing, whose objects are those of a grid.
 
     tensorstore encodes voxels into memory. The objects are stored from there, so their checksums
     are those of what was to be stored.
     """
 
-    def __init__(self, array: Array, metadata: Mapping[str, Any], zarr_format: int) -> None:
+    def __init__(self, array: Array, grid: ObjectGrid) -> None:
         self.path, self.shape, self.dtype = array.path, array.shape, array.dtype
-        self._array, self._format = array, zarr_format
-        self._grid = ObjectGrid.of_document(json.dumps(metadata), zarr_format)
-        known = METADATA_KEYS[zarr_format]
-        self._metadata = {key: metadata[key] for key in known if key in metadata}
+        self._array, self._grid = array, grid
+
+    @abstractmethod
+    def _in_memory(self) -> tuple[Any, Any]:
+        """Return an empty array in a memory of its own, and the storage in which its objects are.
+
+        Both are tensorstore's. The array has the axes of this one and begins at 0.
+        """
 
     @override
     def read(self, box: Box) -> Voxels:
@@ -63,7 +68,8 @@ class WritableArray(Array):
         finish: Callable[[], None] = lambda: None  # noqa: E731
         try:
             for part in self._grid.slabs(box, SLAB_BYTES // self.dtype.itemsize):
-                objects = self._encode(part, values[part.slices(box.start)])
+                voxels = values[part.slices(box.start)].astype(self.dtype, copy=False)
+                objects = self._encode(part, voxels)
                 finish()  # the objects of one slab are stored while the next one is encoded
                 finish = self._put([(name, c) for name, c in objects if c is not None])
                 checksums += (
@@ -77,23 +83,10 @@ class WritableArray(Array):
 
     def _encode(self, box: Box, values: Voxels) -> list[tuple[str, bytes | None]]:
         """Return the names of the objects of a box and their contents, None where not stored."""
-        import tensorstore as ts
-
-        store = ts.open(
-            {
-                "driver": "zarr3" if self._format == 3 else "zarr",
-                "kvstore": {"driver": "memory"},
-                "metadata": self._metadata,
-            },
-            context=ts.Context(),  # a memory of its own
-            open=True,
-            write=True,
-            assume_metadata=True,
-        ).result()
+        store, memory = self._in_memory()
         # Without can_reference_source_data_indefinitely, which loses chunks of arrays that have
         # an axis of length 1 (tensorstore 0.1.86).
         store[box.slices((0,) * len(self.shape))].write(values).result()
-        memory: Any = store.kvstore
         reads = [(name, memory.read(name)) for name in self._grid.names(box)]
         results = ((name, read.result()) for name, read in reads)
         return [(name, r.value if r.state == "value" else None) for name, r in results]
@@ -122,3 +115,29 @@ class WritableArray(Array):
 
         spec = kvstore(self.path)
         return None if spec is None else ts.KvStore.open(spec).result()
+
+
+class WritableZarr(WritableArray):
+    """A Zarr array. `metadata` is its document."""
+
+    def __init__(self, array: Array, metadata: Mapping[str, Any], zarr_format: int) -> None:
+        super().__init__(array, ObjectGrid.of_document(json.dumps(metadata), zarr_format))
+        self._format, known = zarr_format, METADATA_KEYS[zarr_format]
+        self._metadata = {key: metadata[key] for key in known if key in metadata}
+
+    @override
+    def _in_memory(self) -> tuple[Any, Any]:
+        import tensorstore as ts
+
+        store = ts.open(
+            {
+                "driver": "zarr3" if self._format == 3 else "zarr",
+                "kvstore": {"driver": "memory"},
+                "metadata": self._metadata,
+            },
+            context=ts.Context(),  # a memory of its own
+            open=True,
+            write=True,
+            assume_metadata=True,
+        ).result()
+        return store, store.kvstore

@@ -326,7 +326,7 @@ def _search(
     )
     trial_seconds = min(MAX_TRIAL_SECONDS, max(MIN_TRIAL_SECONDS, limits.seconds / TARGET_TRIALS))
     console = Console(stderr=True, highlight=False, quiet=quiet)
-    parent = _temporary_root(job.output)
+    parent = _temporary_root(job.output_path)
     with tempfile.TemporaryDirectory(prefix=".chunkq-tune-", dir=parent) as folder:
         trials = Trials(
             space,
