@@ -165,7 +165,7 @@ def _volume_problem(path: str, *, zarr_only: bool) -> str | None:
         return f"names a precomputed volume; use {stem or 'out'}.zarr, then chunkq convert"
     if suffixes in ([], [PRECOMPUTED]):
         return None
-    found = FORMATS.get(suffixes[-1], "a Zarr image")
+    found = FORMATS.get(suffixes[0], "a Zarr image")
     return f"names a precomputed volume and {found}; use {PRECOMPUTED}://{stem or 'out'}"
 
 

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ from chunkq_producer.job_status import job_status
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import chunkq
 from chunkq.convert import convert, plan_conversion
-from chunkq.create import check_job, create_job
+from chunkq.create import CheckedJob, check_job, create_job
 from chunkq.errors import ChunkqError, ErrorCode, MissingJobError
 from chunkq.finalize import finalize_job
+from chunkq.geometry.axes import Axis, scaled
+from chunkq.geometry.box import Box
 from chunkq.job.job_file import load_job
 from chunkq.job.job_handle import JobHandle, open_job
+from chunkq.job.output_layouts import PrecomputedLayout, StoredImage
 from chunkq.queue.contract.executor import Attempt
 from chunkq.repair import repair_output
 from chunkq.stages.registry import stage_of, stages
@@ -32,11 +35,12 @@ from chunkq.writers.base import WriterOptions
 from tests import reference as ref
 from tests.harness.files import files_below
 from tests.harness.networks import toy_model
-from tests.harness.nifti import TURNED, write_nifti
+from tests.harness.nifti import write_nifti
 from tests.harness.small_job import small_workspace
 from tests.harness.volumes import random_volume, read_output, write_zarr
 from tests.harness.waiting import wait_until
 from tests.harness.workspace import EPOCH, Workspace, run_inline, run_tasks
+from tests.integration.test_outputs import COARSE, scaled_workspace, write_with_axes
 
 Voxels = npt.NDArray[Any]
 SHAPE = (13, 17, 11)
@@ -67,7 +71,8 @@ def workspace_in(folder: Path, **changes: Any) -> VolumeWorkspace:
 def job_in(folder: Path, output: str = "precomputed://out", **changes: Any) -> dict[str, Any]:
     """Write a volume of three axes and a network; return a job whose chunks overlap."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_zarr(folder / "in.zarr", random_volume(SHAPE), (8, 8, 8))
+    if not (folder / "in.zarr").exists():
+        write_zarr(folder / "in.zarr", random_volume(SHAPE), (8, 8, 8))
     scheme, separator, name = output.rpartition("://")
     return {
         "input": str(folder / "in.zarr"),
@@ -233,14 +238,32 @@ def test_scales_have_voxel_sizes_in_nanometers_and_offsets_in_voxels(tmp_path: P
 
 
 def test_an_output_of_another_resolution_begins_at_the_corner_of_the_input(tmp_path: Path) -> None:
-    outputs = {"fine": {"channels": 0}, "labels": {"combine": "soft"}}
-    keys = job_in(tmp_path, outputs=outputs)
-    run_inline(keys)
-    assert sorted(os.listdir(tmp_path / "out")) == ["fine", "labels"]
-    assert info_of(tmp_path / "out" / "labels")["type"] == "segmentation"
-    assert info_of(tmp_path / "out" / "fine")["type"] == "image"
-    for name in ("fine", "labels"):
-        assert scales(tmp_path / "out" / name)[0].shape == SHAPE
+    workspace = scaled_workspace(
+        tmp_path, "pyramid", COARSE, input="image.zarr", output="precomputed://out"
+    )
+    write_with_axes(tmp_path / "image.zarr", (32, 22))
+    run_inline(workspace.folder / "job.json")
+    for name, kind in {"coarse": "image", "doubt": "segmentation"}.items():
+        values = info_of(tmp_path / "out" / name)
+        (scale,) = values["scales"]
+        assert values["type"] == kind
+        assert (scale["key"], scale["resolution"]) == ("4000_1000_1000", [4000, 1000, 1000])
+        assert (scale["size"], scale["voxel_offset"]) == ([11, 16, 1], [5, 10, 0])
+    assert not any("begins at voxel" in line for line in check_job_of(workspace).warnings)
+
+
+def check_job_of(workspace: Workspace) -> CheckedJob:
+    return check_job(load_job(workspace.folder / "job.json"))
+
+
+@pytest.mark.parametrize(("scale", "offset"), [("1/4", 8), ("1/2", 4), (1, 2), (2, 1), (4, 0)])
+def test_a_finer_or_coarser_volume_has_the_offset_of_its_corner(scale: Any, offset: int) -> None:
+    axis = Axis("x", "space", 32, "nanometer", 10.0, 20.0)
+    factor = Fraction(scale)
+    image = StoredImage(None, None, ((scaled(axis, factor),),), (), (float(factor),))  # type: ignore[arg-type]
+    (first,) = PrecomputedLayout().first_voxels(image)
+    assert first == pytest.approx(2 / float(factor))
+    assert int(first) == offset
 
 
 def test_each_image_of_a_list_is_a_volume(tmp_path: Path) -> None:
@@ -344,8 +367,7 @@ def test_a_replaced_job_cannot_reach_the_voxels_of_the_new_one(tmp_path: Path) -
     run_tasks(new)
     finalize_job(new, worker="new")
     expected = stored(tmp_path / "out")
-    box = next(iter(old.items[0].plan.chunk((0, 0, 0)).core_boxes), None)
-    assert box is not None
+    box = Box((0, 0, 0), (4, 2, 4))
     target.write(box, np.full(box.shape, 7, np.uint8))
     assert without_epochs(stored(tmp_path / "out")) == expected
     with pytest.raises(MissingJobError):
@@ -533,7 +555,6 @@ def test_an_axis_that_runs_backwards_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ChunkqError, match="backwards") as caught:
         check_job(load_job(keys | {"input": turned}))
     assert caught.value.code is ErrorCode.STORE_UNSUPPORTED
-    assert TURNED is not None
 
 
 # ------------------------------------------------------------------------- other commands
@@ -552,7 +573,7 @@ def test_an_output_is_converted_with_its_meaning(tmp_path: Path) -> None:
         assert plan.writer.image.values.scale == pytest.approx(2 / 255)
     voxels = find_source(f"{tmp_path}/out.zarr").open()
     np.testing.assert_array_equal(
-        voxels.read(chunkq_box(voxels.shape)), scales(tmp_path / "out")[0]
+        voxels.read(Box.of_shape(voxels.shape)), scales(tmp_path / "out")[0]
     )
     run_inline(job_in(tmp_path / "labels", combine="soft"))
     conversion = plan_conversion(
@@ -571,16 +592,10 @@ def test_an_output_is_converted_with_its_meaning(tmp_path: Path) -> None:
     assert job.output.is_sealed()
 
 
-def chunkq_box(shape: tuple[int, ...]) -> Any:
-    from chunkq.geometry.box import Box
-
-    return Box.of_shape(shape)
-
-
 def test_a_volume_is_the_input_of_another_job(tmp_path: Path) -> None:
-    chunkq.run(job_in(tmp_path, combine="soft"), queue="inprocess://volumes")
+    run_inline(job_in(tmp_path, combine="soft"))
     keys = job_in(tmp_path, "second.zarr") | {"input": f"precomputed://{tmp_path}/out"}
-    report = chunkq.run(keys, queue="inprocess://volumes")
+    _, report = run_inline(keys)
     assert report["missing"] == []
 
 
