@@ -189,8 +189,8 @@ FAULTS = (
     Fault(
         "output-metadata-not-compared",
         OUTPUT,
-        "        self.check(name)\n        path = join(",
-        "        path = join(",
+        "        self.check(name)\n        return self._layout.open(",
+        "        return self._layout.open(",
         "chunks are written into an array with another codec or fill value",
         named(DAMAGE, "changed_metadata"),
     ),

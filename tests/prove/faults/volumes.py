@@ -6,9 +6,43 @@ PRECOMPUTED = "chunkq/storage/formats/precomputed.py"
 ARRAYS = "chunkq/storage/formats/tensorstore_arrays.py"
 N5_METADATA = "chunkq/storage/formats/n5_metadata.py"
 VOLUMES = "tests/integration/test_n5_and_precomputed.py"
+LAYOUTS = "chunkq/job/output_layouts.py"
+WRITTEN = "tests/integration/test_precomputed_jobs.py"
 AXES = "tests/unit/test_n5_axes.py"
 
 FAULTS = (
+    Fault(
+        "precomputed-offset-of-the-center",
+        LAYOUTS,
+        "return [first - (1 - 1 / scale) / 2 for",
+        "return [first + 0 * scale for",
+        "precomputed outputs of a finer resolution lie voxels beside their input",
+        named(WRITTEN, "offset_of_its_corner"),
+    ),
+    Fault(
+        "precomputed-fill-value-not-refused",
+        LAYOUTS,
+        "    if fill and (skips",
+        "    if False and (skips",
+        "blocks outside of a mask read as 0, voxels beside them as the fill value",
+        named(WRITTEN, "refused_before_work"),
+    ),
+    Fault(
+        "precomputed-scale-named-by-an-old-job",
+        LAYOUTS,
+        '        if re.fullmatch(f"{key}{EPOCH_SUFFIX}", folder):',
+        "        if False:",
+        "what a suspended worker of a replaced job wrote stays beside the volume for good",
+        named(WRITTEN, "replaced_job_cannot"),
+    ),
+    Fault(
+        "precomputed-continues-a-zarr-job",
+        "chunkq/job/record.py",
+        "        if self.job.is_precomputed:",
+        "        if False:",
+        "a Zarr job is continued as a precomputed volume, without its chunks",
+        named(WRITTEN, "output_of_the_other_format"),
+    ),
     Fault(
         "n5-x-first",
         "chunkq/storage/formats/n5.py",
