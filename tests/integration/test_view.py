@@ -24,13 +24,20 @@ import pytest
 import tifffile
 import uvicorn
 import zarr
-from chunkq_producer.view.layers import dimensions_of, layers_of, link
+from chunkq_producer.view.layers import axes_of, dimensions_of, layer_of, layers_of, link
 from chunkq_producer.view.served import Served, ServedFolder
 from chunkq_producer.view.server import application, listen, new_token
 
 from chunkq.access import DEFAULT_ACCESS
-from chunkq.errors import ErrorCode
+from chunkq.convert import convert, plan_conversion
+from chunkq.errors import ErrorCode, StoreError
+from chunkq.geometry.box import Box
+from chunkq.job.job_handle import open_job
+from chunkq.storage.formats import gzip_file
+from chunkq.storage.images import find_source
+from chunkq.writers.base import WriterOptions
 from tests.harness.browser import Page, chromium
+from tests.harness.nifti import write_nifti
 from tests.harness.processes import RunningCommand
 from tests.harness.volumes import random_volume, read_output, write_zarr
 from tests.harness.waiting import TIMEOUT, wait_until
@@ -209,7 +216,7 @@ def test_layers_have_types_voxel_sizes_and_ranges(of_tiff: Workspace) -> None:
     low, high = layers[0].window or (0, 0)
     assert low < high
     assert np.percentile(ball(32), 1) == low
-    assert dimensions_of(of_tiff.job) == {
+    assert dimensions_of(axes_of(of_tiff.job)) == {
         "x": [pytest.approx(5e-7), "m"], "y": [pytest.approx(5e-7), "m"],
         "z": [pytest.approx(2e-6), "m"],
     }  # fmt: skip
@@ -294,12 +301,89 @@ def test_a_folder_that_is_no_page_is_refused(of_tiff: Workspace) -> None:
     assert "--page" in result.err
 
 
-def test_an_output_that_is_a_file_is_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["seg.nii.gz", "seg.tif", "seg.h5"])
+def test_an_output_that_is_a_file_is_served_as_an_image(tmp_path: Path, name: str) -> None:
     write_zarr(tmp_path / "in.zarr", random_volume((16, 16, 16), "uint8"), (8, 8, 8))
-    workspace = finished(tmp_path, "in.zarr", 16, output="seg.nii.gz", is_finalized=False)
-    for options in ([], ["--napari"]):
-        result = workspace.call("view", tmp_path / "seg.nii.gz", "--no-open", *options)
-        result.refused(2, "seg.nii.gz", ErrorCode.STORE_UNSUPPORTED)
+    workspace = finished(tmp_path, "in.zarr", 16, output=name, is_finalized=False)
+    job = open_job(str(tmp_path / f"{name}.chunkq"))
+    running = layers_of(job)[1]
+    assert (running.name, running.type) == (name, "segmentation")
+    run_tasks(job)
+    workspace.call("finalize", name).ok()
+    layer = layers_of(job)[1]
+    assert (layer.name, layer.type) == (name, "segmentation")
+    with serving({"1": layer.served}) as base:
+        array = zarr.open_array(f"{base}/1/0", mode="r", zarr_format=3)
+        source = find_source(str(tmp_path / name)).open()
+        expected = source.read(Box.of_shape(source.shape))
+        np.testing.assert_array_equal(array[...], expected)
+        assert len(np.unique(expected)) > 1
+
+
+def test_a_file_that_cannot_be_read_by_region_is_refused_with_the_command_to_convert_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gzip_file, "WHOLE_BYTES", 1000)
+    write_nifti(tmp_path / "scan.nii.gz", random_volume((16, 16, 16)))
+    with pytest.raises(StoreError, match=r"chunkq convert .*scan\.nii\.gz scan\.zarr") as caught:
+        layer_of(find_source(str(tmp_path / "scan.nii.gz")))
+    assert caught.value.code is ErrorCode.STORE_UNSUPPORTED
+
+
+# ------------------------------------------------------------------------- precomputed volumes
+
+
+def test_a_precomputed_output_is_shown_beside_its_input_in_nanometers(tmp_path: Path) -> None:
+    write_zarr(tmp_path / "in.zarr", random_volume((16, 16, 16), "uint8"), (8, 8, 8))
+    outputs = {"score": {"channels": "0:2", "activation": "softmax"}, "label": {"combine": "soft"}}
+    finished(
+        tmp_path, "in.zarr", 16, combine=None, outputs=outputs, output="precomputed://out",
+        is_finalized=False,
+    )  # fmt: skip
+    job = open_job(f"{tmp_path}/out.chunkq")
+    nanometer = [pytest.approx(1e-9), "m"]
+    assert dimensions_of(axes_of(job)) == dict.fromkeys("xyz", nanometer)
+    layers = layers_of(job)
+    states = [layer.as_state(f"http://h/{n}/") for n, layer in enumerate(layers)]
+    source, label, score = states
+    assert source["source"]["url"] == "zarr://http://h/0/"
+    assert source["source"]["transform"]["outputDimensions"] == dict.fromkeys("zyx", nanometer)
+    assert (label["type"], label["source"]) == ("segmentation", "precomputed://http://h/1/")
+    assert (score["type"], score["source"]) == ("image", "precomputed://http://h/2/")
+    assert score["shaderControls"]["normalized"]["range"] == [0, 1]
+    with serving({str(number): layer.served for number, layer in enumerate(layers)}) as base:
+        info = json.loads(fetch(f"{base}/1/info")[1])
+        assert info["chunkq"]["state"] == "incomplete"
+        key = info["scales"][0]["key"]
+        assert key == f"1_1_1.{job.record.epoch}"
+        run_tasks(job)
+        assert fetch(f"{base}/1/{key}/0-4_0-4_0-4")[0] == 200
+
+
+def test_a_volume_without_a_job_is_one_layer(tmp_path: Path, of_tiff: Workspace) -> None:
+    for name, is_labels in (("image", False), ("labels", True)):
+        target = f"precomputed://{tmp_path}/{name}"
+        source = {"path": str(of_tiff.output)}
+        convert(plan_conversion(source, target, is_labels=is_labels, options=WriterOptions()))
+        source_of_volume = find_source(target)
+        layer = layer_of(source_of_volume)
+        assert layer.as_state("http://h/")["source"] == "precomputed://http://h/"
+        assert layer.type == ("segmentation" if is_labels else "image")
+        assert (layer.window is None) == is_labels
+        dimensions = dimensions_of(source_of_volume.stored_axes)
+        assert dimensions["z"] == [pytest.approx(2e-6), "m"]
+    with of_tiff.start(
+        "view", f"precomputed://{tmp_path}/labels", "--no-open", "--json"
+    ) as command:
+        (printed,) = printed_by(command)["layers"]
+        assert printed["type"] == "segmentation"
+        address = printed["source"].removeprefix("precomputed://")
+        assert json.loads(fetch(f"{address}info")[1])["type"] == "segmentation"
+
+
+@pytest.mark.parametrize("name", ["nothing.zarr", "job.yaml"])
+def test_a_path_with_neither_a_job_nor_an_image_is_one_line(of_tiff: Workspace, name: str) -> None:
+    of_tiff.call("view", name, "--no-open").refused(2, ErrorCode.JOB_MISSING, name)
 
 
 def test_napari_shows_images_and_labels(

@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING
 import click
 
 from chunkq.access import DEFAULT_ACCESS
-from chunkq.errors import ChunkqError, ErrorCode, StoreError
-from chunkq.job.exports import file_name
-from chunkq.paths import is_url, without_secret
+from chunkq.errors import ChunkqError, ErrorCode, JobError, MissingJobError, StoreError
+from chunkq.paths import absolute_input, is_url
+from chunkq.storage.images import ImageSource, find_source
 from chunkq.system.standard_output import print_line, print_text
 from chunkq_producer.commands.options import job_at, json_option, output_argument
 
 if TYPE_CHECKING:
+    from chunkq.job.job_handle import JobHandle
     from chunkq_producer.view.served import Served
 
+JOB_FILES = (".yaml", ".yml", ".json")
 PAGE = "neuroglancer"
 """Name below which a local page is served."""
 
@@ -39,27 +41,31 @@ def view(
 ) -> None:
     """Show OUTPUT, such as labels.zarr, and its input in Neuroglancer.
 
-    The data are served to this machine only, below a random path, until Ctrl-C.
+    OUTPUT can also be an image that no job has written. The data are served to this machine only,
+    below a random path, until Ctrl-C.
     """
-    job = job_at(output)
-    if file_name(job.record) is not None:
-        path = without_secret(job.folder.output)
-        raise StoreError(
-            f"output: {path} is not a Zarr output; open it in a program for its format, or convert "
-            "it with chunkq convert",
-            code=ErrorCode.STORE_UNSUPPORTED,
-        )
+    shown = _job_or_source(output)
     if napari:
-        from chunkq_producer.view.napari_viewer import show
+        from chunkq_producer.view.napari_viewer import show, show_source
 
-        show(job)
+        show_source(shown) if isinstance(shown, ImageSource) else show(shown)
         return
-    from chunkq_producer.view.layers import PUBLIC_PAGE, dimensions_of, layers_of, link
+    from chunkq_producer.view.layers import (
+        PUBLIC_PAGE,
+        axes_of,
+        dimensions_of,
+        layer_of,
+        layers_of,
+        link,
+    )
     from chunkq_producer.view.served import ServedFolder
     from chunkq_producer.view.server import HOST, application, listen, new_token, serve
 
     folder = None if page is None else _page_folder(page)
-    layers = layers_of(job)
+    if isinstance(shown, ImageSource):
+        layers, axes = [layer_of(shown)], shown.stored_axes
+    else:
+        layers, axes = layers_of(shown), axes_of(shown)
     served: dict[str, Served] = {str(n): layer.served for n, layer in enumerate(layers)}
     if folder is not None:
         served[PAGE] = ServedFolder(str(folder), DEFAULT_ACCESS)
@@ -72,7 +78,7 @@ def view(
     base = f"http://{HOST}:{listening.getsockname()[1]}/{token}"
     states = [layer.as_state(f"{base}/{number}/") for number, layer in enumerate(layers)]
     where = f"{base}/{PAGE}/index.html" if folder is not None else page or PUBLIC_PAGE
-    url = link(where, states, dimensions_of(job))
+    url = link(where, states, dimensions_of(axes))
     if as_json:
         print_line(json.dumps({"url": url, "page": where, "layers": states}))
     else:
@@ -83,6 +89,24 @@ def view(
     if not no_open:
         webbrowser.open(url)
     serve(app, listening)
+
+
+def _job_or_source(output: str) -> JobHandle | ImageSource:
+    """Return the job of an output, or else the image at this path.
+
+    Raises MissingJobError if the path has neither, and StoreError if the image cannot be read.
+    """
+    try:
+        return job_at(output)
+    except (MissingJobError, JobError) as error:
+        if isinstance(error, JobError) and error.code is not ErrorCode.PATH_INVALID:
+            raise
+        try:
+            return find_source(absolute_input(output, Path.cwd()))
+        except StoreError as other:
+            if output.endswith(JOB_FILES) or other.code is ErrorCode.STORE_MISSING:
+                raise error from None
+            raise
 
 
 def _page_folder(page: str) -> Path | None:

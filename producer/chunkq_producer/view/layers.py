@@ -1,11 +1,11 @@
-"""Layers of a viewer: the inputs and outputs of a job, with their types and ranges of values."""
+"""Layers of a viewer: images and labels, with their types, voxel sizes and ranges of values."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
@@ -13,20 +13,25 @@ from urllib.parse import quote
 import numpy as np
 
 from chunkq.access import DEFAULT_ACCESS, Access
-from chunkq.errors import ChunkReadError, StoreError
+from chunkq.errors import ChunkReadError, ErrorCode, StoreError
 from chunkq.geometry.axes import Axis
 from chunkq.geometry.box import Box
+from chunkq.job.exported_output import ExportedOutput
+from chunkq.job.exports import ExportedFile
 from chunkq.job.job_handle import JobHandle
-from chunkq.paths import is_url, join
+from chunkq.job.output_documents import parsed
+from chunkq.paths import is_url, join, read_bytes, without_secret
 from chunkq.plan.outputs import OutputSpec
 from chunkq.seams import LABELS
 from chunkq.storage.array import Array
+from chunkq.storage.formats.precomputed_metadata import INFO, NAMES, UNIT, spatial_order
 from chunkq.storage.formats.zarr_nodes import read_node
-from chunkq.storage.images import ImageSource
+from chunkq.storage.images import ImageSource, find_source
 from chunkq.storage.ome import first_image, is_image
 from chunkq_producer.view.served import Served, ServedArray, ServedFolder
 
-READ_BY_VIEWER = frozenset({"zarr", "n5", "precomputed"})
+PRECOMPUTED = "precomputed"
+READ_BY_VIEWER = frozenset({"zarr", "n5", PRECOMPUTED})
 """Formats whose objects the viewer reads itself."""
 SAMPLE_EDGE = 64
 """Voxels along each axis of the box in the middle that is read for the range of values."""
@@ -108,12 +113,28 @@ def _matrix(axes: Sequence[Axis]) -> list[list[float]]:
     ]
 
 
-def dimensions_of(job: JobHandle) -> dict[str, list[Any]]:
-    """Return the spatial axes and the time axis of the first output, x first."""
-    axes = job.output.image(job.record.images[0]).axes
+def dimensions_of(axes: Sequence[Axis]) -> dict[str, list[Any]]:
+    """Return the spatial axes and the time axis of an image for the viewer, x first."""
     kinds = ("space", "time")
     ordered = [axis for kind in kinds for axis in reversed(axes) if axis.kind == kind]
     return {_dimension(axis): _meters(axis) for axis in ordered}
+
+
+def axes_of(job: JobHandle) -> tuple[Axis, ...]:
+    """Return the axes of the first output of a job, as the viewer names them."""
+    axes = job.output.image(job.record.images[0]).axes
+    return _as_in_volume(axes) if job.record.job.is_precomputed else axes
+
+
+def _as_in_volume(axes: Sequence[Axis]) -> tuple[Axis, ...]:
+    """Return axes as those of a precomputed volume: x, y and z, with a unit of length."""
+    spatial = [number for number, axis in enumerate(axes) if axis.kind == "space"]
+    names = zip(reversed(spatial_order([axes[n] for n in spatial])), NAMES, strict=False)
+    renamed = {spatial[number]: name for number, name in names}
+    return tuple(
+        replace(axis, name=renamed[n], unit=axis.unit or UNIT) if n in renamed else axis
+        for n, axis in enumerate(axes)
+    )
 
 
 def link(
@@ -136,26 +157,78 @@ def layers_of(job: JobHandle) -> list[Layer]:
     for layer in layers:
         names[layer.name] = number = names.get(layer.name, 0) + 1
         name = layer.name if number == 1 else f"{layer.name} {number}"
-        unique.append(Layer(**{**vars(layer), "name": name}))
+        unique.append(replace(layer, name=name))
     return unique
+
+
+def layer_of(source: ImageSource) -> Layer:
+    """Return the layer of an image that no job has written. Raises StoreError."""
+    _check_readable(source)
+    layer = _source_layer(source)
+    if not _is_segmentation(source):
+        return layer
+    return replace(layer, type="segmentation", window=None)
 
 
 def _inputs(job: JobHandle) -> Iterator[Layer]:
     for image in job.record.images:
         for source in image.sources:
-            name = os.path.basename(source.path.rstrip("/")) or "input"
-            access = Access.of(source.options)
-            window = None if source.staged else _sampled(source.open())
-            if source.format in READ_BY_VIEWER:
-                root = _image_root(source, access)
-                name = os.path.basename(root.rstrip("/")) or name
-                is_array = source.format == "zarr" and root == source.path.rstrip("/")
-                axes = source.stored_axes if is_array else ()
-                served: Served = ServedFolder(root, access)
-                yield Layer(name, "image", source.format, served, window, axes)
-            else:
-                array = source.open()
-                yield Layer(name, "image", "zarr", ServedArray(array, source.stored_axes), window)
+            yield _source_layer(source, is_beside_volume=job.record.job.is_precomputed)
+
+
+def _source_layer(source: ImageSource, *, is_beside_volume: bool = False) -> Layer:
+    """Return the layer of a source as an image.
+
+    `is_beside_volume`: a precomputed volume is shown in the same space, whose axes are x, y and z
+    with a unit of length.
+    """
+    name = os.path.basename(source.path.rstrip("/")) or "input"
+    access = Access.of(source.options)
+    window = None if source.staged else _sampled(source.open())
+    if source.format not in READ_BY_VIEWER:
+        axes = source.stored_axes
+        served: Served = ServedArray(
+            source.open(), _as_in_volume(axes) if is_beside_volume else axes
+        )
+        return Layer(name, "image", "zarr", served, window)
+    root = _image_root(source, access)
+    name = os.path.basename(root.rstrip("/")) or name
+    is_array = source.format == "zarr" and root == source.path.rstrip("/")
+    axes = source.stored_axes if is_array else ()
+    if is_beside_volume and source.format != PRECOMPUTED:
+        # Level 0, of which the viewer knows the other levels.
+        first = source if is_array else find_source(root, access=access, allow_empty=True)
+        renamed = _as_in_volume(first.stored_axes)
+        axes = renamed if is_array or renamed != first.stored_axes else ()
+    return Layer(name, "image", source.format, ServedFolder(root, access), window, axes)
+
+
+def _is_segmentation(source: ImageSource) -> bool:
+    """Return whether the metadata of an image say that its values are labels."""
+    access = Access.of(source.options)
+    try:
+        if source.format == PRECOMPUTED:
+            info = parsed(read_bytes(join(source.path, INFO), access)) or {}
+            return info.get("type") == "segmentation"
+        if source.format == "zarr":
+            node = read_node(_image_root(source, access), access)
+            attributes = {} if node is None else node.attributes
+            return "image-label" in attributes.get("ome", attributes)
+    except (StoreError, OSError, AttributeError, TypeError):
+        pass
+    return False
+
+
+def _check_readable(source: ImageSource) -> None:
+    """Raise StoreError if the voxels of a file can only be read from its start."""
+    if source.staged:
+        path = without_secret(source.path)
+        target = os.path.basename(path).partition(".")[0] or "image"
+        raise StoreError(
+            f"{path}: {source.staged}; run `chunkq convert {path} {target}.zarr`, then view "
+            f"{target}.zarr",
+            code=ErrorCode.STORE_UNSUPPORTED,
+        )
 
 
 def _image_root(source: ImageSource, access: Access) -> str:
@@ -177,21 +250,68 @@ def _image_root(source: ImageSource, access: Access) -> str:
     return path
 
 
-def _outputs(job: JobHandle) -> Iterator[Layer]:
+@dataclass(frozen=True)
+class ShownOutput:
+    """One output of an image: its name and what it holds, its array, and what is served for it.
+
+    `axes` are those of the array. `scheme` and `named_axes` are those of the layer.
+    """
+
+    name: str
+    spec: OutputSpec
+    axes: tuple[Axis, ...]
+    open: Callable[[], Array]
+    scheme: str
+    served: Served
+    named_axes: tuple[Axis, ...] = ()
+
+
+def shown_outputs(job: JobHandle) -> Iterator[ShownOutput]:
+    """Yield the outputs of a job, where they are now. Raises StoreError."""
+    if isinstance(job.output, ExportedOutput) and job.ledger.is_sealed():
+        for file in job.output.files:
+            yield from _file_outputs(job, file)
+        return
+    scheme = PRECOMPUTED if job.record.job.is_precomputed else "zarr"
     for image in job.record.images:
-        plan = job.record.image_plan(image)
-        for number, spec in enumerate(plan.outputs):
-            output = job.output.image(image, number)
-            is_group = is_image(output.axes)
-            root = output.path if is_group else output.present_path
-            axes = () if is_group else output.axes
-            name = "/".join(filter(None, (image.name, spec.name))) or os.path.basename(root)
-            served = ServedFolder(root, DEFAULT_ACCESS)
-            if spec.combine in LABELS:
-                yield Layer(name, "segmentation", "zarr", served, None, axes, 0.4)
-            else:
-                window = _window(spec) or _sampled(output.open_present())
-                yield Layer(name, "image", "zarr", served, window, axes, 0.7)
+        for number, spec in enumerate(job.record.image_plan(image).outputs):
+            stored = job.output.image(image, number)
+            is_group = scheme == PRECOMPUTED or is_image(stored.axes)
+            root = stored.path if is_group else stored.present_path
+            yield ShownOutput(
+                _output_name(image.name, spec.name, job.folder.output),
+                spec,
+                stored.axes,
+                stored.open_present,
+                scheme,
+                ServedFolder(root, DEFAULT_ACCESS),
+                () if is_group else stored.axes,
+            )
+
+
+def _file_outputs(job: JobHandle, file: ExportedFile) -> Iterator[ShownOutput]:
+    """Yield the outputs in a file of a job, presented as OME-Zarr."""
+    for number in file.outputs:
+        spec = job.record.image_plan(file.image).outputs[number]
+        source = find_source(join(file.path, spec.name) if len(file.outputs) > 1 else file.path)
+        _check_readable(source)
+        axes, name = source.stored_axes, _output_name(file.image.name, spec.name, file.path)
+        served = ServedArray(source.open(), axes)
+        yield ShownOutput(name, spec, axes, source.open, "zarr", served)
+
+
+def _output_name(image: str, output: str, root: str) -> str:
+    return "/".join(filter(None, (image, output))) or os.path.basename(root)
+
+
+def _outputs(job: JobHandle) -> Iterator[Layer]:
+    for shown in shown_outputs(job):
+        layer = Layer(shown.name, "image", shown.scheme, shown.served, None, shown.named_axes)
+        if shown.spec.combine in LABELS:
+            yield replace(layer, type="segmentation", opacity=0.4)
+        else:
+            window = _window(shown.spec) or _sampled(shown.open())
+            yield replace(layer, window=window, opacity=0.7)
 
 
 def _window(spec: OutputSpec) -> tuple[float, float] | None:

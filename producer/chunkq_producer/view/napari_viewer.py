@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import Any
 
@@ -12,6 +13,8 @@ from chunkq.geometry.box import Box
 from chunkq.job.job_handle import JobHandle
 from chunkq.seams import LABELS
 from chunkq.storage.array import Array
+from chunkq.storage.images import ImageSource
+from chunkq_producer.view.layers import shown_outputs
 
 
 class LazyArray:
@@ -43,29 +46,46 @@ class LazyArray:
 
 
 def show(job: JobHandle) -> None:
-    """Open napari and wait until it is closed. Raises ChunkqError if it is not installed."""
+    """Open napari with the images of a job, and wait until it is closed.
+
+    Raises ChunkqError if it is not installed.
+    """
+    napari = _napari()
+    viewer = napari.Viewer()
+    for image in job.record.images:
+        for source in image.sources:
+            _add_source(viewer, source, "input")
+    for shown in shown_outputs(job):
+        add = viewer.add_labels if shown.spec.combine in LABELS else viewer.add_image
+        add(
+            LazyArray(shown.open()), name=shown.spec.name or "output",
+            scale=[axis.scale for axis in shown.axes],
+            translate=[axis.translation for axis in shown.axes],
+        )  # fmt: skip
+    napari.run()
+
+
+def show_source(source: ImageSource) -> None:
+    """Open napari with an image, as `show`."""
+    napari = _napari()
+    _add_source(napari.Viewer(), source, os.path.basename(source.path.rstrip("/")))
+    napari.run()
+
+
+def _napari() -> Any:
     try:
-        napari: Any = import_module("napari")
+        return import_module("napari")
     except ModuleNotFoundError:
         raise ChunkqError(
             "napari: missing package napari; run `pip install 'napari[all]'`, or use chunkq view "
             "without --napari",
             code=ErrorCode.PACKAGE_MISSING,
         ) from None
-    viewer = napari.Viewer()
-    for image in job.record.images:
-        for source in image.sources:
-            axes = source.stored_axes
-            viewer.add_image(
-                LazyArray(source.open()), name="input", scale=[axis.scale for axis in axes],
-                translate=[axis.translation for axis in axes],
-            )  # fmt: skip
-        for number, spec in enumerate(job.record.image_plan(image).outputs):
-            output = job.output.image(image, number)
-            add = viewer.add_labels if spec.combine in LABELS else viewer.add_image
-            add(
-                LazyArray(output.open_present()), name=spec.name or "output",
-                scale=[axis.scale for axis in output.axes],
-                translate=[axis.translation for axis in output.axes],
-            )  # fmt: skip
-    napari.run()
+
+
+def _add_source(viewer: Any, source: ImageSource, name: str) -> None:
+    axes = source.stored_axes
+    viewer.add_image(
+        LazyArray(source.open()), name=name, scale=[axis.scale for axis in axes],
+        translate=[axis.translation for axis in axes],
+    )  # fmt: skip
