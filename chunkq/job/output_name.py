@@ -154,7 +154,7 @@ def format_problem(path: str) -> str | None:
     if found is None:
         return None
     if last == PRECOMPUTED:
-        return f"names {found}; use {PRECOMPUTED}://{path}, or {stem or 'out'}.zarr"
+        return f"names {found}; write {PRECOMPUTED}:// before it, or use {stem or 'out'}.zarr"
     return f"names {found}, which cannot be written; use {stem or 'out'}.zarr"
 
 

@@ -425,7 +425,7 @@ def test_an_output_in_a_folder_that_cannot_be_written_is_rejected_when_it_is_che
     assert caught.value.code is ErrorCode.STORE_UNUSABLE
 
 
-@pytest.mark.parametrize("name", ["labels.png", "seg.mha", "out.npy", "precomputed://a/seg"])
+@pytest.mark.parametrize("name", ["labels.png", "seg.mha", "out.npy", "seg.precomputed"])
 @pytest.mark.parametrize("command", ["plan", "run", "produce"])
 def test_an_output_with_the_name_of_another_format_is_rejected(
     workspace: Workspace, command: str, name: str

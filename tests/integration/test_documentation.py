@@ -96,7 +96,8 @@ def test_the_page_on_several_outputs_runs_as_it_stands(tmp_path: Path) -> None:
         shown_as="/home/me/outputs",
         has_begun=lambda: True,
     )
-    assert commands == 1
+    assert commands == 2
+    assert (tmp_path / "volumes" / "bright" / "info").exists()
     bright = zarr.open_group(tmp_path / "result.zarr" / "bright", mode="r")
     assert bright["0"].shape == (64, 96, 96)
     assert bright.attrs["ome"]["image-label"]["properties"][1]["class"] == "bright"  # type: ignore[call-overload, index]

@@ -19,8 +19,9 @@ OTHER_FORMATS = [
     ("out.n5/", "out.zarr"),
     (".tif", "out.zarr"),
     ("a folder/größe.png", "größe.zarr"),
-    ("precomputed://gs://bucket/seg", "seg.zarr"),
-    ("precomputed://./seg", "seg.zarr"),
+    ("s3://bucket/a/seg.precomputed", "seg.zarr"),
+    ("precomputed://gs://bucket/seg.nii.gz", "precomputed://seg"),
+    ("precomputed://./seg.ome.zarr", "precomputed://seg"),
     ("n5://s3://bucket/seg.n5", "seg.zarr"),
 ]
 """(output, name in the remedy)."""
@@ -64,6 +65,9 @@ def test_the_name_in_a_job_file_is_reported_with_the_other_mistakes(tmp_path: Pa
         "seg.NII.gz",
         "v1.2.h5",
         "s3://bucket/a/out.h5",
+        "precomputed://seg",
+        "PRECOMPUTED://gs://bucket/seg",
+        "precomputed://s3://bucket/a/seg.precomputed",
     ],
 )
 def test_other_names_are_accepted(output: str) -> None:
