@@ -142,6 +142,19 @@ def test_a_job_on_s3_writes_the_same_objects_as_a_local_job(
     assert without_digest(remote) == without_digest(local)
 
 
+@pytest.mark.proof("verify")
+def test_a_precomputed_volume_on_s3_has_the_objects_of_a_local_one(
+    workspace: Workspace, bucket: s3fs.S3FileSystem
+) -> None:
+    job = workspace.write_job("volume.json", pyramid={"levels": 2})
+    for output in ("precomputed://volume", "precomputed://s3://lab/volume"):
+        workspace.run("run", job, "-o", output, "--queue", "inprocess://volume").ok()
+    remote = without_digest(objects(bucket, "lab/volume"))
+    assert remote == without_digest(files_below(workspace.folder / "volume"))
+    assert {name.partition("/")[0] for name in remote} == {"1_1_1", "2_2_2", "info"}
+    workspace.run("verify", "precomputed://s3://lab/volume").ok()
+
+
 def test_status_of_a_finished_job_on_s3_counts_chunks_and_blocks(
     bucket: s3fs.S3FileSystem, done: list[CommandResult]
 ) -> None:

@@ -346,12 +346,14 @@ def test_a_precomputed_output_is_shown_beside_its_input_in_nanometers(tmp_path: 
     layers = layers_of(job)
     states = [layer.as_state(f"http://h/{n}/") for n, layer in enumerate(layers)]
     source, label, score = states
-    assert source["source"]["url"] == "zarr://http://h/0/"
-    assert source["source"]["transform"]["outputDimensions"] == dict.fromkeys("zyx", nanometer)
+    assert (source["type"], source["source"]) == ("image", "zarr://http://h/0/")
     assert (label["type"], label["source"]) == ("segmentation", "precomputed://http://h/1/")
     assert (score["type"], score["source"]) == ("image", "precomputed://http://h/2/")
     assert score["shaderControls"]["normalized"]["range"] == [0, 1]
     with serving({str(number): layer.served for number, layer in enumerate(layers)}) as base:
+        image = json.loads(fetch(f"{base}/0/zarr.json")[1])["attributes"]["ome"]["multiscales"][0]
+        units = [(axis["name"], axis["unit"]) for axis in image["axes"]]
+        assert units == [(name, "nanometer") for name in "zyx"]
         info = json.loads(fetch(f"{base}/1/info")[1])
         assert info["chunkq"]["state"] == "incomplete"
         key = info["scales"][0]["key"]
@@ -423,12 +425,17 @@ def test_a_missing_napari_is_one_line(of_tiff: Workspace, monkeypatch: pytest.Mo
 
 
 @pytest.mark.proof("view")
-def test_neuroglancer_in_a_browser_shows_the_input_and_its_labels(tmp_path: Path) -> None:
+@pytest.mark.parametrize("output", ["out.zarr", "precomputed://out"])
+def test_neuroglancer_in_a_browser_shows_the_input_and_its_labels(
+    tmp_path: Path, output: str
+) -> None:
     page = built_page(tmp_path / "npm")
     write_zarr(tmp_path / "in.zarr", ball(), (32, 32, 32))
-    workspace = finished(tmp_path, "in.zarr", SIZE)
+    workspace = finished(tmp_path, "in.zarr", SIZE, output=output, is_finalized=False)
+    run_tasks(open_job(f"{tmp_path}/{output.rpartition('/')[2]}.chunkq"))
+    workspace.call("finalize", output).ok()
     with (
-        workspace.start("view", workspace.output, "--no-open", "--json", "--page", page) as command,
+        workspace.start("view", output, "--no-open", "--json", "--page", page) as command,
         chromium(tmp_path / "profile") as address,
     ):
         url = printed_by(command)["url"]

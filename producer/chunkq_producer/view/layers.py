@@ -185,22 +185,18 @@ def _source_layer(source: ImageSource, *, is_beside_volume: bool = False) -> Lay
     name = os.path.basename(source.path.rstrip("/")) or "input"
     access = Access.of(source.options)
     window = None if source.staged else _sampled(source.open())
-    if source.format not in READ_BY_VIEWER:
-        axes = source.stored_axes
-        served: Served = ServedArray(
-            source.open(), _as_in_volume(axes) if is_beside_volume else axes
-        )
-        return Layer(name, "image", "zarr", served, window)
-    root = _image_root(source, access)
-    name = os.path.basename(root.rstrip("/")) or name
-    is_array = source.format == "zarr" and root == source.path.rstrip("/")
-    axes = source.stored_axes if is_array else ()
+    root, axes = source.path, source.stored_axes
+    if source.format in READ_BY_VIEWER:
+        root = _image_root(source, access)
+        name = os.path.basename(root.rstrip("/")) or name
+    shown_axes = axes
     if is_beside_volume and source.format != PRECOMPUTED:
-        # Level 0, of which the viewer knows the other levels.
-        first = source if is_array else find_source(root, access=access, allow_empty=True)
-        renamed = _as_in_volume(first.stored_axes)
-        axes = renamed if is_array or renamed != first.stored_axes else ()
-    return Layer(name, "image", source.format, ServedFolder(root, access), window, axes)
+        shown_axes = _as_in_volume(axes)
+    if source.format not in READ_BY_VIEWER or shown_axes != axes:
+        return Layer(name, "image", "zarr", ServedArray(source.open(), shown_axes), window)
+    is_array = source.format == "zarr" and root == source.path.rstrip("/")
+    served = ServedFolder(root, access)
+    return Layer(name, "image", source.format, served, window, axes if is_array else ())
 
 
 def _is_segmentation(source: ImageSource) -> bool:
