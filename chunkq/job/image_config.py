@@ -204,4 +204,3 @@ class TruthConfig(Section):
         if pattern.groups < 1:
             return ["truth.regex: has no group; put the label into parentheses, such as ([^/]+)/"]
         return []
-

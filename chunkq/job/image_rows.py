@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from io import BytesIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from chunkq.errors import ErrorCode, JobError
@@ -24,7 +25,7 @@ from chunkq.storage.images import DIGEST, IMAGE_LIST, ImageSource
 TRUTH = "chunkq:truth"
 """Column of the stored table with the true label of each row; absent without `truth`."""
 SAMPLE = "sample"
-"""Option of the source with the paths of a few rows, on which the network is checked."""
+"""Option of the source: paths of a few rows as JSON, on which the network is checked."""
 SAMPLE_ROWS = 16
 NAMES_SHOWN = 6
 DEFAULT_TOP_K = 5
@@ -63,27 +64,23 @@ class ImageRows:
         """Return the rows from `start` on, without `stop`."""
         return ImageRows(self.table.slice(start, stop - start))
 
-    @cached_property
-    def source(self) -> ImageSource:
-        """The list as the source of a job."""
+    def source(self, path: str) -> ImageSource:
+        """Return the list, which has this path, as the source of a job."""
         count = len(self)
         picks = sorted({round(n * (count - 1) / SAMPLE_ROWS) for n in range(SAMPLE_ROWS + 1)})
         paths = self.table.column(PATH).take(pa.array(picks, pa.int64())).to_pylist()
-        options = {DIGEST: self._digest(), SAMPLE: [path for path in paths if path]}
+        sample = json.dumps([path for path in paths if path])
+        options = {DIGEST: self._digest(), SAMPLE: sample}
         axes = (Axis("row", "space", count),)
-        return ImageSource(
-            IMAGE_LIST, paths[0] or "list", axes, "uint8", options, named_by="the list"
-        )
+        return ImageSource(IMAGE_LIST, path, axes, "uint8", options, named_by="the list")
 
     def _digest(self) -> str:
         """Return the SHA-256 of the rows, as hexadecimal digits."""
-        digest = hashlib.sha256()
         table = self.table.combine_chunks()
         sink = BytesIO()
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
-        digest.update(sink.getbuffer())
-        return digest.hexdigest()
+        return hashlib.sha256(sink.getbuffer()).hexdigest()
 
     def to_bytes(self) -> bytes:
         """Return the rows as a Parquet file with checksums."""
@@ -110,6 +107,12 @@ def find_rows(job: Job) -> ImageRows:
     names = job.classes if isinstance(job.classes, tuple) else ()
     truth = _truth(images, job.truth, names)
     return ImageRows(images.table.append_column(TRUTH, truth))
+
+
+def sample_paths(source: ImageSource) -> list[str]:
+    """Return the paths of a few rows of a list, spread over it."""
+    paths: list[str] = json.loads(str(source.options[SAMPLE]))
+    return paths
 
 
 def score_spec(job: Job) -> ScoreSpec:

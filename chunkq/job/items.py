@@ -140,7 +140,7 @@ def find_sources(job: Job) -> list[ImageSource]:
     if job.is_image:
         from chunkq.job.image_rows import find_rows  # for such jobs only
 
-        return [find_rows(job).source]
+        return [find_rows(job).source(job.input_paths[0])]
     return [
         find_source(config.path, config.selection, config.access, allow_empty=job.allow_empty)
         for config in job.inputs

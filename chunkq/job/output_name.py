@@ -92,7 +92,9 @@ class FileName:
 
 def table_suffix(path: str) -> str | None:
     """Return the suffix of the path of a table that a job over images writes, None for others."""
-    return next((s for s in TABLES if path.lower().endswith(s) and path[-len(s) - 1 :][0] != "/"), None)
+    return next(
+        (s for s in TABLES if path.lower().endswith(s) and path[-len(s) - 1 :][0] != "/"), None
+    )
 
 
 def export_target(target: str, base: Path) -> tuple[str, str, str]:

@@ -25,7 +25,6 @@ from chunkq.storage.selection import EVERYTHING, Selection, select
 from chunkq.storage.staged import Slabs
 from chunkq.storage.stored_chunks import StoredCells, StoredChunks
 
-
 IMAGE_LIST, DIGEST = "image_list", "digest"
 """Format of a source that is a list of images, and the option with the hash of the list."""
 
