@@ -6,8 +6,11 @@ from chunkq.geometry.grid_spec import GridSpec
 from chunkq.job.job_file import Job
 from chunkq.plan.plan import Plan, Volume
 
-CHUNKS, LARGEST = 128, 1024
-"""Chunks that a list is cut into if they are not larger than the second number of rows."""
+CHUNKS = 128
+"""Chunks that a list is cut into, if these have a number of rows that is neither small nor large.
+"""
+SMALLEST, LARGEST = 16, 1024
+"""Rows of a chunk, by default."""
 
 
 def row_plan(job: Job, volume: Volume) -> Plan:
@@ -36,5 +39,5 @@ def row_plan(job: Job, volume: Volume) -> Plan:
 
 def default_rows(rows: int, batch: int) -> int:
     """Return the default number of rows of a chunk: whole batches, if there are several chunks."""
-    wanted = min(-(-rows // CHUNKS), LARGEST)
-    return min(rows, -(-max(wanted, 1) // batch) * batch)
+    wanted = min(max(-(-rows // CHUNKS), SMALLEST), LARGEST)
+    return min(rows, -(-wanted // batch) * batch)
