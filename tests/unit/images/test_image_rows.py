@@ -109,6 +109,11 @@ def test_a_sample_is_spread_over_the_list() -> None:
     assert max(b - a for a, b in pairwise(sample)) < 100
 
 
+def test_a_chunk_of_rows_needs_no_memory_to_be_finalized() -> None:
+    plan = row_plan(job(Path("/list.csv")), Volume((100,), "uint8"))
+    assert footprint(plan).finalizing == 0
+
+
 KEYS = job(Path("/list.csv"))
 
 
@@ -123,4 +128,3 @@ def test_chunks_are_whole_batches_and_cover_each_row_once(rows: int, batch: int)
     assert plan.costs.finalized_blocks == 0
     last = plan.chunk((plan.costs.chunks - 1,))
     assert (last.block.start[0], last.block.stop[0]) == (rows - last.patches, rows)
-    assert footprint(plan).finalizing == 0
