@@ -73,9 +73,7 @@ def measure_seams(job: JobHandle) -> list[Seam]:
     Which borders are read depends on the plan only. Raises ChunkReadError if voxels cannot be read.
     """
     outputs = job.record.plan().outputs
-    return [
-        seam for number, output in enumerate(outputs) for seam in _measure(job, number, output)
-    ]
+    return [seam for number, output in enumerate(outputs) for seam in _measure(job, number, output)]
 
 
 def _measure(job: JobHandle, number: int, output: OutputSpec) -> Iterator[Seam]:
