@@ -34,8 +34,7 @@ from chunkq.paths import is_url, join, without_secret
 from chunkq.plan.plan import Plan
 from chunkq.storage.array import Array
 from chunkq.storage.formats.base import CACHED
-from chunkq.storage.formats.zarr import ZARR_FORMAT, ZarrFormat, array_metadata
-from chunkq.storage.formats.zarr_writing import WritableArray
+from chunkq.storage.formats.zarr_writing import WritableArray, array_metadata
 from chunkq.storage.object_grid import ObjectGrid
 from chunkq.storage.objects import LOCK, ObjectFolder
 from chunkq.storage.ome import image_metadata, is_image
@@ -380,6 +379,8 @@ class ImageOutput:
 
     def open(self, level: int = 0) -> WritableArray:
         """Open an array of a running job for writing. Raises StoreError if it was changed."""
+        from chunkq.storage.formats.zarr import ZARR_FORMAT, ZarrFormat
+
         name = self._names[level]
         self.check(name)
         path = join(self.path, name)
@@ -390,6 +391,8 @@ class ImageOutput:
 
         `cached` keeps storage chunks in the cache of this process. Raises StoreError.
         """
+        from chunkq.storage.formats.zarr import ZarrFormat
+
         return ZarrFormat().open(self.present_path, {CACHED: True} if cached else {})
 
     def check(self, name: str) -> None:
