@@ -25,6 +25,7 @@ from chunkq.job.tasks import EPOCH_DIGITS
 from chunkq.paths import without_secret
 from chunkq.plan.plan import Plan
 from chunkq.storage.array import Array
+from chunkq.storage.formats.base import CACHED
 from chunkq.storage.formats.precomputed_metadata import (
     INFO,
     SPATIAL_RANK,
@@ -36,8 +37,7 @@ from chunkq.storage.formats.precomputed_metadata import (
     stored_dtype,
     volume_metadata,
 )
-from chunkq.storage.formats.zarr import ZARR_FORMAT, ZarrFormat, array_metadata
-from chunkq.storage.formats.zarr_writing import WritableArray
+from chunkq.storage.formats.zarr_writing import WritableArray, array_metadata
 from chunkq.storage.object_grid import ObjectGrid
 from chunkq.storage.objects import ObjectFolder
 from chunkq.storage.ome import image_metadata, is_image
@@ -97,8 +97,8 @@ class OutputLayout(ABC):
         """Open an array for reading and writing. Raises StoreError."""
 
     @abstractmethod
-    def open_present(self, path: str, document: str) -> Array:
-        """Open an array for reading. Raises StoreError."""
+    def open_present(self, path: str, document: str, *, cached: bool = False) -> Array:
+        """Open an array for reading, `cached` in this process. Raises StoreError."""
 
     @abstractmethod
     def attributes(self, image: StoredImage, documents: Mapping[str, str]) -> dict[str, Any]:
@@ -174,11 +174,15 @@ class ZarrLayout(OutputLayout):
 
     @override
     def open(self, path: str, document: str) -> WritableArray:
+        from chunkq.storage.formats.zarr import ZARR_FORMAT, ZarrFormat
+
         return ZarrFormat().open_for_writing(path, {ZARR_FORMAT: self._format})
 
     @override
-    def open_present(self, path: str, document: str) -> Array:
-        return ZarrFormat().open(path, {})
+    def open_present(self, path: str, document: str, *, cached: bool = False) -> Array:
+        from chunkq.storage.formats.zarr import ZarrFormat
+
+        return ZarrFormat().open(path, {CACHED: True} if cached else {})
 
     @override
     def attributes(self, image: StoredImage, documents: Mapping[str, str]) -> dict[str, Any]:
@@ -291,10 +295,10 @@ class PrecomputedLayout(OutputLayout):
         return write_scale(path, ScaleDocument.parse(document))
 
     @override
-    def open_present(self, path: str, document: str) -> Array:
+    def open_present(self, path: str, document: str, *, cached: bool = False) -> Array:
         from chunkq.storage.formats.precomputed_writing import ScaleDocument, read_scale
 
-        return read_scale(path, ScaleDocument.parse(document))
+        return read_scale(path, ScaleDocument.parse(document), cached=cached)
 
     @override
     def attributes(self, image: StoredImage, documents: Mapping[str, str]) -> dict[str, Any]:

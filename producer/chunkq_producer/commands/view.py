@@ -12,7 +12,7 @@ import click
 
 from chunkq.access import DEFAULT_ACCESS
 from chunkq.errors import ChunkqError, ErrorCode, JobError, MissingJobError, StoreError
-from chunkq.paths import absolute_input, is_url
+from chunkq.paths import absolute_input, is_url, without_secret
 from chunkq.storage.images import ImageSource, find_source
 from chunkq.system.standard_output import print_line, print_text
 from chunkq_producer.commands.options import job_at, json_option, output_argument
@@ -45,6 +45,12 @@ def view(
     below a random path, until Ctrl-C.
     """
     shown = _job_or_source(output)
+    if not isinstance(shown, ImageSource) and shown.record.job.is_image:
+        path = without_secret(shown.folder.output)
+        raise StoreError(
+            f"output: {path} is a table; open it with a program for tables, such as pandas",
+            code=ErrorCode.STORE_UNSUPPORTED,
+        )
     if napari:
         from chunkq_producer.view.napari_viewer import show, show_source
 
