@@ -166,6 +166,8 @@ def work(
             code=ErrorCode.QUEUE_LOST,
         )
     if failed and code in (0, IncompleteError.exit_code):
+        if lifeline:  # the run that started this process names them
+            sys.exit(IncompleteError.exit_code)
         count = sum(failed.values())
         first, *others = map(argument, failed)
         more = f" (and of {', '.join(others)})" if others else ""
