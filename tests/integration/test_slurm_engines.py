@@ -11,6 +11,8 @@ from tests.harness.slurm_workspace import SlurmWorkspace
 from tests.harness.standard_job import StandardJob, StandardWorkspace
 from tests.harness.waiting import wait_until
 
+LONG = 300.0
+
 
 @pytest.fixture(scope="module")
 def slurm_of_module() -> Iterator[tuple[NetworkNamespace, SlurmCluster]]:
@@ -73,7 +75,7 @@ def test_the_next_allocation_continues_a_cancelled_one(
     assert 5 <= len(done_at_cancel) < len(undisturbed.done())
 
     next_job = site.submit(*arguments, options=options)
-    site.slurm.wait_for_success(next_job)
+    site.slurm.wait_for_success(next_job, LONG)
     assert {name: workspace.done()[name] for name in done_at_cancel} == done_at_cancel
     assert workspace.stored() == undisturbed.stored()
     computed, patches = workspace.computed(), workspace.patches()
