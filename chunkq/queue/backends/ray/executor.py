@@ -127,7 +127,7 @@ class RayExecutor(HostedQueue):
             )
         return QueueError(
             f"queue: {self.url}: the Ray cluster is unreachable ({reason[:200]}); start one with "
-            "`ray start --head`, or check the address; set RAY_AUTH_MODE=token if it requires a token"
+            "`ray start --head`, or check the address; for one with a token set RAY_AUTH_MODE=token"
         )
 
     def run_worker(self, serve: Serve, options: WorkerOptions) -> ExitStatus:
