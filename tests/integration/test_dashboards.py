@@ -62,7 +62,7 @@ def test_ray_shows_workers_by_the_output_and_exports_tasks_and_patches(
 ) -> None:
     options = ["--head", "--port", "6379", "--node-ip-address", "127.0.0.1"]
     options += ["--include-dashboard", "true", "--metrics-export-port", "8099"]
-    with ray_processes(network, *options, cpus=2, gpus=0), network.inside():
+    with ray_processes(network, *options, cpus=8, gpus=0), network.inside():
         hold = {"NET_HOLD": "forward", "NET_AFTER": "8"}
         workspace = workspace_for_cluster(standard_job, tmp_path, URL, **hold)
         with workspace.start("run", str(workspace.job_file), "-e", "ray") as run:
