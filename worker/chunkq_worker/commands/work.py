@@ -160,7 +160,8 @@ def work(
         raise IncompleteError(
             "the queue was lost in part: "
             + ", ".join(f"{chunk_count(n)} of {without_secret(out)}" for out, n in lost.items())
-            + " are neither done nor queued; run `chunkq produce --resume` with the job to queue "
+            + (" is" if [*lost.values()] == [1] else " are")
+            + " neither done nor queued; run `chunkq produce --resume` with the job to queue "
             "them again",
             [],
             code=ErrorCode.QUEUE_LOST,
