@@ -61,6 +61,8 @@ def connect(url: str, *, patient: bool = False) -> Redis:
         if file:
             values = client.connection_pool.connection_kwargs
             values["credential_provider"] = PasswordFile(file, values.pop("username", None))
+        # Celery's addresses can ask for texts. RQ and the scripts exchange bytes.
+        client.connection_pool.connection_kwargs["decode_responses"] = False
         client.connection_pool.make_connection()  # raises for unknown options
     except (ValueError, TypeError, redis_errors.RedisError):
         # The original message may contain a part of the password.
