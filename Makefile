@@ -9,7 +9,7 @@ DEMO := demo
 RESULTS := benchmarks/results
 # Duration of make prove PART=soak
 MINUTES := 30
-PROOFS := mutations dask fleet frameworks oldest ray slurm soak tune verify view
+PROOFS := mutations dask fleet frameworks images oldest ray slurm soak tune verify view
 OLDEST := $(VENV)/oldest
 
 # The tests import ONNX Runtime directly; chunkq also sets this variable.
@@ -144,7 +144,7 @@ containers: $(VENV)/test-installed
 	$(BIN)/python -m pytest tests/containers/test_compose_up.py
 
 # One part: make bench PARTS=network
-PARTS := network startup hotpath borders workers predictions planning queues queue_scale gpu
+PARTS := network startup hotpath borders workers images predictions planning queues queue_scale gpu
 
 bench: $(VENV)/test-installed
 	@mkdir -p $(RESULTS)

@@ -7,7 +7,7 @@ without cost. All contestants have one process with the network, two threads for
 network, batch size and cores, decode with Pillow, and write one row per image as Parquet. The loop
 has the number of loader processes, 0 to 2, that is fastest in a trial.
 
-Contestants run as whole commands, in turns, over a few images and over many. `images per second` are
+Contestants run as whole commands, in turns, over a few images and over many. Images per second are
 the images that the large folder has more, divided by the seconds that it takes longer: imports,
 loading and the start of workers or of Ray are left out. A ratio is that of one round.
 """

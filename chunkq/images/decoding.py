@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from io import BytesIO
 from typing import Any
 
@@ -25,6 +26,8 @@ DEEP_MODES = ("I", "F")
 """First letters of Pillow's modes with more than 8 bits; all of them have one channel."""
 LUMA = np.array([299, 587, 114], np.float64) / 1000
 """Weights of red, green and blue in gray: ITU-R 601-2, as in Pillow."""
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+"""Part of messages that differs from process to process."""
 ORIENTATION, BITS_PER_SAMPLE = 0x0112, 0x0102
 """Tags of EXIF and TIFF."""
 
@@ -38,20 +41,21 @@ def decode(content: bytes, mode: Mode) -> Pixels:
     or is the largest value of the dtype (1 for floats). Of a file with several images the first
     one is decoded.
 
-    Raises ImageError if the content is no image, is damaged or too large.
+    Raises ImageError if the content is no image, is damaged or too large, with the same message in
+    each process.
     """
     if not content:
         raise ImageError("decode", "the file is empty; replace it")
     try:
         return _decode(content, mode)
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise _too_large() from error
     except UnidentifiedImageError as error:
         raise ImageError("decode", "not an image in a supported format; replace it") from error
     except Exception as error:  # decoders raise errors of many types for damaged files
-        reason = " ".join(f"{error}".split()) or type(error).__name__
+        reason = " ".join(ADDRESS.sub("", f"{error}").split()) or type(error).__name__
         raise ImageError("decode", f"damaged: {reason}; replace it") from error
 
 

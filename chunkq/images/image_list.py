@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import glob, has_magic
+from pathlib import Path
+from posixpath import normpath
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +19,7 @@ import pyarrow.parquet as pq
 
 from chunkq.access import DEFAULT_ACCESS, Access
 from chunkq.errors import ErrorCode, StoreError
-from chunkq.paths import is_url, join, open_filesystem, read_bytes, without_secret
+from chunkq.paths import absolute, is_url, join, open_filesystem, read_bytes, without_secret
 
 SUFFIXES = (
     ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp",
@@ -182,10 +184,23 @@ def _absolute_paths(table: pa.Table, source: str) -> pa.Table:
 
 
 def _joined(folder: str, path: str | None) -> str:
-    """Return an absolute path. A missing one is empty, and is an error of its row."""
-    if not path or is_url(path) or path.startswith("/"):
-        return path or ""
-    return join(folder, path)
+    """Return an absolute path. A missing one is empty, and is an error of its row.
+
+    `file://` becomes a local path, so that it has the limits of one. `..` stays in local paths,
+    where it can follow a link, and is resolved in the keys of a bucket.
+    """
+    if not path:
+        return ""
+    if is_url(path):
+        return absolute(path, Path("/"))
+    if path.startswith("/"):
+        return path
+    joined = join(folder, path)
+    if not is_url(joined) or ".." not in joined.split("/"):
+        return joined
+    scheme, _, rest = joined.partition("://")
+    bucket, _, key = rest.partition("/")
+    return f"{scheme}://{bucket}{normpath(f'/{key}')}"
 
 
 def truth_of(images: ImageList, *, regex: str | None, column: str | None) -> pa.Array:

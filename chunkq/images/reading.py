@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+from typing import Any
 
-from chunkq.access import DEFAULT_ACCESS, Access
+from chunkq.access import BUCKET_SCHEMES, DEFAULT_ACCESS, S3_SCHEMES, Access, is_forbidden
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.images.image_error import ImageError
-from chunkq.paths import is_url, open_filesystem
+from chunkq.paths import WEB_SCHEMES, is_url, mask_secrets, open_filesystem, without_secret
 
 MAX_BYTES = 1 << 30
 """Largest file that is read as one image."""
+KNOWN_SCHEMES = BUCKET_SCHEMES | WEB_SCHEMES
+"""Schemes whose missing package is no mistake in the list."""
+MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG})
+"""Numbers of errors of paths that name no file. The file system works."""
+DENIED = frozenset({errno.EACCES, errno.EPERM, errno.ENXIO})
+"""Numbers of errors of files that this user cannot open, such as a socket."""
 
 
 def read_image(path: str, access: Access = DEFAULT_ACCESS) -> bytes:
-    """Return the content of a file. Raises ImageError if it is missing, unreadable or too large.
+    """Return the content of a file.
+
+    Raises ImageError if the path names no file, or one that is unreadable or too large: the
+    messages are the same on each machine. Raises StoreError if the storage fails, such as a server
+    that does not answer or a disk with errors, which says nothing about the image.
 
     A local path must be a regular file: a device or a pipe could be read forever.
     """
@@ -23,48 +35,101 @@ def read_image(path: str, access: Access = DEFAULT_ACCESS) -> bytes:
         raise ImageError("list", "the row has no path; fill it", code=ErrorCode.IMAGE_MISSING)
     try:
         return _remote(path, access) if is_url(path) else _local(path)
-    except ImageError:
+    except (ImageError, StoreError):
         raise
     except FileNotFoundError as error:
-        raise ImageError("read", "missing; fix the path", code=ErrorCode.IMAGE_MISSING) from error
-    except StoreError as error:
-        raise ImageError("read", str(error), code=error.code) from error
-    except PermissionError as error:
-        raise ImageError(
-            "read",
-            "not readable by this user; change its permissions",
-            code=ErrorCode.IMAGE_MISSING,
-        ) from error
-    except (OSError, ValueError) as error:  # ValueError: a null character in a path
-        raise ImageError(
-            "read", f"not readable: {error}; fix the path", code=ErrorCode.IMAGE_MISSING
-        ) from error
+        raise _missing("missing") from error
+    except ValueError as error:  # a null character, or a URL without an object
+        raise _missing("no path of a file") from error
+    except OSError as error:
+        if error.errno in MISSING:
+            raise _missing(f"no file: {os.strerror(error.errno or 0)}") from error
+        is_denied = is_forbidden(error) if is_url(path) else error.errno in DENIED
+        if is_denied:
+            raise ImageError(
+                "read",
+                "not readable by this user; change its permissions",
+                code=ErrorCode.IMAGE_MISSING,
+            ) from error
+        raise _failed(path, error) from error
+    except Exception as error:  # each file system raises different errors
+        raise _failed(path, error) from error
+
+
+def _missing(reason: str) -> ImageError:
+    return ImageError("read", f"{reason}; fix the path", code=ErrorCode.IMAGE_MISSING)
+
+
+def _failed(path: str, error: Exception) -> StoreError:
+    """Return the error of a storage that fails."""
+    reason = " ".join(mask_secrets(f"{error}", path).split()) or type(error).__name__
+    return StoreError(
+        f"{without_secret(path)}: cannot be read: {reason}; fix the storage, and retry the chunk"
+    )
 
 
 def _local(path: str) -> bytes:
     # Without O_NONBLOCK, opening a pipe waits for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise ImageError(
-                "read", "not a regular file; fix the path", code=ErrorCode.IMAGE_MISSING
-            )
+            raise _missing("not a regular file")
         _check_size(status.st_size)
-        return file.read(MAX_BYTES)
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(MAX_BYTES)
+    finally:
+        os.close(descriptor)
 
 
 def _remote(path: str, access: Access) -> bytes:
-    filesystem, inner = open_filesystem(path, access)
+    scheme = path.partition("://")[0]
+    if "::" in path and scheme not in S3_SCHEMES:  # fsspec takes it for a chain
+        raise _refused("chained URLs are unsupported")
+    try:
+        filesystem, inner = open_filesystem(path, access)
+    except StoreError as error:
+        if scheme not in KNOWN_SCHEMES and not _is_supported(scheme):
+            raise _refused(f"the scheme {scheme} is unsupported") from error
+        raise
+    if scheme in BUCKET_SCHEMES:
+        return _object(filesystem, inner)
     _check_size(filesystem.size(inner) or 0)
     content: bytes = filesystem.cat_file(inner)
     return content
+
+
+def _is_supported(scheme: str) -> bool:
+    """Return whether fsspec has a file system for a scheme, whose package is installed."""
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except (ImportError, ValueError):
+        return False
+    return True
+
+
+def _object(filesystem: Any, inner: str) -> bytes:
+    """Return an object of a bucket by one request; asking for the size is another one."""
+    try:
+        content: bytes = filesystem.cat_file(inner, start=0, end=MAX_BYTES + 1)
+    except OSError as error:
+        if error.errno != errno.EINVAL or filesystem.size(inner) != 0:
+            raise
+        return b""  # no part of an empty object can be asked for
+    _check_size(len(content))
+    return content
+
+
+def _refused(reason: str) -> ImageError:
+    return ImageError("read", f"{reason}; fix the path", code=ErrorCode.STORE_UNUSABLE)
 
 
 def _check_size(size: int) -> None:
     if size > MAX_BYTES:
         raise ImageError(
             "read",
-            f"{size} bytes are more than the {MAX_BYTES} of one image; use a volume job",
+            f"more than the {MAX_BYTES} bytes of one image; use a volume job",
             code=ErrorCode.IMAGE_TOO_LARGE,
         )

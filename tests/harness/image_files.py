@@ -1,4 +1,4 @@
-"""Images of ten classes in the formats that Pillow reads, and files that are damaged in many ways."""
+"""Images of ten classes in formats that Pillow reads, and files that are damaged in many ways."""
 
 import random
 import struct

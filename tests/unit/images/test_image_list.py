@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -56,6 +57,19 @@ def test_a_csv_keeps_its_order_and_its_columns(folder: Path) -> None:
     assert images.paths == [f"{folder}/b.png", "s3://bucket/x.png", "/data/y.png"]
     assert images.table.column_names == ["path", "site"]
     assert images.table.column("site").to_pylist() == [7, 3, 5]
+
+
+def test_paths_of_a_table_are_absolute_and_local_urls_are_paths(folder: Path) -> None:
+    paths = ["../x.png", "file:///dev/zero", "FILE://localhost/a.png", "S3://bucket/x.png"]
+    (folder / "list.txt").write_text("\n".join(paths))
+    assert find_images(f"{folder}/list.txt").paths == [
+        f"{folder}/../x.png", "/dev/zero", "/a.png", "s3://bucket/x.png",
+    ]  # fmt: skip
+    url = f"memory://{folder}/list.txt"
+    fsspec.filesystem("memory").pipe_file(f"{folder}/list.txt", b"../x.png\na.png\n")
+    inner = url.removesuffix("/list.txt")
+    parent = inner.rpartition("/")[0]
+    assert find_images(url).paths == [f"{parent}/x.png", f"{inner}/a.png"]
 
 
 def test_a_parquet_table_of_another_writer_is_read(folder: Path) -> None:
