@@ -81,7 +81,7 @@ def readable(images: list[ListedImage], codes: dict[str, str | None]) -> dict[st
 def computed_inline(few: Images, tmp_path_factory: pytest.TempPathFactory) -> Tables:
     """Both tables of the job over the local files, made without a queue, once compared."""
     folder = tmp_path_factory.mktemp("inline")
-    job, report = run_inline(
+    _, report = run_inline(
         job_values(few.network, few.source, output=str(folder / "out.parquet"))
     )
     output, errors = folder / "out.parquet", Path(report["images"]["errors"])
