@@ -134,7 +134,7 @@ def _inputs(job: CheckedJob) -> str:
 
 def _steps(spec: ImageSpec) -> str:
     """Return what is done with the pixels, in order."""
-    parts = [spec.mode]
+    parts: list[str] = [spec.mode]
     if isinstance(spec.resize, tuple):
         parts.append(f"resized to {spec.resize[0]}×{spec.resize[1]}")
     elif spec.resize is not None:

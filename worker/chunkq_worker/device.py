@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from threading import Event
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from chunkq.blend.sums import Contribution
 from chunkq.errors import JobError
@@ -25,11 +25,13 @@ from chunkq.plan.plan import Chunk, Index, Plan
 from chunkq_worker.batching import Halos
 from chunkq_worker.cancellation import stopped_by
 from chunkq_worker.frameworks import framework_rule
-from chunkq_worker.images.engine import Heads, ImageEngine
-from chunkq_worker.images.rows import Values
 from chunkq_worker.inference_engine import ENGINES_CACHED, InferenceEngine
 from chunkq_worker.loading import loading
 from chunkq_worker.value_watch import ChunkWatch, ValueWatch
+
+if TYPE_CHECKING:
+    from chunkq_worker.images.engine import Heads, ImageEngine
+    from chunkq_worker.images.rows import Values
 
 T = TypeVar("T")
 
@@ -102,12 +104,14 @@ class Device:
         job = item.job
         key = _job_key(job.folder.path, job.record)
         engine = self._engines.get(key)
-        if not isinstance(engine, ImageEngine):
+        if engine is None or isinstance(engine, InferenceEngine):
             engine = self._load_images(job.folder.path, job.record)
         self._engines.move_to_end(key)
         return engine
 
     def _load_images(self, folder: str, record: JobRecord) -> ImageEngine:
+        from chunkq_worker.images.engine import ImageEngine  # imports an extra
+
         self._make_room(record)
         accepted = with_allowed_files(record.job, folder)
         with loading():
