@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from tests.harness.image_files import CLASSES, DAMAGES, EDGE, NETWORK, ListedImage
+from tests.harness.processes import RunningCommand, is_alive
 from tests.harness.waiting import wait_until
 from tests.harness.workspace import Workspace
 from tests.image_reference import Result, Settings, plain_loop
@@ -20,8 +21,11 @@ SETTINGS = Settings(EDGE, EDGE, SCALE, (MEAN,) * 3, (STD,) * 3)
 NAMES = [f"class_{number}" for number in range(CLASSES)]
 CHUNK, BATCH = 64, 16
 TOLERANCE = 1e-5
+TIME = 1800.0
+"""Seconds that a job takes, at most."""
 
 HOOKS = '''
+import glob
 import os
 import sys
 import time
@@ -59,9 +63,7 @@ def reach(step):
 
 
 def commits():
-    job = os.environ["NET_JOB"]
-    folders = [f"{job}/{name}/done/infer/0" for name in os.listdir(job)]
-    return sum(len(os.listdir(folder)) for folder in folders if os.path.isdir(folder))
+    return len(glob.glob(glob.escape(os.environ["NET_JOB"]) + "/*/done/infer/0/*"))
 
 
 def is_checked():
@@ -172,10 +174,15 @@ class ImageWorkspace(Workspace):
         (self.folder / "stop.partial").write_text(f"{step} {commits}")
         (self.folder / "stop.partial").rename(self.stop)
 
-    def wait_until_stopped(self) -> int:
-        """Wait until a process has stopped; return its process id."""
+    def wait_until_stopped(self, command: RunningCommand) -> int:
+        """Wait until a process of a command has stopped; return its process id."""
         stopped = self.stop.with_name("stop.stopped")
-        wait_until(stopped.exists, "a process stops", timeout=600)
+
+        def is_stopped() -> bool:
+            assert is_alive(command.pid), "the command ended before a process stopped"
+            return stopped.exists()
+
+        wait_until(is_stopped, "a process stops", TIME)
         number = int(stopped.read_text())
         stopped.unlink()
         return number

@@ -13,6 +13,7 @@ import s3fs
 from tests.harness.image_files import DAMAGES, ListedImage, generated_images
 from tests.harness.image_job import (
     CHUNK,
+    TIME,
     ImageWorkspace,
     assert_expected,
     job_values,
@@ -81,9 +82,7 @@ def readable(images: list[ListedImage], codes: dict[str, str | None]) -> dict[st
 def computed_inline(few: Images, tmp_path_factory: pytest.TempPathFactory) -> Tables:
     """Both tables of the job over the local files, made without a queue, once compared."""
     folder = tmp_path_factory.mktemp("inline")
-    _, report = run_inline(
-        job_values(few.network, few.source, output=str(folder / "out.parquet"))
-    )
+    _, report = run_inline(job_values(few.network, few.source, output=str(folder / "out.parquet")))
     output, errors = folder / "out.parquet", Path(report["images"]["errors"])
     assert_expected(output, errors, few.codes, few.expected)
     return output.read_bytes(), errors.read_bytes()
@@ -103,9 +102,9 @@ def test_a_killed_worker_and_a_killed_run_change_no_byte_and_lose_no_chunk(
     workspace = few.workspace(tmp_path / "killed")
     workspace.stop_at("forward", 2)
     with workspace.start("run", workspace.job_file, "-w", "3", "--gpus", "none") as run:
-        os.kill(workspace.wait_until_stopped(), signal.SIGKILL)
+        os.kill(workspace.wait_until_stopped(run), signal.SIGKILL)
         workspace.stop_at("export")
-        assert workspace.wait_until_stopped() == run.pid
+        assert workspace.wait_until_stopped(run) == run.pid
         assert not workspace.output.exists()
         run.kill()
     before = workspace.computed()
@@ -202,8 +201,6 @@ def kill_parent(command: RunningCommand, worker: int) -> None:
 
 
 STEPS = ("load", "forward", "piece", "commit")
-TIME = 1800.0
-"""Seconds of a job, at most."""
 
 
 @pytest.mark.proof("images")
@@ -261,7 +258,7 @@ def disturb(
             workspace.stop_at(step, 10 * number)
             if command is None or not is_alive(command.pid):
                 command = stack.enter_context(workspace.start(*arguments))
-            kill(command, workspace.wait_until_stopped())
+            kill(command, workspace.wait_until_stopped(command))
             kept = workspace.done()
         if command is not None and is_alive(command.pid):
             assert command.wait(TIME).code == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import fsspec
@@ -45,6 +46,29 @@ def test_one_file_is_one_row(folder: Path) -> None:
     assert relative(folder, find_images(f"{folder}/b.png").paths) == ["b.png"]
 
 
+def test_a_name_that_is_not_unicode_is_a_row_with_its_bytes_as_text(tmp_path: Path) -> None:
+    (Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png"))).touch()
+    (tmp_path / "é\n.png").touch()
+    for path in (tmp_path, tmp_path / "*"):
+        assert relative(tmp_path, find_images(str(path)).paths) == ["\\xff.png", "é\n.png"]
+
+
+def test_a_pattern_of_a_bucket_has_no_folders() -> None:
+    memory = fsspec.filesystem("memory")
+    for name in ("a.png", "sub/b.png", "c.txt"):
+        memory.pipe_file(f"/pattern/{name}", b"")
+    paths = find_images("memory://pattern/*").paths
+    assert paths == ["memory://pattern/a.png", "memory://pattern/c.txt"]
+    paths = find_images("memory://pattern").paths
+    assert paths == ["memory://pattern/a.png", "memory://pattern/sub/b.png"]
+
+
+def test_rows_of_a_path_can_be_left_out(folder: Path) -> None:
+    images = find_images(str(folder))
+    assert images.without("other") is images
+    assert len(images.without(f"{folder}/a.jpg")) == len(images) - 1
+
+
 def test_a_file_whose_name_looks_like_a_pattern_is_one_row(folder: Path) -> None:
     (folder / "x[1].png").write_bytes(b"")
     assert relative(folder, find_images(f"{folder}/x[1].png").paths) == ["x[1].png"]
@@ -86,7 +110,7 @@ def test_a_parquet_table_of_another_writer_is_read(folder: Path) -> None:
 
 
 def test_a_text_file_has_one_path_per_line(folder: Path) -> None:
-    (folder / "list.txt").write_text("b.png\n\nsub/d.webp\n")
+    (folder / "list.txt").write_text("\ufeff b.png \r\n\nsub/d.webp\n", newline="")
     assert relative(folder, find_images(f"{folder}/list.txt").paths) == ["b.png", "sub/d.webp"]
 
 
