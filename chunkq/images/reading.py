@@ -16,10 +16,11 @@ MAX_BYTES = 1 << 30
 """Largest file that is read as one image."""
 KNOWN_SCHEMES = BUCKET_SCHEMES | WEB_SCHEMES
 """Schemes whose missing package is no mistake in the list."""
-MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG})
-"""Numbers of errors of paths that name no file. The file system works."""
-DENIED = frozenset({errno.EACCES, errno.EPERM, errno.ENXIO})
-"""Numbers of errors of files that this user cannot open, such as a socket."""
+OF_PATHS = frozenset(
+    {errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV,
+     errno.EOPNOTSUPP}
+)  # fmt: skip
+"""Errors of a path that no file has, or that is none of a file. Others are those of a storage."""
 
 
 def read_image(path: str, access: Access = DEFAULT_ACCESS) -> bytes:
@@ -35,16 +36,20 @@ def read_image(path: str, access: Access = DEFAULT_ACCESS) -> bytes:
         raise ImageError("list", "the row has no path; fill it", code=ErrorCode.IMAGE_MISSING)
     try:
         return _remote(path, access) if is_url(path) else _local(path)
-    except (ImageError, StoreError):
+    except (ImageError, StoreError, MemoryError):
         raise
     except FileNotFoundError as error:
+        if _is_unreachable(error):
+            raise _failed(path, error) from error
         raise _missing("missing") from error
     except ValueError as error:  # a null character, or a URL without an object
         raise _missing("no path of a file") from error
     except OSError as error:
-        if error.errno in MISSING:
-            raise _missing(f"no file: {os.strerror(error.errno or 0)}") from error
-        is_denied = is_forbidden(error) if is_url(path) else error.errno in DENIED
+        is_local = not is_url(path)
+        if error.errno in OF_PATHS or (is_local and error.errno == errno.EINVAL):
+            raise _missing(f"not readable: {os.strerror(error.errno or 0)}") from error
+        # Credentials that have expired are no property of an image.
+        is_denied = isinstance(error, PermissionError) if is_local else is_forbidden(error)
         if is_denied:
             raise ImageError(
                 "read",
@@ -66,6 +71,13 @@ def _failed(path: str, error: Exception) -> StoreError:
     return StoreError(
         f"{without_secret(path)}: cannot be read: {reason}; fix the storage, and retry the chunk"
     )
+
+
+def _is_unreachable(error: FileNotFoundError) -> bool:
+    """Return whether fsspec reports a web server that did not answer as a missing file."""
+    cause = error.__cause__
+    is_of_client = type(cause).__module__.startswith("aiohttp")
+    return is_of_client and getattr(cause, "status", None) is None
 
 
 def _local(path: str) -> bytes:
