@@ -68,6 +68,7 @@ def test_scores_are_those_of_softmax_unless_the_job_names_another_activation() -
         ({"strides": [4], "mask": "/m.zarr"}, {"strides", "mask"}),
         ({"combine": "soft", "roi": [[0, 4]]}, {"combine", "roi"}),
         ({"input": {"path": "/photos", "level": 2}}, {"input.level"}),
+        ({"input": ["s3://a/b", {"path": "s3://a/c", "anonymous": True}]}, {"input"}),
         ({"model_config": MODEL | {"lost_dim": 0}}, {"model_config.lost_dim"}),
         (
             {"model_config": MODEL | {"model_input_shape": [3, 8, 8]}},
