@@ -53,6 +53,24 @@ def test_the_loop_and_the_job_predict_the_same(folder: Path) -> None:
     np.testing.assert_allclose(rows["score"], expected["score"], rtol=0, atol=1e-6)
 
 
+def test_rates_leave_the_start_of_commands_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    contest = object.__new__(images.Contest)
+    contest.counts, contest.loader_workers = {"few": 10, "many": 110}, 0
+    start = {"chunkq": 5.0, "loader": 1.0, "ray": 9.0}
+    speed = {"chunkq": 20, "loader": 25, "ray": 10}
+
+    def run(name: str, size: str) -> float:
+        slow = 2.0 if name == "loader" and contest.loader_workers != 1 else 0.0
+        return start[name] + slow + contest.counts[size] / speed[name]
+
+    monkeypatch.setattr(contest, "run", run)
+    figures = images.compare(contest, images.NAMES, 2)
+    assert figures["loader_workers"] == 1
+    assert figures["rate"] == pytest.approx(speed)
+    assert figures["ratios"] == {"loader": pytest.approx([0.8] * 2), "ray": pytest.approx([2] * 2)}
+    assert figures["command_ratios"]["ray"] == pytest.approx([20 / 10.5] * 2)
+
+
 def test_the_page_has_a_row_for_each_comparison(tmp_path: Path) -> None:
     names = ("chunkq", "loader", "ray")
     figures = {
