@@ -3,7 +3,7 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -196,7 +196,8 @@ def kill_parent(command: RunningCommand, worker: int) -> None:
     command.children()
     os.kill(command.pid, signal.SIGKILL)
     command.process.wait()
-    os.kill(worker, signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        os.kill(worker, signal.SIGKILL)
     command.wait_for_children()
 
 
