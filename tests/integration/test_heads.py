@@ -25,7 +25,7 @@ from chunkq.job.job_file import load_job
 from tests.harness.files import files_below
 from tests.harness.small_job import SHAPE, small_workspace
 from tests.harness.volumes import random_volume
-from tests.harness.workspace import Workspace, run_tasks
+from tests.harness.workspace import Workspace, run_inline, run_tasks
 from tests.simulated_device import SimulatedDevice
 
 PATCH = [8, 8]
@@ -87,6 +87,17 @@ OUTPUTS: dict[str, dict[str, Any]] = {
     "distance": {"head": "distance", "output_dtype": "float16", "fill_value": -1},
     "parts": {"head": "parts", "classes": 4, "combine": "soft"},
 }
+SEVERAL: dict[str, Any] = {
+    "outputs": OUTPUTS
+    | {
+        "coarse": {"head": "aux", "scale": [2, 2], "storage_chunks": [2, 2]},
+        "near": {"head": "distance", "output_dtype": "uint8", "range": [0, 50]},
+        "doubt": {"head": "scores", "activation": "softmax", "combine": "std"},
+    },
+    "pyramid": {"levels": 3},
+    "chunksize": [16, 16],
+}
+"""Four heads in different dtypes, one of them at another scale, with levels."""
 SHAPES = {"tissue": [3, *PATCH], "edge": [1, *PATCH], "distance": PATCH, "parts": [1, *PATCH]}
 INDICES = {"scores": 0, "distance": 1, "parts": 3}
 
@@ -109,6 +120,12 @@ def run_all(workspace: Workspace) -> dict[str, Any]:
     job = create_job(check_job(complete_job(load_job(workspace.folder / "job.json"))))
     run_tasks(job)
     return finalize_job(job, worker="test")
+
+
+def stored_objects(output: Path) -> dict[str, bytes]:
+    """Return the stored objects of all arrays of an output, whose metadata have a digest."""
+    files = files_below(output)
+    return {name: content for name, content in files.items() if "/c/" in name}
 
 
 @pytest.fixture(scope="module")
@@ -268,10 +285,8 @@ def test_a_predictor_reads_the_first_of_a_list_of_deep_supervision() -> None:
     assert result.tobytes() == expected.tobytes()
 
 
-@pytest.mark.parametrize("resident", [True, False])
-def test_heads_on_a_device_have_the_bytes_of_single_outputs(
-    monkeypatch: pytest.MonkeyPatch, resident: bool
-) -> None:
+def use_simulated_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run networks of torch on one simulated device."""
     device = SimulatedDevice()
 
     def load(model: Any, steps: Any, threads: Any, shapes: Any, network: Any = None) -> Any:
@@ -284,6 +299,68 @@ def test_heads_on_a_device_have_the_bytes_of_single_outputs(
         )
 
     monkeypatch.setattr(inference_engine, "load_runtime", load)
+
+
+TORCH_HEADS = """
+import torch
+
+
+class Net(torch.nn.Module):
+    def forward(self, batch):
+        x = batch[:, 0] / 100
+        ramp = torch.linspace(0, 1, x.shape[-1])
+        if hasattr(batch, "owner"):
+            ramp = batch.owner.to_device(ramp)
+        scores = torch.stack([(5 * x + n) * (1 + ramp) for n in range(3)], dim=1)
+        return {
+            "scores": scores,
+            "distance": 50 * x * ramp,
+            "aux": x[:, ::2, ::2],
+            "parts": (x * 3.999).to(torch.uint8),
+        }
+"""
+SHAPES_OF_HEADS = {"scores": [3, *PATCH], "distance": PATCH, "aux": [4, 4], "parts": PATCH}
+
+
+def test_a_job_on_a_device_writes_the_outputs_of_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "net.py").write_text(TORCH_HEADS)
+    network = {
+        "runtime": "torch",
+        "type": "class",
+        "class_file": str(tmp_path / "net.py"),
+        "class_name": "Net",
+        "model_input_shape": [1, *PATCH],
+        "model_output_shape": SHAPES_OF_HEADS,
+        "max_batch_size": 32,
+    }
+    stored = {}
+    for device in ("cpu", "cuda"):
+        workspace = workspace_of(
+            tmp_path / device, model_config=network | {"device": device}, **SEVERAL
+        )
+        with monkeypatch.context() as patch:
+            if device == "cuda":
+                use_simulated_device(patch)
+            assert run_inline(workspace.job_file)[1]["missing"] == []
+        group = zarr.open_group(workspace.output, mode="r")
+        stored[device] = {
+            f"{name}/{level}": np.asarray(group[f"{name}/{level}"])
+            for name in SEVERAL["outputs"]
+            for level in range(3)
+        }
+    for name, values in stored["cpu"].items():
+        assert stored["cuda"][name].dtype == values.dtype
+        step = 2.0**-5 if values.dtype == np.float16 else 1e-6  # of values up to 32 and 1
+        np.testing.assert_allclose(stored["cuda"][name], values, rtol=0, atol=step, err_msg=name)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_heads_on_a_device_have_the_bytes_of_single_outputs(
+    monkeypatch: pytest.MonkeyPatch, resident: bool
+) -> None:
+    use_simulated_device(monkeypatch)
     volume = random_volume(SHAPE, "float32") / 100
 
     class Two(torch.nn.Module):
