@@ -9,7 +9,7 @@ DEMO := demo
 RESULTS := benchmarks/results
 # Duration of make prove PART=soak
 MINUTES := 30
-PROOFS := mutations dask fleet frameworks oldest ray slurm soak tune verify view
+PROOFS := mutations dask files fleet frameworks oldest ray slurm soak tune verify view
 OLDEST := $(VENV)/oldest
 
 # The tests import ONNX Runtime directly; chunkq also sets this variable.
