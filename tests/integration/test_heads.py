@@ -177,6 +177,80 @@ def test_a_head_at_half_resolution_has_the_bytes_that_it_has_alone(tmp_path: Pat
     assert zarr.open_array(tmp_path / "together/out.zarr/coarse/0").shape == (16, 11)
 
 
+CHANNELS_FIRST = """
+import numpy as np
+
+
+def first(batch):
+    x = batch.astype(np.float32)
+    return {"main": np.concatenate([x, x * 2], axis=1), "half": x[..., ::2, ::2]}
+"""
+
+
+def write_channels_last(path: Path) -> None:
+    """Write the network `first` as ONNX with the channels as last axis."""
+    import onnx
+
+    helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
+    constants = {
+        "factors": np.array([1, 2], np.float32),
+        "starts": np.array([0, 0]),
+        "stops": np.array(PATCH),
+        "axes": np.array([1, 2]),
+        "steps": np.array([2, 2]),
+    }
+    nodes = [
+        helper.make_node("Mul", ["x", "factors"], ["main"]),
+        helper.make_node("Slice", ["x", "starts", "stops", "axes", "steps"], ["half"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "last",
+        [helper.make_tensor_value_info("x", float32, ["n", *PATCH, 1])],
+        [
+            helper.make_tensor_value_info("main", float32, ["n", *PATCH, 2]),
+            helper.make_tensor_value_info("half", float32, ["n", 4, 4, 1]),
+        ],
+        [onnx.numpy_helper.from_array(values, name) for name, values in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(model, path)
+
+
+def test_a_coarser_output_of_a_network_with_channels_last_is_that_of_channels_first(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "first.py").write_text(CHANNELS_FIRST)
+    write_channels_last(tmp_path / "last.onnx")
+    outputs = {
+        "main": {"head": "main"},
+        "coarse": {"head": "half", "scale": [2, 2], "storage_chunks": [2, 2]},
+    }
+    first = {
+        "runtime": "numpy",
+        "type": "class",
+        "class_file": str(tmp_path / "first.py"),
+        "class_name": "first",
+        "model_input_shape": [1, *PATCH],
+        "model_output_shape": {"main": [2, *PATCH], "half": [1, 4, 4]},
+    }
+    last = {
+        "runtime": "onnx",
+        "type": "file",
+        "model_file": str(tmp_path / "last.onnx"),
+        "model_input_shape": [*PATCH, 1],
+        "model_output_shape": {"main": [*PATCH, 2], "half": [4, 4, 1]},
+    }
+    stored = []
+    for name, network in (("first", first), ("last", last)):
+        keys = {"outputs": outputs, "model_config": network | {"max_batch_size": 4}}
+        workspace = small_workspace(tmp_path / name, **keys)
+        run_inline(workspace.job_file)
+        stored.append(stored_objects(workspace.output))
+    assert stored[0] == stored[1]
+    assert zarr.open_array(tmp_path / "last/out.zarr/coarse/0").shape == (1, 16, 11)
+
+
 def test_the_network_runs_once_per_batch_for_all_heads(tmp_path: Path) -> None:
     network = model(tmp_path, "as_dict") | {"stochastic": True}  # no batch is repeated
     workspace = workspace_of(tmp_path, model_config=network)
