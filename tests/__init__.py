@@ -1,1 +1,1 @@
-"""Tests. A package with this name, which some libraries install, must not be found first."""
+"""Tests of chunkq. A package, because sleap-io installs one of the same name."""

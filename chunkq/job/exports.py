@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from chunkq.errors import JobError
 from chunkq.job.items import Image
 from chunkq.job.output import output_axes
-from chunkq.job.output_name import FileName
 from chunkq.job.record import JobRecord
 from chunkq.paths import join
 from chunkq.writers.base import ExportWriter, ImageToWrite, StoredValues, WriterOptions
@@ -33,18 +32,13 @@ class ExportedFile:
     outputs: tuple[int, ...]
 
 
-def file_name(record: JobRecord) -> FileName | None:
-    """Return the name of the output of a job that writes files; None if it writes Zarr."""
-    return FileName.parse(record.job.output)
-
-
 def exported_files(record: JobRecord) -> Iterator[ExportedFile]:
     """Yield the files of a job, image by image; none if its output is Zarr.
 
     The files of several images are in a folder, and have the names of the images. Several outputs
     are a file each, with the name of the output before the suffix, or datasets of an HDF5 file.
     """
-    name = file_name(record)
+    name = record.file_name
     if name is None:
         return
     for image in record.images:
@@ -62,7 +56,7 @@ def exported_files(record: JobRecord) -> Iterator[ExportedFile]:
 
 def writers(record: JobRecord, file: ExportedFile) -> list[ExportWriter]:
     """Return the writer of each output of a file. Raises StoreError if the format lacks it."""
-    name = file_name(record)
+    name = record.file_name
     if name is None:
         raise ValueError("the output of the job is Zarr")
     plan = record.image_plan(file.image)
@@ -96,7 +90,7 @@ def check_exports(record: JobRecord) -> tuple[str, ...]:
 
     Raises StoreError and JobError if it cannot hold an output of the job.
     """
-    if file_name(record) is not None and record.job.pyramid is not None:
+    if record.file_name is not None and record.job.pyramid is not None:
         raise JobError(
             "pyramid: unsupported for an output that is a file; remove it, or use a Zarr output"
         )

@@ -24,8 +24,6 @@ from chunkq.errors import (
 )
 from chunkq.geometry.box import Box
 from chunkq.job.allowed_paths import with_allowed_files
-from chunkq.job.exported_output import ExportedOutput
-from chunkq.job.exports import file_name
 from chunkq.job.items import Image, Item
 from chunkq.job.job_folder import JobFolder
 from chunkq.job.known_empty import KnownEmpty, has_known_empty
@@ -79,7 +77,9 @@ class JobHandle:
     @cached_property
     def output(self) -> Output:
         """The output store."""
-        if file_name(self.record) is not None:
+        if self.record.file_name is not None:
+            from chunkq.job.exported_output import ExportedOutput
+
             return ExportedOutput(self.record, self.ledger)
         return Output(self.folder.output, self.record)
 
