@@ -138,7 +138,7 @@ parity: $(VENV)/test-installed
 	  $(VENV)/parity/$$name/bin/python -m pip --disable-pip-version-check install --quiet "$$tool" && \
 	  $(VENV)/parity/$$name/bin/python tests/fixtures/write_inputs.py $$name || exit 1; \
 	done
-	$(BIN)/python tests/fixtures/read_outputs.py $(VENV)/parity/cloud-volume/bin/python
+	$(BIN)/python tests/fixtures/read_outputs.py $(VENV)/parity
 
 containers: $(VENV)/test-installed
 	$(BIN)/python -m pytest tests/containers/test_compose_up.py

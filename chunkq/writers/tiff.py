@@ -199,16 +199,22 @@ class TiffWriter(ExportWriter):
         self, voxels: Iterator[Voxels], scratch: list[_Scratch], report: Report
     ) -> Iterator[Voxels]:
         """Write the levels of blocks to the scratch files, then yield the blocks."""
-        method = self.options.method or ("mode" if self.image.is_labels else "mean")
-        for done, values in enumerate(voxels, start=1):
-            for part in self._parts(values):
-                reduced = part
-                for level, file in zip(self._levels, scratch, strict=True):
-                    reduced = downsample(reduced, level.factors, method)
-                    file.append(reduced)
+        steps = iter(range(1, self.blocks.count))
+        for values in voxels:
+            self._reduce(values, scratch)
             yield values  # the last one returns only if tifffile asks for more
-            if done < self.blocks.count:
+            del values  # before the next one is read
+            if (done := next(steps, None)) is not None:
                 report(done)
+
+    def _reduce(self, values: Voxels, scratch: list[_Scratch]) -> None:
+        """Write the levels of a block to the scratch files."""
+        method = self.options.method or ("mode" if self.image.is_labels else "mean")
+        for part in self._parts(values):
+            reduced = part
+            for level, file in zip(self._levels, scratch, strict=True):
+                reduced = downsample(reduced, level.factors, method)
+                file.append(reduced)
 
     def _parts(self, values: Voxels) -> Iterator[Voxels]:
         """Yield the pages of a block, in parts of whole rows if they are large.
@@ -290,9 +296,13 @@ class _Scratch:
 
 
 def _tiles(blocks: Iterator[Voxels]) -> Iterator[Voxels]:
-    """Yield the tiles of pages, or of whole rows of tiles; the last ones are smaller."""
+    """Yield the tiles of pages, or of whole rows of tiles; the last ones are smaller.
+
+    They are copies, because tifffile collects tiles, and a view would keep its whole block.
+    """
     for values in blocks:
         for page in values.reshape(-1, *values.shape[-PLANE_RANK:]):
             starts = (range(0, size, TILE) for size in page.shape)
             for y, x in product(*starts):
-                yield page[y : y + TILE, x : x + TILE]
+                yield page[y : y + TILE, x : x + TILE].copy()
+        del values, page  # before the next block is read
