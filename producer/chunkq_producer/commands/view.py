@@ -41,6 +41,12 @@ def view(
     The data are served to this machine only, below a random path, until Ctrl-C.
     """
     job = job_at(output)
+    if job.record.job.is_image:
+        path = without_secret(job.folder.output)
+        raise StoreError(
+            f"output: {path} is a table; open it with a program for tables, such as pandas",
+            code=ErrorCode.STORE_UNSUPPORTED,
+        )
     if job.record.file_name is not None:
         path = without_secret(job.folder.output)
         raise StoreError(
