@@ -9,7 +9,6 @@ from chunkq.errors import JobError
 from chunkq.job.items import Image
 from chunkq.job.job_path import job_folder_of
 from chunkq.job.output import output_axes
-from chunkq.job.output_name import FileName
 from chunkq.job.record import JobRecord
 from chunkq.paths import join
 from chunkq.writers.base import ExportWriter, ImageToWrite, StoredValues, WriterOptions
@@ -38,11 +37,6 @@ class ExportedFile:
     outputs: tuple[int, ...]
 
 
-def file_name(record: JobRecord) -> FileName | None:
-    """Return the name of the output of a job that writes files of images; None for others."""
-    return None if record.job.is_image else FileName.parse(record.job.output)
-
-
 def exported_files(record: JobRecord) -> Iterator[ExportedFile]:
     """Yield the files of a job, image by image; none if its output is Zarr.
 
@@ -53,7 +47,7 @@ def exported_files(record: JobRecord) -> Iterator[ExportedFile]:
     if record.job.is_image:
         yield from _tables(record)
         return
-    name = file_name(record)
+    name = record.file_name
     if name is None:
         return
     for image in record.images:
@@ -80,7 +74,7 @@ def _tables(record: JobRecord) -> Iterator[ExportedFile]:
 
 def writers(record: JobRecord, file: ExportedFile) -> list[ExportWriter]:
     """Return the writer of each output of a file. Raises StoreError if the format lacks it."""
-    name = file_name(record)
+    name = record.file_name
     if name is None:
         raise ValueError("the output of the job is Zarr")
     plan = record.image_plan(file.image)
@@ -114,7 +108,7 @@ def check_exports(record: JobRecord) -> tuple[str, ...]:
 
     Raises StoreError and JobError if it cannot hold an output of the job.
     """
-    if file_name(record) is not None and record.job.pyramid is not None:
+    if record.file_name is not None and record.job.pyramid is not None:
         raise JobError(
             "pyramid: unsupported for an output that is a file; remove it, or use a Zarr output"
         )
