@@ -58,7 +58,8 @@ def predicted_classes(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
     """Return the class of each row of scores (n, C), see `ScoreSpec.columns`."""
     if scores.shape[1] == 1:
         return (scores[:, 0] >= 0.5).astype(np.int32)
-    return scores.argmax(axis=1).astype(np.int32)
+    best: npt.NDArray[np.int32] = scores.argmax(axis=1).astype(np.int32)
+    return best
 
 
 def activate_rows(outputs: npt.NDArray[np.float32], activation: Activation) -> Any:

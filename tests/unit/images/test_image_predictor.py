@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,27 @@ from chunkq.images.poses import Poses
 
 RNG = np.random.default_rng(1)
 PHOTOS = RNG.integers(0, 256, (5, 6, 7, 3), np.uint8)
-opened: list[str] = []
-watched = [False]
+watched: list[list[str]] = []
 
 
 def note(event: str, arguments: tuple[Any, ...]) -> None:
-    if watched[0] and event == "open":
-        opened.append(str(arguments[0]))
+    if event == "open":
+        for files in watched:
+            files.append(str(arguments[0]))
 
 
 sys.addaudithook(note)
+
+
+@contextmanager
+def opened_files() -> Iterator[list[str]]:
+    """Yield a list that gets the files which this process opens inside a `with` block."""
+    files: list[str] = []
+    watched.append(files)
+    try:
+        yield files
+    finally:
+        watched.remove(files)
 
 
 def means(batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -55,12 +67,10 @@ def colors() -> Iterator[Predictor]:
 
 def test_arrays_have_the_outputs_of_the_network_without_a_file(colors: Predictor) -> None:
     colors.predict(PHOTOS[:1])  # loads the network
-    opened.clear()
-    watched[0] = True
-    outputs = colors.predict(list(PHOTOS))
-    values, scores, labels = outputs.numpy(), outputs.scores, outputs.labels
-    watched[0] = False
-    assert opened == []
+    with opened_files() as files:
+        outputs = colors.predict(list(PHOTOS))
+        values, scores, labels = outputs.numpy(), outputs.scores, outputs.labels
+    assert files == []
     expected = 10 * (PHOTOS / 255).mean(axis=(1, 2))
     np.testing.assert_allclose(values, expected, rtol=1e-5)
     powers = np.exp(expected)
