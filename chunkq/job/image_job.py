@@ -67,7 +67,12 @@ def kind_problems(job: Job) -> list[str]:
             f"inference_type {IMAGE}"
             for key in sorted(IMAGE_KEYS)
             if getattr(job, key) != fields[key].default
-        ]
+        ] + [
+            f"input.frames: unsupported for inference_type {job.inference_type}; use time, or "
+            f"inference_type {IMAGE}"
+            for config in job.inputs
+            if config.frames is not None
+        ][:1]
     problems = [
         f"{fields[key].alias or key}: unsupported for inference_type {IMAGE}, whose images are not "
         "cut into patches; remove it"
@@ -93,6 +98,11 @@ def image_problems(job: Job) -> list[str]:
     problems = [] if job.image is None else job.image.problems()
     if job.truth is not None:
         problems += job.truth.problems()
+    for config in job.inputs:
+        frames = config.frames if isinstance(config.frames, tuple) else (config.frames,)
+        is_list = isinstance(config.frames, tuple)
+        if names := [n for n in frames if isinstance(n, str) and (is_list or ":" not in n)]:
+            problems.append(f"input.frames: found {names[0]!r}; expected numbers, or a range")
     if job.chunksize is not None and len(job.chunksize) != 1:
         problems.append(
             f"chunksize: found {len(job.chunksize)} entries; expected 1, the number of images of "
