@@ -35,5 +35,10 @@ def count(value: float) -> str:
     return f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
 
 
+def money(value: float) -> str:
+    """Return an amount of money, in the currency of the price: `3.27`, `0.004`."""
+    return f"{value:.2f}" if value >= 0.995 or value == 0 else f"{value:.2g}"
+
+
 def _three_digits(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 999.5 else f"{value:.3g}"

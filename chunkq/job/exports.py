@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from chunkq.errors import JobError
 from chunkq.job.items import Image
+from chunkq.job.job_path import job_folder_of
 from chunkq.job.output import output_axes
 from chunkq.job.output_name import FileName
 from chunkq.job.record import JobRecord
@@ -15,6 +16,10 @@ from chunkq.writers.base import ExportWriter, ImageToWrite, StoredValues, Writer
 from chunkq.writers.file_space import file_space
 from chunkq.writers.registry import WRITERS
 
+ERRORS = "errors.parquet"
+"""Name of the table of errors, in the folder of the job's epoch."""
+ERRORS_NUMBER, TABLE_NUMBER = 0, 1
+"""Numbers of the files of a job over images; the errors are written first."""
 MANY_DATASETS = "hdf5"
 """Format of which one file has all outputs of an image."""
 
@@ -24,7 +29,7 @@ class ExportedFile:
     """A file that a job writes of one of its images.
 
     number   its number among the files of the image
-    outputs  numbers of the outputs that it contains
+    outputs  numbers of the outputs that it contains; none for a table
     """
 
     path: str
@@ -34,8 +39,8 @@ class ExportedFile:
 
 
 def file_name(record: JobRecord) -> FileName | None:
-    """Return the name of the output of a job that writes files; None if it writes Zarr."""
-    return FileName.parse(record.job.output)
+    """Return the name of the output of a job that writes files of images; None for others."""
+    return None if record.job.is_image else FileName.parse(record.job.output)
 
 
 def exported_files(record: JobRecord) -> Iterator[ExportedFile]:
@@ -43,7 +48,11 @@ def exported_files(record: JobRecord) -> Iterator[ExportedFile]:
 
     The files of several images are in a folder, and have the names of the images. Several outputs
     are a file each, with the name of the output before the suffix, or datasets of an HDF5 file.
+    A job over images writes a table, and in its job folder that of the errors.
     """
+    if record.job.is_image:
+        yield from _tables(record)
+        return
     name = file_name(record)
     if name is None:
         return
@@ -58,6 +67,15 @@ def exported_files(record: JobRecord) -> Iterator[ExportedFile]:
         for number, spec in enumerate(specs):
             label = f".{spec.name}" if spec.name else ""
             yield ExportedFile(f"{base}{label}{name.suffix}", image, number, (number,))
+
+
+def _tables(record: JobRecord) -> Iterator[ExportedFile]:
+    """Yield the table of errors and the table of results; of a new job the second one only."""
+    image = record.images[0]
+    if record.epoch:
+        folder = join(job_folder_of(record.job.output), record.epoch)
+        yield ExportedFile(join(folder, ERRORS), image, ERRORS_NUMBER, ())
+    yield ExportedFile(record.job.output, image, TABLE_NUMBER, ())
 
 
 def writers(record: JobRecord, file: ExportedFile) -> list[ExportWriter]:
@@ -100,6 +118,8 @@ def check_exports(record: JobRecord) -> tuple[str, ...]:
         raise JobError(
             "pyramid: unsupported for an output that is a file; remove it, or use a Zarr output"
         )
+    if record.job.is_image:
+        return ()
     files = tuple(exported_files(record))
     return tuple(
         note for file in files for writer in writers(record, file) for note in writer.notes

@@ -29,7 +29,7 @@ from chunkq.job.exports import file_name
 from chunkq.job.items import Image, Item
 from chunkq.job.job_folder import JobFolder
 from chunkq.job.known_empty import KnownEmpty, has_known_empty
-from chunkq.job.ledger import ItemLedger, Ledger
+from chunkq.job.ledger import INPUTS, ItemLedger, Ledger
 from chunkq.job.level_arrays import LevelArray, level_box
 from chunkq.job.mask_source import mask_of, mask_time
 from chunkq.job.output import Output
@@ -37,6 +37,7 @@ from chunkq.job.output_handle import OutputHandle
 from chunkq.job.pyramids import pyramids_of
 from chunkq.job.record import JobRecord
 from chunkq.job.resolve import empty_rule
+from chunkq.job.table_output import TableOutput
 from chunkq.job.task_records import RecentCommits
 from chunkq.job.tasks import JobId, Task, chunk_name
 from chunkq.paths import without_secret
@@ -53,6 +54,7 @@ from chunkq.storage.staged import Slabs, StagedCopy
 
 if TYPE_CHECKING:
     from chunkq.blend.weights import Weights
+    from chunkq.job.image_rows import ImageRows
 
 JOBS_CACHED = 8
 MASKS_KEPT = 2
@@ -79,6 +81,8 @@ class JobHandle:
     @cached_property
     def output(self) -> Output:
         """The output store."""
+        if self.record.job.is_image:
+            return TableOutput(self.record, self.ledger)
         if file_name(self.record) is not None:
             return ExportedOutput(self.record, self.ledger)
         return Output(self.folder.output, self.record)
@@ -148,6 +152,23 @@ class JobHandle:
     def images(self) -> tuple[ImageHandle, ...]:
         """The images of the job."""
         return tuple(ImageHandle(self, image) for image in self.record.images)
+
+    @cached_property
+    def rows(self) -> ImageRows:
+        """The images of a job over images. Raises JobError if the record of them is damaged."""
+        from chunkq.job.image_rows import ImageRows  # for such jobs only
+
+        content = self.ledger.get_inputs()
+        try:
+            if content is None:
+                raise ValueError
+            return ImageRows.from_bytes(content)
+        except (ValueError, OSError):  # pyarrow's errors are ValueErrors
+            raise JobError(
+                f"{without_secret(self.ledger.path)}/{INPUTS} is missing or damaged; restore the "
+                "file, or run `chunkq produce --overwrite` to start again",
+                code=ErrorCode.JOB_RECORD_DAMAGED,
+            ) from None
 
     @cached_property
     def mask(self) -> Array:
@@ -387,8 +408,13 @@ _cache: OrderedDict[str, JobHandle] = OrderedDict()
 _lock = threading.Lock()
 
 
+def _differ(first: JobRecord, second: JobRecord) -> bool:
+    """Return whether two records of a folder are of different jobs, or differ in their keys."""
+    return first is not second and (first.epoch != second.epoch or first.job != second.job)
+
+
 def open_job(path: str) -> JobHandle:
-    """Return the handle of a job folder; cached per process until the job's epoch changes.
+    """Return the handle of a job folder; cached per process until the job's record changes.
 
     Raises MissingJobError if there is no job.
     """
@@ -396,7 +422,7 @@ def open_job(path: str) -> JobHandle:
     record = folder.require_record()
     with _lock:
         handle = _cache.get(path)
-        if handle is None or handle.record.epoch != record.epoch:
+        if handle is None or _differ(handle.record, record):
             handle = _cache[path] = JobHandle(folder, record)
         _cache.move_to_end(path)
         while len(_cache) > JOBS_CACHED:

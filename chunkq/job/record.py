@@ -18,6 +18,7 @@ from chunkq.job.items import Image, Item, images_of, items_of, largest_image
 from chunkq.job.job_file import Job, parse_job
 from chunkq.job.pyramids import levels_of, pyramid_problems
 from chunkq.job.resolve import resolve
+from chunkq.job.row_plan import row_plan
 from chunkq.job.tasks import EPOCH_DIGITS
 from chunkq.paths import without_secret
 from chunkq.plan.fetches import Fetches
@@ -29,6 +30,7 @@ LAYOUT = 5
 """Version of the job folder's layout. Folders of other versions are unsupported."""
 KEYS_WITHOUT_EFFECT = (
     "queue", "output", "cluster", "hardware", "dask_config", "ray_config", "allow_empty",
+    "max_errors", "price",
 )  # fmt: skip
 """Keys of a job that do not affect its result."""
 
@@ -122,11 +124,15 @@ class JobRecord:
         """Return the plan of every item of an image, always the same object. Raises JobError."""
         if image.number not in self._plans:
             paths = self.job.input_paths
-            self._plans[image.number] = resolve(
-                self.job,
-                image.volume,
-                paths if image.is_alone else [paths[image.number]],
-                by_channel=image.is_channel_series,
+            self._plans[image.number] = (
+                row_plan(self.job, image.volume)
+                if self.job.is_image
+                else resolve(
+                    self.job,
+                    image.volume,
+                    paths if image.is_alone else [paths[image.number]],
+                    by_channel=image.is_channel_series,
+                )
             )
         return self._plans[image.number]
 

@@ -26,7 +26,7 @@ class Commit:
     `skipped` were found to be empty. `empty` says that the network ran for none of a chunk, which
     then has no pieces. `stored` has the checksums of the objects in the output that the task wrote
     (`encode_checksums`), in the order of `Stage.stored_objects`; None if an earlier version of
-    chunkq wrote the record.
+    chunkq wrote the record. `errors` counts the images of a chunk that have no result.
     """
 
     kind: str
@@ -45,6 +45,7 @@ class Commit:
     skipped: int = 0
     empty: bool = False
     stored: str | None = None
+    errors: int = 0
 
     def to_json(self, epoch: str) -> bytes:
         """Encode the record for an epoch of the job."""

@@ -6,6 +6,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import ClassVar
 
 from typing_extensions import override
@@ -131,19 +132,31 @@ def replace_file(path: str, target: str) -> None:
 
 def _write(item: ItemHandle, file: ExportedFile, path: str, report: Report) -> tuple[int, int]:
     """Write a file at a temporary path and flush it; return its size and its checksum."""
-    file_writers = writers(item.job.record, file)
-    total, before = sum(writer.steps for writer in file_writers), 0
     label = f"writing {file.path.rpartition('/')[2]}"
-    for number, writer in zip(file.outputs, file_writers, strict=True):
-        array = item.job.output.image(file.image, number).open()
-        copy_image(writer, array, path, _shifted(report, label, before, total))
-        before += writer.steps
+    if item.job.record.job.is_image:
+        from chunkq.stages.tables import write_file  # for such jobs only
+
+        write_file(item, file, path, partial(report, label))
+    else:
+        _write_image(item, file, path, report, label)
     with open(path, "rb") as content:
         os.fsync(content.fileno())
         size, crc32 = 0, 0
         while part := content.read(PART_BYTES):
             size, crc32 = size + len(part), zlib_ng.crc32(part, crc32)
     return size, object_checksum(crc32)
+
+
+def _write_image(
+    item: ItemHandle, file: ExportedFile, path: str, report: Report, label: str
+) -> None:
+    """Write the outputs of an image that a file contains."""
+    file_writers = writers(item.job.record, file)
+    total, before = sum(writer.steps for writer in file_writers), 0
+    for number, writer in zip(file.outputs, file_writers, strict=True):
+        array = item.job.output.image(file.image, number).open()
+        copy_image(writer, array, path, _shifted(report, label, before, total))
+        before += writer.steps
 
 
 def _shifted(report: Report, label: str, before: int, total: int) -> Callable[[int], None]:

@@ -96,6 +96,10 @@ def run_check(
     With `depth`, also run patches, and compute chunks of the job in `job_folder`, `depth` in
     flight. That job is a copy of the record's job with an empty output.
     """
+    if record.job.is_image:
+        from chunkq_worker.images.image_check import check_images  # for such jobs only
+
+        return check_images(record, is_timed=depth is not None)
     # Load on the device thread, as a worker does: libraries allocate memory per calling thread.
     on_device = get_device().run
     before = time.perf_counter()

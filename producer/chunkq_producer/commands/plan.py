@@ -91,16 +91,41 @@ def plan(
     loaded_job = load_job(select_job_file(job, config), input=input_, output=output)
     checked = check_job(_with_shapes(loaded_job))
     if plot is not None:
+        if loaded_job.is_image:
+            raise JobError("--plot: draws patches, which a job over images does not have; leave it")
         _save_plot(checked, plot)
     if depth is None:
         depth = default_depth(gpu=not is_cpu_only(checked.record.job))
+    if loaded_job.is_image:
+        _print_image_plan(checked, depth, with_check=with_model_check, as_json=as_json)
+        return
     trial = _run_trial(checked, depth) if with_model_check else None
     if as_json:
         print_line(json.dumps(_values(checked, depth, trial), indent=1))
     else:
-        width = terminal.columns(result_stream())
-        label = LABEL_COLUMNS if width is None or width >= WIDE else NARROW_LABEL_COLUMNS
-        print_line("\n".join(terminal.rows(_rows(checked, depth, trial), width, label=label)))
+        _print_rows(_rows(checked, depth, trial))
+
+
+def _print_image_plan(job: CheckedJob, depth: int, *, with_check: bool, as_json: bool) -> None:
+    """Print the plan of a job over images."""
+    from chunkq.progress_bar import ProgressDisplay
+    from chunkq_producer.check_model import check_model
+    from chunkq_producer.image_plan import image_plan_rows, image_plan_values
+
+    check = None
+    if with_check:
+        with ProgressDisplay() as display:
+            check = check_model(job.record, depth=depth, emit=display)
+    if as_json:
+        print_line(json.dumps(image_plan_values(job, depth, check), indent=1))
+    else:
+        _print_rows(image_plan_rows(job, depth, check))
+
+
+def _print_rows(rows: list[tuple[str, str]]) -> None:
+    width = terminal.columns(result_stream())
+    label = LABEL_COLUMNS if width is None or width >= WIDE else NARROW_LABEL_COLUMNS
+    print_line("\n".join(terminal.rows(rows, width, label=label)))
 
 
 def _with_shapes(job: Job) -> Job:
