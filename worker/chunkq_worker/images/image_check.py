@@ -18,7 +18,6 @@ from chunkq_worker.images.chunk_rows import columns_of
 from chunkq_worker.images.compute import readers, row_inputs
 from chunkq_worker.images.engine import Heads, ImageEngine
 from chunkq_worker.images.rows import FailedRow, RowOutput, Values, run_rows
-from chunkq_worker.output_checks import MAX_DIFFERENCE, relative_difference
 
 ROUNDS = 3
 """Number of timed batches; the median is reported."""
@@ -52,7 +51,6 @@ def check_images(record: JobRecord, *, is_timed: bool = False) -> ModelCheck:
     elif not outputs and all(error.code is ErrorCode.IMAGE_UNSUITABLE for error in refused):
         raise ModelError(f"{refused[0]}")
     columns_of(job, [np.asarray(values, np.float32) for values in outputs])
-    check_repeated(engine, batches[0], is_stochastic=job.model.stochastic)
     return ModelCheck(
         batch=len(batches[0]),
         device=engine.runtime.device,
@@ -64,21 +62,6 @@ def check_images(record: JobRecord, *, is_timed: bool = False) -> ModelCheck:
         values=ValueCheck(_span(batches[0]), _span(outputs), has_preprocessing=False),
         patches=_timed(engine, batches[0]) if is_timed else None,
     )
-
-
-def check_repeated(engine: ImageEngine, batch: Sequence[Values], *, is_stochastic: bool) -> None:
-    """Raise ModelError if the network returns other outputs for a batch that it gets again."""
-    if is_stochastic:
-        return
-    run = get_device().run
-    first, second = (run(lambda: engine(batch)).result() for _ in range(2))
-    pairs = zip(first, second, strict=True)
-    if any(relative_difference(a, b) > MAX_DIFFERENCE for a, b in pairs):
-        raise ModelError(
-            "the network returns different outputs for one batch; switch its random layers off, or "
-            "set model_config.stochastic: true",
-            code=ErrorCode.MODEL_RANDOM,
-        )
 
 
 def _timed(engine: ImageEngine, batch: Sequence[Values]) -> PatchCheck:
