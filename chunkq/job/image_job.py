@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 IMAGE = "image"
 """The inference type of jobs whose network sees each image whole."""
-IMAGE_KEYS = frozenset({"image", "truth", "top_k", "keep", "max_errors"})
+IMAGE_KEYS = frozenset({"image", "truth", "top_k", "keep", "max_errors", "peaks"})
 """Keys that only these jobs have."""
 SHARED_KEYS = frozenset(
     {
@@ -38,7 +38,7 @@ def with_image_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(values)
     if values.get("inference_type") != IMAGE:
         return result
-    result.setdefault("activation", "softmax")
+    result.setdefault("activation", "softmax" if values.get("peaks") is None else "none")
     model, image = values.get("model_config"), values.get("image", {})
     if isinstance(model, Mapping) and "model_input_shape" not in model:
         shape = _input_shape(image)
@@ -111,8 +111,27 @@ def image_problems(job: Job) -> list[str]:
             for key, value in used.items()
             if value is not None
         ]
+    if job.peaks is not None:
+        problems += _peak_problems(job)
     if not problems:
         problems += _shape_problems(job, job.image_spec)
+    return problems
+
+
+def _peak_problems(job: Job) -> list[str]:
+    """Return one line per key that jobs with keypoints do not have."""
+    used = {"truth": job.truth, "top_k": job.top_k, "keep": job.keep}
+    problems = [
+        f"{key}: unsupported beside peaks, whose table has keypoints and no classes; remove one of "
+        "them"
+        for key, value in used.items()
+        if value not in (None, "none")
+    ]
+    if job.activation == "softmax":
+        problems.append(
+            "activation: unsupported value 'softmax' beside peaks; use none, or sigmoid for maps "
+            "of logits"
+        )
     return problems
 
 

@@ -9,12 +9,13 @@ from statistics import median
 import numpy as np
 
 from chunkq.errors import ErrorCode, ModelError
+from chunkq.images.transform import Placement
 from chunkq.job.image_rows import sample_paths
 from chunkq.job.record import JobRecord
 from chunkq.model_check import ModelCheck, PatchCheck, ValueCheck
 from chunkq.system.memory import peak_bytes
 from chunkq_worker.device import get_device
-from chunkq_worker.images.chunk_rows import columns_of
+from chunkq_worker.images.chunk_rows import columns_of, reduced
 from chunkq_worker.images.compute import readers, row_inputs
 from chunkq_worker.images.engine import Heads, ImageEngine
 from chunkq_worker.images.rows import FailedRow, RowOutput, Values, run_rows
@@ -43,14 +44,17 @@ def check_images(record: JobRecord, *, is_timed: bool = False) -> ModelCheck:
     results = list(
         run_rows(inputs, job.image_spec, network, max_batch_size=size, threads=readers(job))
     )
-    outputs = [one.values[0] for one in results if isinstance(one, RowOutput)]
+    predicted = [one for one in results if isinstance(one, RowOutput)]
     refused = [one.error for one in results if isinstance(one, FailedRow)]
     if not batches:
         shape = engine.input_shape
-        outputs = [network([np.zeros(shape, np.float32)])[0][0]]
-    elif not outputs and all(error.code is ErrorCode.IMAGE_UNSUITABLE for error in refused):
+        heads = tuple(head[0] for head in network([np.zeros(shape, np.float32)]))
+        frame = (shape[1], shape[2])
+        predicted = [RowOutput(0, heads, Placement(frame, frame, (0, 0), frame))]
+    elif not predicted and all(error.code is ErrorCode.IMAGE_UNSUITABLE for error in refused):
         raise ModelError(f"{refused[0]}")
-    columns_of(job, [np.asarray(values, np.float32) for values in outputs])
+    columns_of(job, [reduced(job, one) for one in predicted])
+    outputs = [one.values[0] for one in predicted]
     return ModelCheck(
         batch=len(batches[0]),
         device=engine.runtime.device,
