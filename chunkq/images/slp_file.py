@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chunkq.errors import ErrorCode, StoreError
 from chunkq.images.poses import Poses
 from chunkq.images.skeleton import Skeleton
-from chunkq.install_hint import install_command
+from chunkq.images.slp_packages import check_slp_packages
 
 PREDICTED = 1
 """Number of predicted instances in `.slp` files, beside 0 for those that a user has drawn."""
@@ -59,7 +58,10 @@ def write_slp(
 
     Raises StoreError if sleap-io is missing, and OSError.
     """
-    h5py, sio = _packages()
+    check_slp_packages()
+    import h5py
+    import sleap_io as sio
+
     skeletons = [_skeleton(skeleton, sio)]
     labels = sio.Labels(
         videos=[_video(video, sio) for video in videos],
@@ -145,19 +147,6 @@ class _Table:
             self._dataset.resize((self.count,))
             self._dataset[self._written :] = np.concatenate(self._waiting)
         self._waiting, self._written = [], self.count
-
-
-def _packages() -> tuple[Any, Any]:
-    try:
-        import h5py
-        import sleap_io
-    except ImportError as error:
-        raise StoreError(
-            f"output: .slp files need packages that are missing ({error}); run "
-            f"`{install_command('slp')}`",
-            code=ErrorCode.PACKAGE_MISSING,
-        ) from None
-    return h5py, sleap_io
 
 
 def _skeleton(skeleton: Skeleton, sio: Any) -> Any:

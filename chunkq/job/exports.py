@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from chunkq.errors import JobError
+from chunkq.images.slp_packages import check_slp_packages
 from chunkq.job.items import Image
 from chunkq.job.job_path import job_folder_of
 from chunkq.job.output import output_axes
-from chunkq.job.output_name import FileName
+from chunkq.job.output_name import SLP, FileName, table_suffix
 from chunkq.job.record import JobRecord
 from chunkq.paths import join
 from chunkq.writers.base import ExportWriter, ImageToWrite, StoredValues, WriterOptions
@@ -119,6 +120,8 @@ def check_exports(record: JobRecord) -> tuple[str, ...]:
             "pyramid: unsupported for an output that is a file; remove it, or use a Zarr output"
         )
     if record.job.is_image:
+        if table_suffix(record.job.output) == SLP:
+            check_slp_packages()
         return ()
     files = tuple(exported_files(record))
     return tuple(

@@ -465,8 +465,7 @@ def _package_problems(model: ModelConfig) -> list[str]:
         f"model_config.{key}: unsupported beside package, whose folders define the network; "
         "remove it"
         for key in fields
-        if key not in {*PACKAGE_KEYS, *_TORCH_ONLY}
-        and getattr(model, key) != fields[key].default
+        if key not in {*PACKAGE_KEYS, *_TORCH_ONLY} and getattr(model, key) != fields[key].default
     ]
 
 

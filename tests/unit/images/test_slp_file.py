@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 import sleap_io
 
 from chunkq.errors import ErrorCode, StoreError
+from chunkq.images import slp_packages
 from chunkq.images.poses import Poses
 from chunkq.images.skeleton import Skeleton
 from chunkq.images.slp_file import ROWS, SlpFrame, SlpVideo, write_slp
@@ -98,7 +98,7 @@ def _one(number: int) -> Poses:
 def test_a_missing_package_is_named_with_its_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "sleap_io", None)
+    monkeypatch.setattr(slp_packages, "find_spec", lambda name: None)
     with pytest.raises(StoreError, match=r"slp") as error:
         write(tmp_path / "all.slp")
     assert error.value.code == ErrorCode.PACKAGE_MISSING

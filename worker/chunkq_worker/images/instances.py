@@ -42,3 +42,13 @@ def poses_of_values(values: Sequence[npt.NDArray[Any]]) -> Poses:
         np.where(is_found, point_scores[animals], np.float32(np.nan)),
         scores[animals],
     )
+
+
+def joined(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """Return batches of a head as one, filled up with 0 where images have different shapes."""
+    shape = tuple(np.max([part.shape[1:] for part in parts], axis=0, initial=0))
+    padded = [
+        np.pad(part, [(0, 0), *((0, m - n) for m, n in zip(shape, part.shape[1:], strict=True))])
+        for part in parts
+    ]
+    return np.concatenate(padded)

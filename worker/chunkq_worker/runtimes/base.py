@@ -155,9 +155,13 @@ RUNTIMES: MappingProxyType[str, str] = MappingProxyType(
         "tensorflow": "chunkq_worker.runtimes.tensorflow:load",
         "onnx": "chunkq_worker.runtimes.onnx:load",
         "numpy": "chunkq_worker.runtimes.numpy:load",
+        "sleap": "chunkq_worker.runtimes.sleap:load",
     }
 )
-"""Name -> loader, `(ModelConfig, Steps, threads or None, ItemShapes[, network=]) -> Runtime`."""
+"""Name -> loader, `(ModelConfig, Steps, threads or None, ItemShapes[, network=]) -> Runtime`.
+
+That of `sleap` takes `(ModelConfig, PeaksConfig, threads or None)`.
+"""
 Loader = Callable[..., Runtime]
 
 

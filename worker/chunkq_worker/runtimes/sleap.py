@@ -18,13 +18,12 @@ from chunkq.blend.combine import Array
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.images.poses import Poses
 from chunkq.images.sleap_package import CHECKPOINT, KEY, SleapPackage, read_package
+from chunkq.job.image_config import PeaksConfig
 from chunkq.job.model_config import ModelConfig
 from chunkq_worker.images.instances import stack_poses
 from chunkq_worker.runtimes.base import Runtime
-from chunkq_worker.runtimes.item_shapes import ItemShapes
 from chunkq_worker.runtimes.torch_tf32 import tf32
 from chunkq_worker.runtimes.untrusted import untrusted
-from chunkq_worker.steps import Steps
 
 Pixels = npt.NDArray[np.uint8]
 """Frames (n, height, width, channels)."""
@@ -106,16 +105,12 @@ class SleapRuntime(Runtime):
             torch.cuda.empty_cache()
 
 
-def load(
-    model: ModelConfig,
-    steps: Steps,
-    threads: int | None,
-    shapes: ItemShapes,
-    *,
-    network: Any = None,
-) -> Runtime:
-    """Load the network that the folders of the job contain; raise ModelError or JobError."""
-    package = read_package(model.package_folders)
+def load(model: ModelConfig, peaks: PeaksConfig | None, threads: int | None) -> Runtime:
+    """Load the network in the folders of a job; raise ModelError or JobError.
+
+    `threads` limits those of torch. An export uses all cores, and ignores `peaks`.
+    """
+    package = read_package(model.package or ())
     if model.device == "cuda" and not torch.cuda.is_available():
         raise ModelError("model_config.device: no CUDA device is available; use device: cpu")
     if threads is not None:
@@ -123,7 +118,7 @@ def load(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            predictor = _predictor(package, model)
+            predictor = _predictor(package, model, peaks or PeaksConfig())
     except ModelError:
         raise
     except Exception as error:  # of any class if a file is damaged
@@ -139,7 +134,7 @@ def load(
     return runtime
 
 
-def _predictor(package: SleapPackage, model: ModelConfig) -> Any:
+def _predictor(package: SleapPackage, model: ModelConfig, peaks: PeaksConfig) -> Any:
     logger.disable("sleap_nn")  # its lines are not those of a worker
     options: dict[str, Any] = {"device": model.device, "batch_size": model.max_batch_size}
     if package.is_export:
@@ -149,9 +144,11 @@ def _predictor(package: SleapPackage, model: ModelConfig) -> Any:
     if not model.trusted:
         for folder in package.folders:
             _check_weights(f"{folder}/{CHECKPOINT}")
-    peaks = model.package_options
     return sleap_nn.inference.Predictor.from_model_paths(
-        list(package.folders), **options, **peaks
+        list(package.folders),
+        peak_threshold=peaks.threshold,
+        integral_refinement=peaks.refinement,
+        **options,
     )
 
 

@@ -1,0 +1,43 @@
+"""Write the keypoints of a job over images as a `.slp` file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import pyarrow as pa
+
+from chunkq import __version__
+from chunkq.images.poses import read_poses
+from chunkq.images.slp_file import SlpFrame, SlpVideo, write_slp
+from chunkq.job.job_handle import ItemHandle
+from chunkq.job.keypoints import skeleton_of
+
+
+def write_keypoints(
+    item: ItemHandle, path: str, chunks: Iterable[tuple[pa.Table, pa.Table]]
+) -> None:
+    """Write the tables of results and of errors of all chunks as a `.slp` file.
+
+    The images are the frames of one video, numbered by the rows of the list. Those that failed have
+    no frame.
+    """
+    job = item.job
+    skeleton = skeleton_of(job.record.job)
+    if skeleton is None:
+        raise ValueError("the keypoints of the job have no names")
+    videos = [SlpVideo(tuple(job.rows.paths))]
+    provenance = {"software": f"chunkq {__version__}", "job": job.record.digest}
+    write_slp(path, skeleton, videos, _frames(chunks, skeleton.names), provenance)
+
+
+def _frames(
+    chunks: Iterable[tuple[pa.Table, pa.Table]], names: Sequence[str]
+) -> Iterator[SlpFrame]:
+    row = 0
+    for results, errors in chunks:
+        count = len(results) + len(errors)
+        failed = {*errors.column("row").to_pylist()}
+        rows = (number for number in range(row, row + count) if number not in failed)
+        for number, poses in zip(rows, read_poses(results, names), strict=True):
+            yield SlpFrame(0, number, poses)
+        row += count
