@@ -27,6 +27,7 @@ EXTRAS = {
     "rq": "redis",
     "s3fs": "s3",
     "sleap_io": "slp",
+    "sleap_nn": "sleap",
     "starlette": "view",
     "tensorflow": "tensorflow",
     "tifffile": "tiff",

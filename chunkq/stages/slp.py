@@ -26,7 +26,9 @@ def write_keypoints(
     if skeleton is None:
         raise ValueError("the keypoints of the job have no names")
     videos = [SlpVideo(tuple(job.rows.paths))]
-    provenance = {"software": f"chunkq {__version__}", "job": job.record.digest}
+    model = job.record.job.model
+    network = [*(model.package or model.files.values())]
+    provenance = {"software": f"chunkq {__version__}", "model": network}
     write_slp(path, skeleton, videos, _frames(chunks, skeleton.names), provenance)
 
 

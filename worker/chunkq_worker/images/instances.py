@@ -24,7 +24,7 @@ def stack_poses(poses: Sequence[Poses], keypoints: int) -> Heads:
     point_scores = np.zeros((len(poses), most, keypoints), np.float32)
     for number, one in enumerate(poses):
         count = len(one.scores)
-        is_found = np.isfinite(one.points).all(axis=2)
+        is_found = np.isfinite(one.points[..., 0]) & np.isfinite(one.points[..., 1])
         scores[number, :count] = one.scores
         points[number, :count, :, :2] = np.where(is_found[..., None], one.points, 0)
         points[number, :count, :, 2] = is_found

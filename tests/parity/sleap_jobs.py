@@ -1,0 +1,146 @@
+"""Compare jobs over frames with predictions of sleap-nn itself: instances, scores, coordinates.
+
+`make parity` runs this file in an environment with sleap-nn and chunkq. The jobs are computed by
+one worker, then by three of which one is killed.
+"""
+
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import sleap_io
+from PIL import Image
+from sleap_nn.inference import Predictor
+
+import chunkq
+
+CHUNK = 4
+MODELS = {
+    "single": ("one", ["models/single"]),
+    "bottom-up": ("two", ["models/bottomup"]),
+    "top-down": ("two", ["models/centroid", "models/centered"]),
+    "single export": ("one", ["exports/single"]),
+    "bottom-up export": ("two", ["exports/bottomup"]),
+    "top-down export": ("two", ["exports/topdown"]),
+}
+"""Network -> video, folders."""
+Poses = list[tuple[int, list[tuple[Any, Any, float]]]]
+"""Number of each frame, and points, scores of points and score of each instance in it."""
+
+
+def write_frames(made: Path, folder: Path) -> None:
+    """Write the frames of both videos as images."""
+    for name in ("one", "two"):
+        target = folder / name
+        target.mkdir()
+        video = sleap_io.load_video(str(made / f"{name}.mp4"))
+        for number in range(len(video)):
+            Image.fromarray(video[number][..., 0]).save(target / f"{number:03}.png")
+
+
+def own_prediction(made: Path, folders: list[str], images: Path) -> Poses:
+    """Return what sleap-nn itself predicts for images."""
+    paths = [str(made / folder) for folder in folders]
+    if "exports" in paths[0]:
+        predictor = Predictor.from_export_dir(paths[0], runtime="onnx", device="cpu")
+    else:
+        predictor = Predictor.from_model_paths(paths, device="cpu")
+    video = sleap_io.Video(filename=sorted(map(str, images.glob("*.png"))))
+    return poses_of(predictor.predict(video))
+
+
+def poses_of(labels: Any) -> Poses:
+    """Return the instances of sleap-io's labels."""
+    return [
+        (
+            int(frame.frame_idx),
+            [(i.numpy(), i.points["score"], float(i.score)) for i in frame.instances],
+        )
+        for frame in labels
+    ]
+
+
+def compare(found: Poses, expected: Poses) -> tuple[int, float]:
+    """Return the number of instances and the largest difference. Raises AssertionError."""
+    assert [number for number, _ in found] == [number for number, _ in expected]
+    count, worst = 0, 0.0
+    for (_, first), (_, second) in zip(found, expected, strict=True):
+        assert len(first) == len(second)
+        for (points, scores, score), (own, own_scores, own_score) in zip(
+            first, second, strict=True
+        ):
+            visible = np.isfinite(own).all(axis=1)
+            np.testing.assert_array_equal(np.isfinite(points).all(axis=1), visible)
+            for a, b in ((points, own), (scores, own_scores)):
+                worst = max(worst, float(np.abs(a - b)[visible].max(initial=0)))
+            worst, count = max(worst, abs(score - own_score)), count + 1
+    assert worst < 1e-5, worst
+    assert count
+    return count, worst
+
+
+def job(made: Path, folders: list[str], images: Path, output: Path) -> dict[str, Any]:
+    """Return the keys of a job."""
+    return {
+        "input": str(images),
+        "inference_type": "image",
+        "model_config": {"package": [str(made / folder) for folder in folders]},
+        "chunksize": [CHUNK],
+        "threads": 1,
+        "output": str(output),
+    }
+
+
+def work(queue: str, workers: int, first_job: Path, *, kill: bool) -> None:
+    """Run workers until the queue is empty; kill a process of one when a chunk is committed."""
+    command = [sys.executable, "-m", "chunkq", "work", "--burst", "--queue", queue]
+    running = [subprocess.Popen(command) for _ in range(workers)]
+    if kill:
+        while not list(first_job.glob("*/done/infer/**/*")):
+            assert any(process.poll() is None for process in running)
+            time.sleep(0.02)
+        [victim, *_] = [
+            child
+            for process in running
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if "chunkq_worker.worker_process" in child.cmdline()
+        ]
+        victim.send_signal(signal.SIGKILL)
+        print("killed a worker process")  # noqa: T201
+    assert [process.wait() for process in running] == [0] * workers
+
+
+def main(made: Path) -> None:
+    """Compare every network. Raises AssertionError."""
+    with tempfile.TemporaryDirectory() as name:
+        temporary = Path(name)
+        write_frames(made, temporary)
+        for workers in (1, 3):
+            queue, outputs = f"sqlite://{temporary}/{workers}.db", temporary / str(workers)
+            outputs.mkdir()
+            for network, (video, folders) in MODELS.items():
+                output = outputs / f"{network}.slp"
+                chunkq.produce(job(made, folders, temporary / video, output), queue=queue)
+            started = time.time()
+            folder = outputs / f"{next(iter(MODELS))}.slp.chunkq"
+            work(queue, workers, folder, kill=workers > 1)
+            print(f"{workers} workers: {time.time() - started:.1f} s")  # noqa: T201
+            for network in MODELS:
+                chunkq.finalize(outputs / f"{network}.slp")
+        for network, (video, folders) in MODELS.items():
+            one, three = (temporary / str(n) / f"{network}.slp" for n in (1, 3))
+            assert one.read_bytes() == three.read_bytes(), network
+            found = poses_of(sleap_io.load_slp(str(three)))
+            expected = own_prediction(made, folders, temporary / video)
+            count, worst = compare(found, expected)
+            print(f"{network}: {count} instances, at most {worst:.2g} apart")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
