@@ -422,4 +422,5 @@ def _flat(record: JobRecord) -> dict[str, Any]:
     model = values.pop("model_config")
     flat = values | {f"model_config.{key}": value for key, value in model.items()}
     flat |= {f"content of {key}": digest for key, digest in record.file_hashes.items()}
-    return flat | {"the input volume": record.sources}
+    name = "the list of images" if record.job.is_image else "the input volume"
+    return flat | {name: record.sources}

@@ -120,6 +120,11 @@ def image_problems(job: Job) -> list[str]:
             f"chunksize: found {len(job.chunksize)} entries; expected 1, the number of images of "
             "a chunk"
         )
+    if len({config.access for config in job.inputs}) > 1:
+        problems.append(
+            "input: anonymous and requester_pays differ between the inputs; use equal ones, or a "
+            "job for each"
+        )
     if table_suffix(job.output) is None:
         problems.append(
             f"output: {without_secret(job.output)} is no table; use a name that ends in .parquet, "

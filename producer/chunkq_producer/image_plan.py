@@ -15,7 +15,7 @@ from chunkq.job.tasks import chunk_count
 from chunkq.model_check import ModelCheck
 from chunkq.paths import without_secret
 from chunkq.plan.output_text import names_text
-from chunkq.units import duration, money, si
+from chunkq.units import device_cost, duration, money, si
 
 FLOAT_BYTES = 4
 AHEAD = 16
@@ -76,7 +76,7 @@ def image_plan_values(job: CheckedJob, depth: int, check: ModelCheck | None) -> 
         "depth": depth,
         "image_bytes": memory_bytes(job, depth),
         "network_seconds": seconds,
-        "price": _price(keys.price, seconds),
+        "price": device_cost(seconds, keys.price),
     }
     if check is not None:
         values["model_check"] = json_values.to_values(check)
@@ -109,15 +109,11 @@ def _check_rows(job: CheckedJob, check: ModelCheck) -> list[tuple[str, str]]:
         each = check.patches.batch_seconds / check.patches.patches
         rows.append(("one image", f"{each:.3g} s, in batches of {check.patches.patches}"))
         rows.append(("network alone", f"{duration(max(1, seconds))} for all images on one device"))
-        if (price := _price(job.record.job.price, seconds)) is not None:
+        if (price := device_cost(seconds, job.record.job.price)) is not None:
             rows.append(("price", f"{money(price)} for the network alone, without reading images"))
     rows += check.values.rows()
     rows += [("note", line) for line in check.notes]
     return rows + [("warning", line) for line in check.warnings()]
-
-
-def _price(price: float | None, seconds: float | None) -> float | None:
-    return None if price is None or seconds is None else seconds / 3600 * price
 
 
 def _rows(job: CheckedJob) -> ImageRows:

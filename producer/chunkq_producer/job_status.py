@@ -26,7 +26,7 @@ from chunkq.stages.ingest import copies
 from chunkq.stages.registry import stage_of
 from chunkq.tables import FittingTable
 from chunkq.terminal import argument
-from chunkq.units import duration, money, si
+from chunkq.units import device_cost, duration, money, si
 
 ACTIVE_SECONDS = 60.0
 """A job is active for this time after its last commit, possibly on another queue."""
@@ -179,7 +179,7 @@ def job_status(job: JobHandle, executor: Executor | None, problem: str | None = 
         level_parts_done=job.recent_commits("downsample", 0).total if level_parts else 0,
         unit="images" if keys.is_image else "patches",
         image_errors=_image_errors(recent) if keys.is_image else None,
-        cost_left=price_of(seconds_left, len(workers), keys.price),
+        cost_left=device_cost(seconds_left, keys.price, len(workers)),
     )
 
 
@@ -187,11 +187,6 @@ def _image_errors(recent: RecentCommits) -> int:
     """Return the number of images without a result, estimated from those of recent chunks."""
     errors = sum(commit.errors for commit in recent.records)
     return round(errors * recent.total / max(1, len(recent.records)))
-
-
-def price_of(seconds: float | None, devices: int, price: float | None) -> float | None:
-    """Return what a time (s) on some devices costs, None if the time or the price is unknown."""
-    return None if seconds is None or price is None else seconds / 3600 * devices * price
 
 
 @dataclass(frozen=True)

@@ -176,16 +176,17 @@ def test_more_errors_than_allowed_end_with_code_3_until_the_number_is_raised(
 ) -> None:
     workspace = Workspace(tmp_path, photo_job(tmp_path, max_errors=2))
     workspace.write_job()
-    result = workspace.call("run", "job.json", "-e", "inprocess")
+    workspace.call("produce", "job.json").ok()
+    job = open_job(f"{tmp_path}/out.parquet.chunkq")
+    run_tasks(job)
+    result = workspace.call("finalize", "out.parquet")
     assert result.code == 3
     assert ErrorCode.TOO_MANY_ERRORS in result.err
-    job = open_job(f"{tmp_path}/out.parquet.chunkq")
     assert errors_of(job) == damaged
     assert not (tmp_path / "out.parquet").exists()
     assert not job.ledger.is_sealed()
     count = runs(tmp_path)
     Workspace(tmp_path, photo_job(tmp_path, max_errors=3)).write_job()
-    workspace.call("finalize", "out.parquet", "--json")
     workspace.call("produce", "job.json").ok()
     workspace.call("finalize", "out.parquet").ok()
     assert runs(tmp_path) == count

@@ -42,6 +42,12 @@ def view(
     The data are served to this machine only, below a random path, until Ctrl-C.
     """
     job = job_at(output)
+    if job.record.job.is_image:
+        path = without_secret(job.folder.output)
+        raise StoreError(
+            f"output: {path} is a table; open it with a program for tables, such as pandas",
+            code=ErrorCode.STORE_UNSUPPORTED,
+        )
     if file_name(job.record) is not None:
         path = without_secret(job.folder.output)
         raise StoreError(

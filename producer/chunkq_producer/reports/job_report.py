@@ -15,6 +15,7 @@ from chunkq.paths import without_secret
 from chunkq.plan.output_text import stored_text
 from chunkq.stages.completion import job_completion
 from chunkq.timing.timing import Timing, Worker
+from chunkq.units import device_cost
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class JobReport:
     @property
     def cost(self) -> float | None:
         """Price of the time of all workers, each with one device; None without a price."""
-        hours = sum(worker.seconds for worker in self.timing.workers.values()) / 3600
-        return None if self.price is None else hours * self.price
+        seconds = sum(worker.seconds for worker in self.timing.workers.values())
+        return device_cost(seconds, self.price)
 
     @property
     def conclusion(self) -> str:
