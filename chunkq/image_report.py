@@ -10,10 +10,10 @@ import pyarrow as pa
 
 from chunkq.images.result_table import read_columns
 from chunkq.images.scores import Accuracy
-from chunkq.job.exported_output import KIND
 from chunkq.job.exports import ERRORS_NUMBER, TABLE_NUMBER, exported_files
 from chunkq.job.job_handle import JobHandle
 from chunkq.job.output_name import table_suffix
+from chunkq.job.task_records import EXPORT
 from chunkq.paths import open_filesystem, without_secret
 
 LABEL, TRUTH = "label", "truth"
@@ -33,7 +33,7 @@ def image_values(job: JobHandle) -> dict[str, Any]:
     """
     [item] = job.items
     commits = list(item.ledger.read_commits("infer"))
-    written = item.ledger.committed(KIND)
+    written = item.ledger.committed(EXPORT)
     values: dict[str, Any] = {
         "rows": item.plan.volume.shape[0],
         "computed": sum(commit.patches for commit in commits),

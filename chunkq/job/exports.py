@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from chunkq.errors import JobError
-from chunkq.images.slp_packages import check_slp_packages
 from chunkq.job.items import Image
 from chunkq.job.job_path import job_folder_of
 from chunkq.job.output import output_axes
-from chunkq.job.output_name import SLP, FileName, table_suffix
+from chunkq.job.output_name import SLP, table_suffix
 from chunkq.job.record import JobRecord
 from chunkq.paths import join
 from chunkq.writers.base import ExportWriter, ImageToWrite, StoredValues, WriterOptions
@@ -39,11 +38,6 @@ class ExportedFile:
     outputs: tuple[int, ...]
 
 
-def file_name(record: JobRecord) -> FileName | None:
-    """Return the name of the output of a job that writes files of images; None for others."""
-    return None if record.job.is_image else FileName.parse(record.job.output)
-
-
 def exported_files(record: JobRecord) -> Iterator[ExportedFile]:
     """Yield the files of a job, image by image; none if its output is Zarr.
 
@@ -54,7 +48,7 @@ def exported_files(record: JobRecord) -> Iterator[ExportedFile]:
     if record.job.is_image:
         yield from _tables(record)
         return
-    name = file_name(record)
+    name = record.file_name
     if name is None:
         return
     for image in record.images:
@@ -81,7 +75,7 @@ def _tables(record: JobRecord) -> Iterator[ExportedFile]:
 
 def writers(record: JobRecord, file: ExportedFile) -> list[ExportWriter]:
     """Return the writer of each output of a file. Raises StoreError if the format lacks it."""
-    name = file_name(record)
+    name = record.file_name
     if name is None:
         raise ValueError("the output of the job is Zarr")
     plan = record.image_plan(file.image)
@@ -115,12 +109,14 @@ def check_exports(record: JobRecord) -> tuple[str, ...]:
 
     Raises StoreError and JobError if it cannot hold an output of the job.
     """
-    if file_name(record) is not None and record.job.pyramid is not None:
+    if record.file_name is not None and record.job.pyramid is not None:
         raise JobError(
             "pyramid: unsupported for an output that is a file; remove it, or use a Zarr output"
         )
     if record.job.is_image:
         if table_suffix(record.job.output) == SLP:
+            from chunkq.images.slp_packages import check_slp_packages  # for such outputs only
+
             check_slp_packages()
         return ()
     files = tuple(exported_files(record))

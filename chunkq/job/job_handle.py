@@ -24,8 +24,6 @@ from chunkq.errors import (
 )
 from chunkq.geometry.box import Box
 from chunkq.job.allowed_paths import with_allowed_files
-from chunkq.job.exported_output import ExportedOutput
-from chunkq.job.exports import file_name
 from chunkq.job.items import Image, Item
 from chunkq.job.job_folder import JobFolder
 from chunkq.job.known_empty import KnownEmpty, has_known_empty
@@ -37,7 +35,6 @@ from chunkq.job.output_handle import OutputHandle
 from chunkq.job.pyramids import pyramids_of
 from chunkq.job.record import JobRecord
 from chunkq.job.resolve import empty_rule
-from chunkq.job.table_output import TableOutput
 from chunkq.job.task_records import RecentCommits
 from chunkq.job.tasks import JobId, Task, chunk_name
 from chunkq.paths import without_secret
@@ -82,8 +79,12 @@ class JobHandle:
     def output(self) -> Output:
         """The output store."""
         if self.record.job.is_image:
+            from chunkq.job.table_output import TableOutput  # for such jobs only
+
             return TableOutput(self.record, self.ledger)
-        if file_name(self.record) is not None:
+        if self.record.file_name is not None:
+            from chunkq.job.exported_output import ExportedOutput
+
             return ExportedOutput(self.record, self.ledger)
         return Output(self.folder.output, self.record)
 

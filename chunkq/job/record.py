@@ -16,6 +16,7 @@ from chunkq.geometry.levels import Level
 from chunkq.job.file_hashes import changed_files, hash_files
 from chunkq.job.items import Image, Item, images_of, items_of, largest_image
 from chunkq.job.job_file import Job, parse_job
+from chunkq.job.output_name import FileName
 from chunkq.job.pyramids import levels_of, pyramid_problems
 from chunkq.job.resolve import resolve
 from chunkq.job.row_plan import row_plan
@@ -57,6 +58,16 @@ class JobRecord:
     version: str = __version__
     mask: ImageSource | None = None
     mask_identity: str = ""
+
+    @cached_property
+    def file_name(self) -> FileName | None:
+        """Name of the output of a job that writes files of images; None for others."""
+        return FileName.parse(self.job.output)
+
+    @property
+    def has_files(self) -> bool:
+        """Whether the output is files, which the stage `export` writes."""
+        return self.job.is_image or self.file_name is not None
 
     @property
     def sources(self) -> tuple[ImageSource, ...]:

@@ -14,6 +14,10 @@ from chunkq.plan.plan import Index
 from chunkq.storage import documents
 
 T = TypeVar("T")
+EXPORT = "export"
+"""Kind of the tasks that write files."""
+FILE_SIZE = "file"
+"""What a commit record calls the size of a file."""
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,15 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from typing_extensions import override
 from zlib_ng import zlib_ng
 
 from chunkq.errors import ErrorCode, QueueError, StoreError
-from chunkq.job.exported_output import KIND, SIZE
-from chunkq.job.exports import ExportedFile, exported_files, writers
 from chunkq.job.job_handle import ItemHandle
 from chunkq.job.object_checksums import encode_checksums
-from chunkq.job.task_records import Commit
+from chunkq.job.task_records import EXPORT, FILE_SIZE, Commit
 from chunkq.paths import is_url, join, open_filesystem, without_secret
 from chunkq.plan.plan import Index
 from chunkq.queue.contract.executor import Attempt
@@ -25,7 +23,9 @@ from chunkq.stages.base import Report, Stage, not_reported
 from chunkq.storage.formats.zarr_writing import object_checksum
 from chunkq.system.memory import peak_bytes
 from chunkq.system.scratch import scratch_folder
-from chunkq.writers.copying import copy_image
+
+if TYPE_CHECKING:
+    from chunkq.job.exports import ExportedFile
 
 PART_BYTES = 1 << 20
 """Bytes of a file whose checksum is computed at a time."""
@@ -38,7 +38,7 @@ class ExportStage(Stage):
     them.
     """
 
-    kind: ClassVar[str] = KIND
+    kind: ClassVar[str] = EXPORT
     is_final: ClassVar[bool] = True
 
     @override
@@ -67,8 +67,8 @@ class ExportStage(Stage):
         files = {(file.number,): file for file in _files(item)}
         if chunk not in files:
             raise QueueError(
-                f"{KIND} {item.chunk_name(chunk)} is not a task of the job; use a queue that only "
-                "chunkq writes to",
+                f"{EXPORT} {item.chunk_name(chunk)} is not a task of the job; use a queue that "
+                "only chunkq writes to",
                 code=ErrorCode.TASK_INVALID,
             )
         with item.job.check_replaced_on_error():
@@ -77,8 +77,10 @@ class ExportStage(Stage):
 
 def _files(item: ItemHandle) -> list[ExportedFile]:
     """Return the files that tasks of an item write."""
-    if any(item.item.point):
+    if not item.job.record.has_files or any(item.item.point):
         return []
+    from chunkq.job.exports import exported_files
+
     files = exported_files(item.job.record)
     return [file for file in files if file.image.number == item.item.image.number]
 
@@ -93,7 +95,7 @@ def _export(item: ItemHandle, file: ExportedFile, attempt: Attempt, report: Repo
         )
     name = f"{uuid.uuid4().hex}.partial"
     if is_url(file.path):
-        with scratch_folder(KIND) as folder:
+        with scratch_folder(EXPORT) as folder:
             path = str(folder / name)
             size, checksum = _write(item, file, path, report)
             job.check_unchanged()
@@ -110,7 +112,7 @@ def _export(item: ItemHandle, file: ExportedFile, attempt: Attempt, report: Repo
     finished = time.time()
     item.ledger.commit(
         Commit(
-            kind=KIND,
+            kind=EXPORT,
             item=item.number,
             chunk=(file.number,),
             attempt=attempt.number,
@@ -118,7 +120,7 @@ def _export(item: ItemHandle, file: ExportedFile, attempt: Attempt, report: Repo
             started=started,
             finished=finished,
             seconds={"write": finished - started},
-            moved={SIZE: size},
+            moved={FILE_SIZE: size},
             stored=encode_checksums([checksum]),
             peak_rss=peak_bytes(),
         )
@@ -151,6 +153,9 @@ def _write_image(
     item: ItemHandle, file: ExportedFile, path: str, report: Report, label: str
 ) -> None:
     """Write the outputs of an image that a file contains."""
+    from chunkq.job.exports import writers
+    from chunkq.writers.copying import copy_image
+
     file_writers = writers(item.job.record, file)
     total, before = sum(writer.steps for writer in file_writers), 0
     for number, writer in zip(file.outputs, file_writers, strict=True):

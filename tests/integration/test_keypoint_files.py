@@ -1,4 +1,4 @@
-"""Keypoints of a job as a `.slp` file: one skeleton, the frames of the list, without failed ones."""
+"""Keypoints of a job as a `.slp` file: one skeleton, and the frames that have a result."""
 
 from pathlib import Path
 from typing import Any

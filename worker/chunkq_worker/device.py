@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from chunkq_worker.images.rows import Values
 
 T = TypeVar("T")
+E = TypeVar("E", InferenceEngine, "ImageEngine")
 
 
 class Device:
@@ -112,12 +113,7 @@ class Device:
     def _load_images(self, folder: str, record: JobRecord) -> ImageEngine:
         from chunkq_worker.images.engine import ImageEngine  # imports an extra
 
-        self._make_room(record)
-        accepted = with_allowed_files(record.job, folder)
-        with loading():
-            engine = ImageEngine(replace(record, job=accepted))
-        self._engines[_job_key(folder, record)] = engine
-        return engine
+        return self._loaded(folder, record, ImageEngine)
 
     @contextmanager
     def compute_with(
@@ -227,18 +223,18 @@ class Device:
         return engine
 
     def _load(self, folder: str, record: JobRecord, plan: Plan) -> InferenceEngine:
-        self._make_room(record)
-        accepted = with_allowed_files(record.job, folder)
-        with loading():
-            engine = InferenceEngine(replace(record, job=accepted), plan)
-        self._engines[_job_key(folder, record)] = engine
-        return engine
+        return self._loaded(folder, record, lambda accepted: InferenceEngine(accepted, plan))
 
-    def _make_room(self, record: JobRecord) -> None:
-        """Close networks that are not needed, if this process may load that of a job."""
+    def _loaded(self, folder: str, record: JobRecord, create: Callable[[JobRecord], E]) -> E:
+        """Load the network of a job with `create`, in the place of one that is not needed."""
         framework_rule.check(record.job.model)
         while len(self._engines) >= ENGINES_CACHED:
             self._engines.popitem(last=False)[1].close()
+        accepted = with_allowed_files(record.job, folder)
+        with loading():
+            engine = create(replace(record, job=accepted))
+        self._engines[_job_key(folder, record)] = engine
+        return engine
 
 
 class ImageSession:

@@ -12,7 +12,6 @@ import click
 
 from chunkq.access import DEFAULT_ACCESS
 from chunkq.errors import ChunkqError, ErrorCode, StoreError
-from chunkq.job.exports import file_name
 from chunkq.paths import is_url, without_secret
 from chunkq.system.standard_output import print_line, print_text
 from chunkq_producer.commands.options import job_at, json_option, output_argument
@@ -48,7 +47,7 @@ def view(
             f"output: {path} is a table; open it with a program for tables, such as pandas",
             code=ErrorCode.STORE_UNSUPPORTED,
         )
-    if file_name(job.record) is not None:
+    if job.record.file_name is not None:
         path = without_secret(job.folder.output)
         raise StoreError(
             f"output: {path} is not a Zarr output; open it in a program for its format, or convert "

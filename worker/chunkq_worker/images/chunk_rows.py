@@ -49,32 +49,31 @@ def chunk_rows(job: Job, rows: ImageRows, first: int, results: Iterable[Result])
 
 
 def reduced(job: Job, output: RowOutput) -> Any:
-    """Return what the columns are made of for one image: its poses with `peaks`, else its output.
+    """Return what the columns are made of for one image.
 
-    The maps of keypoints of a whole chunk would not fit into memory.
+    With `peaks` these are its poses, since the maps of a chunk would not fit into memory. Else it
+    is what the network returned, float32: a score per class (C,), with `keep: features` of any
+    shape. Raises ModelError if it is something else.
     """
     if job.peaks is not None:
         return poses_of(job, output)
-    return np.asarray(output.values[0], np.float32)
+    values = np.asarray(output.values[0], np.float32)
+    if job.keep == "features":
+        return values
+    scores = np.atleast_1d(np.squeeze(values)) if values.ndim > 1 else values
+    _check_scores(job, scores)
+    return scores
 
 
 def columns_of(job: Job, outputs: Sequence[Any]) -> dict[str, pa.Array]:
-    """Return the columns of some images, one result of `reduced` per image.
-
-    Raises ModelError if the outputs are no scores of the job's classes.
-    """
+    """Return the columns of some images, one result of `reduced` per image."""
     if job.peaks is not None:
         maps = outputs[0].points.shape[1] if outputs else None
         return pose_columns(outputs, keypoint_names(job, maps))
     columns: dict[str, pa.Array] = {}
     if job.keep != "features":
-        scores = [np.squeeze(values) if values.ndim > 1 else values for values in outputs]
-        scores = [np.atleast_1d(values) for values in scores]
-        for values in scores:
-            _check_scores(job, values)
-        spec, count = score_spec(job), len(scores[0]) if scores else 1
-        table = np.stack(scores) if scores else np.zeros((0, count), np.float32)
-        columns = spec.columns(table)
+        scores = np.stack(outputs) if outputs else np.zeros((0, 1), np.float32)
+        columns = score_spec(job).columns(scores)
     if job.keep in OUTPUTS:
         lists = [values.reshape(-1) for values in outputs]
         columns[OUTPUTS[job.keep]] = pa.array(lists, pa.list_(pa.float32()))
