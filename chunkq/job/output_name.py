@@ -170,6 +170,11 @@ def format_problem(path: str) -> str | None:
             f"names {found}, which `chunkq convert` writes of a Zarr output; use "
             f"{stem or 'out'}.zarr"
         )
+    if table_suffix(path) is not None:
+        return (
+            f"names {found}, which jobs with inference_type image write; set it, or use "
+            f"{stem or 'out'}.zarr"
+        )
     return f"names {found}, which cannot be written; use {stem or 'out'}.zarr"
 
 
