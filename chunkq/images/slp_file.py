@@ -44,6 +44,26 @@ class SlpFrame:
     poses: Poses
 
 
+def places_of(
+    paths: Sequence[str], frames: Sequence[int | None]
+) -> tuple[list[SlpVideo], npt.NDArray[np.int64]]:
+    """Return the videos of the rows of a list, and the place (n, 2) of each: video and frame.
+
+    `frames` has the number of the frame of each row of a video, None for images. All images are
+    one video, in which they have the order of the list. Videos are in the order of their first row.
+    """
+    images = tuple(path for path, frame in zip(paths, frames, strict=True) if frame is None)
+    numbers: dict[str | None, int] = {}
+    places = np.zeros((len(paths), 2), np.int64)
+    image = 0
+    for row, (path, frame) in enumerate(zip(paths, frames, strict=True)):
+        video = numbers.setdefault(None if frame is None else path, len(numbers))
+        places[row] = video, image if frame is None else frame
+        image += frame is None
+    videos = [SlpVideo(images if path is None else path) for path in numbers]
+    return videos, places
+
+
 def write_slp(
     path: str,
     skeleton: Skeleton,
