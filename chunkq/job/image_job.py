@@ -84,15 +84,23 @@ def kind_problems(job: Job) -> list[str]:
     """Return one line per key that belongs to the other kind of job."""
     fields = type(job).model_fields
     if job.inference_type != IMAGE:
-        return [
+        problems = [
             f"{key}: unsupported for inference_type {job.inference_type}; remove it, or use "
             f"inference_type {IMAGE}"
             for key in sorted(IMAGE_KEYS)
             if getattr(job, key) != fields[key].default
-        ] + [
-            f"model_config.package: unsupported for inference_type {job.inference_type}; use "
-            f"inference_type {IMAGE}"
-        ] * (job.model.package is not None)
+        ]
+        if job.model.package is not None:
+            problems.append(
+                f"model_config.package: unsupported for inference_type {job.inference_type}; use "
+                f"inference_type {IMAGE}"
+            )
+        if any(config.frames is not None for config in job.inputs):
+            problems.append(
+                f"input.frames: unsupported for inference_type {job.inference_type}; use time, or "
+                f"inference_type {IMAGE}"
+            )
+        return problems
     problems = [
         f"{fields[key].alias or key}: unsupported for inference_type {IMAGE}, whose images are not "
         "cut into patches; remove it"
@@ -118,6 +126,11 @@ def image_problems(job: Job) -> list[str]:
     problems = [] if job.image is None else job.image.problems()
     if job.truth is not None:
         problems += job.truth.problems()
+    for config in job.inputs:
+        frames = config.frames if isinstance(config.frames, tuple) else (config.frames,)
+        is_list = isinstance(config.frames, tuple)
+        if names := [n for n in frames if isinstance(n, str) and (is_list or ":" not in n)]:
+            problems.append(f"input.frames: found {names[0]!r}; expected numbers, or a range")
     if job.chunksize is not None and len(job.chunksize) != 1:
         problems.append(
             f"chunksize: found {len(job.chunksize)} entries; expected 1, the number of images of "

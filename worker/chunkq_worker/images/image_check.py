@@ -10,7 +10,7 @@ import numpy as np
 
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.images.transform import Placement
-from chunkq.job.image_rows import sample_paths
+from chunkq.job.image_rows import sample_rows
 from chunkq.job.record import JobRecord
 from chunkq.model_check import ModelCheck, PatchCheck, ValueCheck
 from chunkq.system.memory import peak_bytes
@@ -40,7 +40,8 @@ def check_images(record: JobRecord, *, is_timed: bool = False) -> ModelCheck:
         batches.append(batch)
         return device.run(lambda: engine(batch)).result()
 
-    inputs = row_inputs(job, sample_paths(record.sources[0])[:size])
+    sample = sample_rows(record.sources[0])[:size]
+    inputs = row_inputs(job, [path for path, _ in sample], [frame for _, frame in sample])
     results = list(
         run_rows(inputs, job.image_spec, network, max_batch_size=size, threads=readers(job))
     )
