@@ -1,7 +1,7 @@
-"""Compare jobs over frames with predictions of sleap-nn itself: instances, scores, coordinates.
+"""Compare jobs over videos with predictions of sleap-nn itself: instances, scores, coordinates.
 
 `make parity` runs this file in an environment with sleap-nn and chunkq. The jobs are computed by
-one worker, then by three of which one is killed.
+one worker, then by three of which one is killed. Each has a broken video beside the others.
 """
 
 import signal
@@ -15,51 +15,39 @@ from typing import Any
 import numpy as np
 import psutil
 import sleap_io
-from PIL import Image
 from sleap_nn.inference import Predictor
 
 import chunkq
 
 CHUNK = 4
 MODELS = {
-    "single": ("one", ["models/single"]),
-    "bottom-up": ("two", ["models/bottomup"]),
-    "top-down": ("two", ["models/centroid", "models/centered"]),
-    "single export": ("one", ["exports/single"]),
-    "bottom-up export": ("two", ["exports/bottomup"]),
-    "top-down export": ("two", ["exports/topdown"]),
+    "single": (["one"], ["models/single"]),
+    "bottom-up": (["two", "other"], ["models/bottomup"]),
+    "top-down": (["two", "other"], ["models/centroid", "models/centered"]),
+    "single export": (["one"], ["exports/single"]),
+    "bottom-up export": (["two", "other"], ["exports/bottomup"]),
+    "top-down export": (["two", "other"], ["exports/topdown"]),
 }
-"""Network -> video, folders."""
-Poses = list[tuple[int, list[tuple[Any, Any, float]]]]
-"""Number of each frame, and points, scores of points and score of each instance in it."""
+"""Network -> videos, folders."""
+Poses = list[tuple[tuple[str, int], list[tuple[Any, Any, float]]]]
+"""Video and number of each frame, and points, their scores and the score of each instance."""
 
 
-def write_frames(made: Path, folder: Path) -> None:
-    """Write the frames of both videos as images."""
-    for name in ("one", "two"):
-        target = folder / name
-        target.mkdir()
-        video = sleap_io.load_video(str(made / f"{name}.mp4"))
-        for number in range(len(video)):
-            Image.fromarray(video[number][..., 0]).save(target / f"{number:03}.png")
-
-
-def own_prediction(made: Path, folders: list[str], images: Path) -> Poses:
-    """Return what sleap-nn itself predicts for images."""
+def own_prediction(made: Path, folders: list[str], videos: list[str]) -> Poses:
+    """Return what sleap-nn itself predicts for videos."""
     paths = [str(made / folder) for folder in folders]
     if "exports" in paths[0]:
         predictor = Predictor.from_export_dir(paths[0], runtime="onnx", device="cpu")
     else:
         predictor = Predictor.from_model_paths(paths, device="cpu")
-    video = sleap_io.Video(filename=sorted(map(str, images.glob("*.png"))))
-    return poses_of(predictor.predict(video))
+    return poses_of(predictor.predict([str(made / f"{video}.mp4") for video in videos]))
 
 
 def poses_of(labels: Any) -> Poses:
     """Return the instances of sleap-io's labels."""
     return [
         (
-            int(frame.frame_idx),
+            (str(frame.video.filename), int(frame.frame_idx)),
             [(i.numpy(), i.points["score"], float(i.score)) for i in frame.instances],
         )
         for frame in labels
@@ -68,7 +56,7 @@ def poses_of(labels: Any) -> Poses:
 
 def compare(found: Poses, expected: Poses) -> tuple[int, float]:
     """Return the number of instances and the largest difference. Raises AssertionError."""
-    assert [number for number, _ in found] == [number for number, _ in expected]
+    assert [place for place, _ in found] == [place for place, _ in expected]
     count, worst = 0, 0.0
     for (_, first), (_, second) in zip(found, expected, strict=True):
         assert len(first) == len(second)
@@ -85,10 +73,13 @@ def compare(found: Poses, expected: Poses) -> tuple[int, float]:
     return count, worst
 
 
-def job(made: Path, folders: list[str], images: Path, output: Path) -> dict[str, Any]:
-    """Return the keys of a job."""
+def job(
+    made: Path, folders: list[str], videos: list[str], broken: Path, output: Path
+) -> dict[str, Any]:
+    """Return the keys of a job over videos and one that is broken."""
+    paths = [*(made / f"{video}.mp4" for video in videos), broken]
     return {
-        "input": str(images),
+        "input": list(map(str, paths)),
         "inference_type": "image",
         "model_config": {"package": [str(made / folder) for folder in folders]},
         "chunksize": [CHUNK],
@@ -120,24 +111,26 @@ def main(made: Path) -> None:
     """Compare every network. Raises AssertionError."""
     with tempfile.TemporaryDirectory() as name:
         temporary = Path(name)
-        write_frames(made, temporary)
+        broken = temporary / "broken.mp4"
+        broken.write_text("no video")
         for workers in (1, 3):
             queue, outputs = f"sqlite://{temporary}/{workers}.db", temporary / str(workers)
             outputs.mkdir()
-            for network, (video, folders) in MODELS.items():
+            for network, (videos, folders) in MODELS.items():
                 output = outputs / f"{network}.slp"
-                chunkq.produce(job(made, folders, temporary / video, output), queue=queue)
+                chunkq.produce(job(made, folders, videos, broken, output), queue=queue)
             started = time.time()
             folder = outputs / f"{next(iter(MODELS))}.slp.chunkq"
             work(queue, workers, folder, kill=workers > 1)
             print(f"{workers} workers: {time.time() - started:.1f} s")  # noqa: T201
             for network in MODELS:
-                chunkq.finalize(outputs / f"{network}.slp")
-        for network, (video, folders) in MODELS.items():
+                report = chunkq.finalize(outputs / f"{network}.slp")
+                assert report["images"]["failed"] == 1
+        for network, (videos, folders) in MODELS.items():
             one, three = (temporary / str(n) / f"{network}.slp" for n in (1, 3))
             assert one.read_bytes() == three.read_bytes(), network
             found = poses_of(sleap_io.load_slp(str(three)))
-            expected = own_prediction(made, folders, temporary / video)
+            expected = own_prediction(made, folders, videos)
             count, worst = compare(found, expected)
             print(f"{network}: {count} instances, at most {worst:.2g} apart")  # noqa: T201
 
