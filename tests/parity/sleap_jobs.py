@@ -4,6 +4,7 @@
 one worker, then by three of which one is killed. Each has a broken video beside the others.
 """
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,13 @@ from typing import Any
 import numpy as np
 import psutil
 import sleap_io
+import torch
+from chunkq_worker.runtimes.sleap import load
 from sleap_nn.inference import Predictor
 
 import chunkq
+from chunkq.errors import ModelError
+from chunkq.job.model_config import ModelConfig
 
 CHUNK = 4
 MODELS = {
@@ -107,8 +112,38 @@ def work(queue: str, workers: int, first_job: Path, *, kill: bool) -> None:
     assert [process.wait() for process in running] == [0] * workers
 
 
+class Code:
+    """An object whose pickle runs code."""
+
+    def __reduce__(self) -> Any:
+        return (print, ("code of a checkpoint runs",))
+
+
+def check_refusals(made: Path, temporary: Path) -> None:
+    """Load damaged and untrusted folders. Raises AssertionError unless each is refused."""
+    folder = temporary / "untrusted"
+    shutil.copytree(made / "models/single", folder)
+    model = ModelConfig(
+        runtime="sleap", type="package", package=(str(folder),), model_input_shape=(3, 9, 9)
+    )
+    weights = torch.load(folder / "best.ckpt", weights_only=False)
+    found = []
+    for content in ({**weights, "extra": Code()}, {"state_dict": {}}, None):
+        if content is None:
+            (folder / "best.ckpt").write_bytes(b"damaged")
+        else:
+            torch.save(content, folder / "best.ckpt")
+        try:
+            load(model, None, 1)
+        except ModelError as error:
+            found.append((str(error.code), len(str(error).splitlines())))
+    assert found == [("model_untrusted", 1), ("model_unusable", 1), ("model_unusable", 1)], found
+
+
 def main(made: Path) -> None:
     """Compare every network. Raises AssertionError."""
+    with tempfile.TemporaryDirectory() as name:
+        check_refusals(made, Path(name))
     with tempfile.TemporaryDirectory() as name:
         temporary = Path(name)
         broken = temporary / "broken.mp4"

@@ -17,9 +17,10 @@ from typing_extensions import override
 from chunkq.blend.combine import Array
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.images.poses import Poses
-from chunkq.images.sleap_package import CHECKPOINT, KEY, SleapPackage, read_package
+from chunkq.images.sleap_package import CHECKPOINT, GRAPH, KEY, SleapPackage, read_package
 from chunkq.job.image_config import PeaksConfig
 from chunkq.job.model_config import ModelConfig
+from chunkq.job.onnx_external import external_files
 from chunkq_worker.images.instances import stack_poses
 from chunkq_worker.runtimes.base import Runtime
 from chunkq_worker.runtimes.torch_tf32 import tf32
@@ -138,6 +139,7 @@ def _predictor(package: SleapPackage, model: ModelConfig, peaks: PeaksConfig) ->
     logger.disable("sleap_nn")  # its lines are not those of a worker
     options: dict[str, Any] = {"device": model.device, "batch_size": model.max_batch_size}
     if package.is_export:
+        _check_graph(f"{package.folders[0]}/{GRAPH}")
         return sleap_nn.inference.Predictor.from_export_dir(
             package.folders[0], runtime="onnx", **options
         )
@@ -163,6 +165,21 @@ def _check_weights(path: str) -> None:
             f"{KEY}: {path} is damaged ({type(error).__name__}); copy it again",
             code=ErrorCode.MODEL_UNUSABLE,
         ) from error
+
+
+def _check_graph(path: str) -> None:
+    """Raise ModelError for a graph whose weights are in other files, which have no hash."""
+    with open(path, "rb") as file:
+        content = file.read()
+    try:
+        names = external_files(content)
+    except ValueError:
+        raise ModelError(f"{KEY}: {path} is damaged; export the model again") from None
+    if names:
+        raise ModelError(
+            f"{KEY}: {path} keeps weights in another file, {names[0]!r}; export the model again",
+            code=ErrorCode.MODEL_UNTRUSTED,
+        )
 
 
 def _exported_channels(package: SleapPackage) -> int | None:
