@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from chunkq.errors import ErrorCode, JobError
+from chunkq.errors import ErrorCode, JobError, StoreError
 from chunkq.geometry.axes import Axis
 from chunkq.images.frame_list import FRAME, with_frames
 from chunkq.images.image_list import PATH, ImageList, find_images, join_lists
@@ -118,6 +118,13 @@ def find_rows(job: Job) -> ImageRows:
             for config in job.inputs
         ]
     )
+    # A pattern can match the output of the job's last run, which would make it another job.
+    images = images.without(job.output)
+    if not len(images):
+        raise StoreError(
+            "input: names no image but the output; fix the path or the pattern",
+            code=ErrorCode.IMAGE_LIST_INVALID,
+        )
     if job.truth is None:
         return ImageRows(images.table)
     names = job.classes if isinstance(job.classes, tuple) else ()
