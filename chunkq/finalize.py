@@ -9,7 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 from chunkq import __version__, json_values
-from chunkq.errors import ChunkReadError, ErrorCode, IncompleteError, PieceError, StoreError
+from chunkq.errors import (
+    ChunkReadError,
+    ErrorCode,
+    IncompleteError,
+    JobError,
+    PieceError,
+    StoreError,
+)
 from chunkq.job.events import Sink, StageProgress, ignore
 from chunkq.job.job_handle import ItemHandle, JobHandle
 from chunkq.job.model_config import STOCHASTIC
@@ -46,20 +53,28 @@ def finalize_job(
     worker: str,
     allow_missing: bool = False,
     threads: int | None = None,
+    rerun: str | None = None,
     emit: Sink = ignore,
 ) -> dict[str, Any]:
     """Run every task that can be run without the network, seal the output, return the report.
 
     With `allow_missing`, blocks that need a missing chunk stay empty and the output is marked as
     incomplete. `threads` blocks are completed concurrently (default: `max_concurrent_blocks`).
+    `rerun` is what computes missing chunks, for messages.
 
     Raises IncompleteError with the missing chunks, unless `allow_missing`. Raises IncompleteError
     with the code RESULTS_LOST if pieces or commit records are damaged: all other blocks are
     complete then, and the chunks to compute again have no commit record. Raises StoreError if an
     input or the metadata of the output were replaced, MissingJobError if the job was replaced.
+    Raises JobError for `allow_missing` of a job over images.
     """
     job.check_unchanged()
-    completion = check_completion(job, allow_missing=allow_missing)
+    if allow_missing and job.record.job.is_image:
+        raise JobError(
+            "--allow-missing: the table of a job over images is written when all chunks are done; "
+            "leave it out, and run `chunkq work` for those that are missing"
+        )
+    completion = check_completion(job, allow_missing=allow_missing, rerun=rerun)
     missing = completion.missing()
     warnings = _check_inputs(job)
     if job.record.job.model.stochastic:

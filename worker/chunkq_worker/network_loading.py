@@ -14,8 +14,8 @@ def check_files(record: JobRecord) -> None:
     """Raise ModelError if a file of the network has changed since the job was produced."""
     if changed := record.changed_files():
         raise ModelError(
-            f"{', '.join(changed)}: the file has changed since the job was produced; restore "
-            "it, or produce the job again with --overwrite"
+            f"{', '.join(changed)}: the file is missing here or has changed since the job was "
+            "produced; restore it, or produce the job again with --overwrite"
         )
 
 
