@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Iterable
+from math import ceil
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def workspace(tmp_path: Path) -> Workspace:
     """The small job with a network that records its loads and calls, and prints."""
     workspace = small_workspace(tmp_path / "job")
     (workspace.folder / "net.py").write_text(NETWORK)
-    model = {
+    workspace.values["model_config"] = {
         "runtime": "numpy",
         "type": "class",
         "class_file": "net.py",
@@ -73,7 +74,7 @@ def workspace(tmp_path: Path) -> Workspace:
         "model_output_shape": [2, 8, 8],
         "max_batch_size": 4,
     }
-    workspace.write_job(model_config=model)
+    workspace.write_job()
     workspace.environment["NET_TRACE"] = str(tmp_path / "trace")
     return workspace
 
@@ -100,6 +101,17 @@ def test_each_worker_loads_the_network_once_and_computes_with_it(
     assert len(workspace.commits()) == len(CHUNKS)
     assert "complete: " in result.out
     assert result.err.count("a warning of the network") == workers
+
+
+def test_a_chunk_uses_the_outputs_of_the_batch_of_the_check(workspace: Workspace) -> None:
+    workspace.write_job(chunksize=[32, 24])
+    workspace.run("run", "job.json", "--gpus", "none").ok()
+    [commit] = workspace.commits()
+    stored, calls = workspace.stored(), len(traced(workspace, "call"))
+    batches = ceil(commit.patches / 4)
+    assert calls == batches + 1  # the check repeats a patch
+    workspace.run("run", "job.json", "--queue", "inprocess://run", "--overwrite").ok()
+    assert workspace.stored() == stored
 
 
 def test_the_framework_is_imported_in_one_process(tmp_path: Path) -> None:

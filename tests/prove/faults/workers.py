@@ -26,6 +26,14 @@ FAULTS = (
         named(RANDOM, "values"),
     ),
     Fault(
+        "batch-of-the-check-used-for-other-voxels",
+        "worker/chunkq_worker/checked_batch.py",
+        "return self.outputs if self.digests == _digests(patches, halos, origin) else None",
+        "return self.outputs",
+        "a chunk whose input has changed since the check gets predictions of other voxels",
+        named("tests/unit/test_checked_batch.py", "one_voxel"),
+    ),
+    Fault(
         "first-batch-not-repeated",
         BATCHING,
         "            lambda: self._attempt(batch, halos, origin, uploaded),\n",
