@@ -1,0 +1,1 @@
+"""Tests of chunkq. A package, because sleap-io installs one of the same name."""

@@ -1,0 +1,1 @@
+"""Run a network on images that it sees whole."""
