@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from chunkq.errors import ErrorCode
+from chunkq.system.cores import available_cores
 from tests.harness.files import everything_below
 from tests.harness.networks import toy_model
 from tests.harness.processes import is_alive
@@ -39,7 +40,8 @@ sys.stderr.write("a warning of the network\\n")
 
 def trace(event):
     with open(os.environ["NET_TRACE"], "a") as file:
-        file.write(f"{event} {os.getpid()}\\n")
+        file.write(f"{event} {os.getpid()} {os.environ['CHUNKQ_THREADS']}")
+        file.write(f" visible:{os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
 
 
 class Net:
@@ -79,11 +81,16 @@ def workspace(tmp_path: Path) -> Workspace:
     return workspace
 
 
-def traced(workspace: Workspace, event: str) -> list[str]:
-    """Return the ids of the processes of an event, in its order."""
+def traced_fields(workspace: Workspace, event: str) -> list[list[str]]:
+    """Return for each event the id of its process, its threads and the GPUs that are visible."""
     path = Path(workspace.environment["NET_TRACE"])
     lines = path.read_text().splitlines() if path.exists() else []
-    return [line.split()[1] for line in lines if line.split()[0] == event]
+    return [line.split()[1:] for line in lines if line.split()[0] == event]
+
+
+def traced(workspace: Workspace, event: str) -> list[str]:
+    """Return the ids of the processes of an event, in its order."""
+    return [process for process, *_ in traced_fields(workspace, event)]
 
 
 def wait_for_end(pids: Iterable[str]) -> None:
@@ -94,7 +101,12 @@ def wait_for_end(pids: Iterable[str]) -> None:
 def test_each_worker_loads_the_network_once_and_computes_with_it(
     workspace: Workspace, workers: int
 ) -> None:
-    result = workspace.run("run", "job.json", "--gpus", "none", "-w", str(workers)).ok()
+    arguments = ("run", "job.json", "--gpus", "none", "-w", str(workers))
+    result = workspace.run(*arguments, CUDA_VISIBLE_DEVICES="0").ok()
+    threads = os.environ.get("OMP_NUM_THREADS") or max(1, available_cores() // workers)
+    assert {tuple(fields[1:]) for fields in traced_fields(workspace, "load")} == {
+        (str(threads), "visible:")
+    }
     loads = traced(workspace, "load")
     assert len(loads) == len(set(loads)) == workers
     assert set(traced(workspace, "call")) <= set(loads)
