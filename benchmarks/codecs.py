@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from chunkq.plan.value_range import ValueRange
 from chunkq.storage.codecs import Codec
-from chunkq.storage.formats.zarr import array_metadata
+from chunkq.storage.formats.zarr_writing import array_metadata
 
 EDGE, CHUNK, CLASSES = 192, 64, 4
 CODECS = (

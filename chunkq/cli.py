@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -24,6 +25,8 @@ from chunkq.terminal import print_error
 
 STORAGE_CLIENTS = frozenset({"botocore", "aiobotocore", "aiohttp"})
 """Packages whose errors mean that a bucket is unreachable or denies access."""
+PYDANTIC_PLUGINS = "PYDANTIC_DISABLE_PLUGINS"
+"""Environment variable with the names of plugins that pydantic does not load."""
 MAX_HELP_COLUMNS = 80
 MIN_LIST_COLUMNS = 60
 """Columns below which the text of an option is below its name."""
@@ -70,6 +73,7 @@ class LazyGroup(click.Group):
         if cmd_name not in targets:
             return None
         command: click.Command = load(targets[cmd_name])
+        gc.freeze()  # a first collection of all that was imported takes a tenth of short commands
         command.context_class = Context
         return command
 
@@ -110,6 +114,8 @@ def cli() -> None:
 def main() -> int:
     """Run the command and return its exit code. A `ChunkqError` prints one line per problem."""
     hide_framework_logs()
+    # To find plugins, pydantic reads the metadata of all packages, a twentieth of short commands.
+    os.environ.setdefault(PYDANTIC_PLUGINS, "__all__")
     if os.getpid() == 1:
         # The kernel ignores SIGTERM for the first process of a container without a handler.
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

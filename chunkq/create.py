@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chunkq.errors import ErrorCode, JobError, StoreError
 from chunkq.job.exports import ExportedFile, check_exports, exported_files
@@ -33,6 +33,11 @@ from chunkq.stages.completion import chunks_of, job_completion
 from chunkq.storage.images import ImageSource
 from chunkq.storage.objects import ObjectFolder
 
+if TYPE_CHECKING:
+    from chunkq.job.image_rows import ImageRows
+
+UPDATED_KEYS = ("queue", "max_errors", "price")
+"""Keys that a job which is continued has from its job file."""
 METADATA = {2: (".zgroup", "0/.zarray"), 3: ("zarr.json", "0/zarr.json")}
 """Zarr format -> metadata files of the output's group and array."""
 
@@ -44,6 +49,8 @@ class CheckedJob:
     record: JobRecord
     plans: list[Plan]
     warnings: tuple[str, ...] = ()
+    rows: ImageRows | None = None
+    """The images of a job over images."""
 
     @property
     def costs(self) -> Costs:
@@ -95,6 +102,12 @@ def check_job(
     `sources` and `mask` are those of its inputs and its mask if they are known. Raises JobError or
     StoreError with one line per problem.
     """
+    rows = None
+    if job.is_image:
+        from chunkq.job.image_rows import find_rows  # for such jobs only
+
+        rows = find_rows(job)
+        sources = [rows.source(job.input_paths[0])]
     sources = find_sources(job) if sources is None else sources
     if mask is None and job.mask is not None:
         mask = find_mask(job.mask, allow_empty=job.allow_empty)
@@ -120,14 +133,18 @@ def check_job(
             "local path or a bucket"
         )
     paths = {job.output, *(file.path for file in exported_files(record))}
-    for name, source in (*(("input", s) for s in sources), *([("mask", mask)] if mask else [])):
-        if any(_overlap(path, source.path) for path in paths):
+    # An output can be in the folder of the images that it is made of.
+    overlap = _are_equal if job.is_image else _overlap
+    inputs = job.input_paths if job.is_image else [source.path for source in sources]
+    read = [*(("input", path) for path in inputs), *([("mask", mask.path)] if mask else [])]
+    for name, path in read:
+        if any(overlap(written, path) for written in paths):
             raise JobError(
                 f"output: {without_secret(job.output)} would overwrite the {name} "
-                f"{without_secret(source.path)}; choose another output"
+                f"{without_secret(path)}; choose another output"
             )
     doubts = [*doubts[:1], *pyramid_doubts(job, plans[0]), *check_exports(record)]
-    checked = CheckedJob(record, plans, (*_warnings(sources), *doubts))
+    checked = CheckedJob(record, plans, (*_warnings(sources), *doubts), rows)
     if job.skip_empty == MISSING:
         _ = checked.known_empty  # refused before work starts if storage chunks cannot be listed
     return checked
@@ -204,6 +221,7 @@ def create_job(
     handle = open_job(folder.path)
     _check_same(handle.record, record)
     _store_known_empty(handle, job)
+    _store_rows(handle, job.rows)
     _prepare_output(handle)
     return handle
 
@@ -244,14 +262,15 @@ def _check_same(stored: JobRecord, record: JobRecord) -> None:
 
 
 def _create(folder: JobFolder, record: JobRecord) -> None:
-    """Create the job record. If there is one already, update only its queue."""
+    """Create the job record. If there is one already, update only keys that change no result."""
     content = folder.objects.get(RECORD)
     if content is None:
         folder.create_record(new_record(record, replaces=False))
         return
     stored = folder.require_record()
-    if stored.job.queue != record.job.queue:
-        job = stored.job.model_copy(update={"queue": record.job.queue})
+    keys = {key: getattr(record.job, key) for key in UPDATED_KEYS}
+    if any(getattr(stored.job, key) != value for key, value in keys.items()):
+        job = stored.job.model_copy(update=keys)
         folder.replace_record(content, replace(stored, job=job))
 
 
@@ -282,6 +301,15 @@ def _store_known_empty(handle: JobHandle, job: CheckedJob) -> None:
             known = job.known_empty[item.number]
             if known is not None:
                 item.ledger.put_skipped(known.to_arrays())
+
+
+def _store_rows(handle: JobHandle, rows: ImageRows | None) -> None:
+    """Store the images of a job over images, unless they are stored: nobody looks again."""
+    if rows is None:
+        return
+    with _storage_errors(handle.folder.path):
+        if not handle.ledger.has_inputs():
+            handle.ledger.put_inputs(rows.to_bytes())
 
 
 def _prepare_output(job: JobHandle) -> None:
@@ -318,6 +346,12 @@ def _storage_errors(path: str) -> Iterator[None]:
 
 def _flat_identities(record: JobRecord) -> list[str]:
     return [identity for identities in record.identities for identity in identities]
+
+
+def _are_equal(output: str, array: str) -> bool:
+    """Return whether two paths are equal."""
+    first, second = (path if is_url(path) else os.path.realpath(path) for path in (output, array))
+    return first == second
 
 
 def _overlap(output: str, array: str) -> bool:
@@ -386,4 +420,5 @@ def _flat(record: JobRecord) -> dict[str, Any]:
     model = values.pop("model_config")
     flat = values | {f"model_config.{key}": value for key, value in model.items()}
     flat |= {f"content of {key}": digest for key, digest in record.file_hashes.items()}
-    return flat | {"the input volume": record.sources}
+    name = "the list of images" if record.job.is_image else "the input volume"
+    return flat | {name: record.sources}

@@ -244,6 +244,11 @@ def _report(
 ) -> dict[str, Any]:
     """Return the report. Add the tasks that have a valid commit record to `valid`."""
     commits = {stage.kind: _read_commits(job, stage.kind, valid) for stage in stages()}
+    images: dict[str, Any] = {}
+    if job.record.job.is_image:
+        from chunkq.image_report import image_values  # for such jobs only
+
+        images = {"images": image_values(job)}
     timing = aggregate_timing(
         [item.plan for item in job.items],
         commits.pop("infer"),
@@ -269,6 +274,7 @@ def _report(
         "seams": [seam.as_dict() for seam in seams],
         "conclusion": conclusion(timing),
         "advice": advice(timing),
+        **images,
         **json_values.to_values(timing),
     }
 

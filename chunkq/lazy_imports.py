@@ -8,12 +8,13 @@ because they import neither NumPy nor a framework, and the core can be imported 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
+Base = TypeVar("Base")
 COMMANDS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
     {
         "init": ("chunkq_producer.commands.init:init", "Write a commented job file."),
@@ -87,6 +88,23 @@ def load(target: str) -> Any:
     module, _, attribute = target.partition(":")
     with without_collection():
         return getattr(import_module(module), attribute)
+
+
+class LazyClasses(Mapping[str, type[Base]]):
+    """Classes by name, each imported from `module:attribute` when it is asked for."""
+
+    def __init__(self, targets: Mapping[str, str]) -> None:
+        self._targets = targets
+
+    def __getitem__(self, name: str) -> type[Base]:
+        loaded: type[Base] = load(self._targets[name])
+        return loaded
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._targets)
+
+    def __len__(self) -> int:
+        return len(self._targets)
 
 
 @contextmanager

@@ -11,11 +11,11 @@ import numpy.typing as npt
 
 from chunkq import json_values
 from chunkq.job.job_handle import ItemHandle, JobHandle
-from chunkq.plan.borders import Border, count_borders, select_borders
+from chunkq.plan.borders import Border, count_corners, select_corners
 from chunkq.plan.outputs import OutputSpec
 
 MAX_BORDERS = 1000
-"""Borders of an output that are read."""
+"""Borders between two blocks of an output that are read at most."""
 VISIBLE_RATIO = 1.2
 """Difference at borders relative to that inside of blocks above which borders are visible."""
 LABELS = ("soft", "hard")
@@ -28,15 +28,15 @@ MIN_PAIRS = 100_000
 class Seam:
     """Differences between neighboring voxels of an output along one axis.
 
-    `at_border` is the mean over `pairs` pairs of voxels on both sides of `borders` borders between
-    blocks; `inside` that of as many pairs a quarter of a block away. It is the absolute difference
-    of the values, for labels the share of pairs that differ. `output` is empty for the only output
-    of a job without names.
+    `at_border` is the mean over `pairs` pairs of voxels on both sides of borders between blocks,
+    about `corners` corners of these; `inside` that of as many pairs a quarter of a block away. It
+    is the absolute difference of the values, for labels the share of pairs that differ. `output`
+    is empty for the only output of a job without names.
     """
 
     output: str
     axis: str
-    borders: int
+    corners: int
     pairs: int
     at_border: float
     inside: float
@@ -72,39 +72,38 @@ def measure_seams(job: JobHandle) -> list[Seam]:
 
     Which borders are read depends on the plan only. Raises ChunkReadError if voxels cannot be read.
     """
-    return [
-        seam
-        for number, output in enumerate(job.record.plan().outputs)
-        for axis in range(job.record.plan().rank)
-        if (seam := _measure(job, number, output, axis)) is not None
-    ]
+    outputs = job.record.plan().outputs
+    return [seam for number, output in enumerate(outputs) for seam in _measure(job, number, output)]
 
 
-def _measure(job: JobHandle, number: int, output: OutputSpec, axis: int) -> Seam | None:
-    """Return the differences along one axis of an output; None without a border."""
+def _measure(job: JobHandle, number: int, output: OutputSpec) -> Iterator[Seam]:
+    """Yield the differences along each axis of an output that has borders."""
     rank = job.record.plan().rank
-    arrays = [job.output.image(image, number).open_present() for image in job.record.images]
-    totals = np.zeros(2)
-    borders = pairs = 0
-    for item, border in _selected(job, number, axis, MAX_BORDERS // rank):
+    arrays = [
+        job.output.image(image, number).open_present(cached=True) for image in job.record.images
+    ]
+    sums, corners, pairs = np.zeros((rank, 2)), [0] * rank, [0] * rank
+    for item, border in _selected(job, number):
         array = arrays[item.item.image.number]
         stored = item.outputs[number]
         layers = [stored.read(array, box) for box in (border.at_border, border.inside)]
-        at = layers[0].ndim - rank + axis
-        totals += [_difference(values, at, is_labels=output.combine in LABELS) for values in layers]
-        pairs += layers[0].size // 2
-        borders += 1
-    if not borders:
-        return None
-    name = job.record.images[0].spatial_axes[axis].name
-    return Seam(output.name, name, borders, pairs, *(totals / pairs).tolist())
+        at = layers[0].ndim - rank + border.axis
+        differences = [_difference(v, at, is_labels=output.combine in LABELS) for v in layers]
+        sums[border.axis] += differences
+        pairs[border.axis] += layers[0].size // 2
+        corners[border.axis] += 1
+    for axis in range(rank):
+        if corners[axis]:
+            name = job.record.images[0].spatial_axes[axis].name
+            means = (sums[axis] / pairs[axis]).tolist()
+            yield Seam(output.name, name, corners[axis], pairs[axis], *means)
 
 
-def _selected(
-    job: JobHandle, number: int, axis: int, limit: int
-) -> Iterator[tuple[ItemHandle, Border]]:
-    """Yield borders of all items, evenly shared among these."""
-    counts = [count_borders(item.plan.of_output(number), axis) for item in job.items]
+def _selected(job: JobHandle, number: int) -> Iterator[tuple[ItemHandle, Border]]:
+    """Yield borders about corners of all items, which are evenly shared among these."""
+    rank = job.record.plan().rank
+    limit = MAX_BORDERS // (rank * 2 ** (rank - 1))  # borders that meet at a corner
+    counts = [count_corners(item.plan.of_output(number)) for item in job.items]
     total, wanted = sum(counts), min(sum(counts), limit)
     before = 0
     for item, count in zip(job.items, counts, strict=True):
@@ -112,8 +111,8 @@ def _selected(
         share = (before + count) * wanted // total - before * wanted // total if total else 0
         before += count
         pairs = 2 * MIN_PAIRS * share // wanted if wanted else 0
-        plan = item.plan.of_output(number)
-        yield from ((item, border) for border in select_borders(plan, axis, share, pairs))
+        for borders in select_corners(item.plan.of_output(number), share, pairs):
+            yield from ((item, border) for border in borders)
 
 
 def _difference(values: npt.NDArray[np.generic], axis: int, *, is_labels: bool) -> float:

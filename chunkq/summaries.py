@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 
@@ -24,6 +23,8 @@ def one_line(name: str, rows: Mapping[str, str]) -> str:
 
 def html_table(name: str, rows: Mapping[str, str]) -> str:
     """Return a table with one row per entry."""
+    from html import escape
+
     cells = "".join(
         f"<tr><th style='text-align:left'>{escape(key)}</th>"
         f"<td style='text-align:left'>{escape(value)}</td></tr>"

@@ -35,5 +35,18 @@ def count(value: float) -> str:
     return f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
 
 
+def device_cost(seconds: float | None, price: float | None, devices: int = 1) -> float | None:
+    """Return what a time (s) on each of some devices costs, at a price per device and hour.
+
+    It is None if the time or the price is unknown.
+    """
+    return None if seconds is None or price is None else seconds / 3600 * devices * price
+
+
+def money(value: float) -> str:
+    """Return an amount of money, in the currency of the price: `3.27`, `0.004`."""
+    return f"{value:.2f}" if value >= 0.995 or value == 0 else f"{value:.2g}"
+
+
 def _three_digits(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 999.5 else f"{value:.3g}"

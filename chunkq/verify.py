@@ -15,14 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from chunkq.job.events import Sink, StageProgress, ignore
-from chunkq.job.exported_output import KIND as EXPORT
 from chunkq.job.exported_output import ExportedOutput, first_item
 from chunkq.job.job_handle import ItemHandle, JobHandle
 from chunkq.job.ledger import BATCH_SIZE
 from chunkq.job.object_checksums import decode_checksums, encode_checksums
 from chunkq.job.output import StoredArray
 from chunkq.job.output_documents import Damage, WrittenDocument
-from chunkq.job.task_records import Commit
+from chunkq.job.task_records import EXPORT, Commit
 from chunkq.plan.plan import Index
 from chunkq.stages.base import Stage, TaskKey
 from chunkq.stages.registry import stages

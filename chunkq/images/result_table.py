@@ -10,6 +10,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.csv
+import pyarrow.json
 import pyarrow.parquet as pq
 
 from chunkq.images.image_error import ImageError
@@ -87,6 +88,22 @@ def write_table(chunks: Iterable[pa.Table], suffix: str, file: IO[bytes]) -> int
     first = next(stream)
     write = {".parquet": _write_parquet, ".csv": _write_csv, ".jsonl": _write_jsonl}[suffix]
     return write(first.schema, _counted(first, stream), file)
+
+
+def read_columns(file: IO[bytes], suffix: str, names: Sequence[str]) -> pa.Table:
+    """Read columns of texts of a file of `write_table`; columns that it lacks are left out."""
+    if suffix == ".parquet":
+        parquet = pq.ParquetFile(file)
+        return parquet.read([name for name in names if name in parquet.schema_arrow.names])
+    types = dict.fromkeys(names, pa.string())
+    if suffix == ".csv":
+        options = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=True)
+        table = pa.csv.read_csv(file, convert_options=options)
+    else:
+        fields = pa.schema([(name, pa.string()) for name in names])
+        parse = pa.json.ParseOptions(explicit_schema=fields, unexpected_field_behavior="ignore")
+        table = pa.json.read_json(file, parse_options=parse)
+    return table.select([name for name in names if name in table.column_names])
 
 
 def _counted(first: pa.Table, others: Iterator[pa.Table]) -> Iterator[pa.Table]:

@@ -12,13 +12,9 @@ from chunkq.job.ledger import Ledger
 from chunkq.job.output import Output, StoredArray
 from chunkq.job.output_documents import WrittenDocument
 from chunkq.job.record import JobRecord
+from chunkq.job.task_records import EXPORT, FILE_SIZE
 from chunkq.paths import open_filesystem, without_secret
 from chunkq.storage.objects import ObjectFolder
-
-KIND = "export"
-"""Kind of the tasks that write files."""
-SIZE = "file"
-"""What a commit record calls the size of a file."""
 
 
 class ExportedOutput(Output):
@@ -85,13 +81,13 @@ class ExportedOutput(Output):
     def _is_written(self, file: ExportedFile) -> bool:
         """Return whether a file has the size that its commit record has."""
         item = self._ledger.item(first_item(self._record, file))
-        commits = item.commits(KIND, [(file.number,)])
+        commits = item.commits(EXPORT, [(file.number,)])
         filesystem, inner = open_filesystem(file.path)
         try:
             size = filesystem.info(inner)["size"]
         except FileNotFoundError:
             return False
-        return bool(commits) and commits[0].moved.get(SIZE) == size
+        return bool(commits) and commits[0].moved.get(FILE_SIZE) == size
 
 
 def first_item(record: JobRecord, file: ExportedFile) -> int:

@@ -7,14 +7,18 @@ from dataclasses import dataclass
 
 from chunkq.errors import JobError
 from chunkq.job.items import Image
+from chunkq.job.job_path import job_folder_of
 from chunkq.job.output import output_axes
-from chunkq.job.output_name import FileName
 from chunkq.job.record import JobRecord
 from chunkq.paths import join
 from chunkq.writers.base import ExportWriter, ImageToWrite, StoredValues, WriterOptions
 from chunkq.writers.file_space import file_space
 from chunkq.writers.registry import WRITERS
 
+ERRORS = "errors.parquet"
+"""Name of the table of errors, in the folder of the job's epoch."""
+ERRORS_NUMBER, TABLE_NUMBER = 0, 1
+"""Numbers of the files of a job over images; the errors are written first."""
 MANY_DATASETS = "hdf5"
 """Format of which one file has all outputs of an image."""
 
@@ -24,7 +28,7 @@ class ExportedFile:
     """A file that a job writes of one of its images.
 
     number   its number among the files of the image
-    outputs  numbers of the outputs that it contains
+    outputs  numbers of the outputs that it contains; none for a table
     """
 
     path: str
@@ -33,18 +37,17 @@ class ExportedFile:
     outputs: tuple[int, ...]
 
 
-def file_name(record: JobRecord) -> FileName | None:
-    """Return the name of the output of a job that writes files; None if it writes Zarr."""
-    return FileName.parse(record.job.output)
-
-
 def exported_files(record: JobRecord) -> Iterator[ExportedFile]:
     """Yield the files of a job, image by image; none if its output is Zarr.
 
     The files of several images are in a folder, and have the names of the images. Several outputs
     are a file each, with the name of the output before the suffix, or datasets of an HDF5 file.
+    A job over images writes a table, and in its job folder that of the errors.
     """
-    name = file_name(record)
+    if record.job.is_image:
+        yield from _tables(record)
+        return
+    name = record.file_name
     if name is None:
         return
     for image in record.images:
@@ -60,9 +63,18 @@ def exported_files(record: JobRecord) -> Iterator[ExportedFile]:
             yield ExportedFile(f"{base}{label}{name.suffix}", image, number, (number,))
 
 
+def _tables(record: JobRecord) -> Iterator[ExportedFile]:
+    """Yield the table of errors and the table of results; of a new job the second one only."""
+    image = record.images[0]
+    if record.epoch:
+        folder = join(job_folder_of(record.job.output), record.epoch)
+        yield ExportedFile(join(folder, ERRORS), image, ERRORS_NUMBER, ())
+    yield ExportedFile(record.job.output, image, TABLE_NUMBER, ())
+
+
 def writers(record: JobRecord, file: ExportedFile) -> list[ExportWriter]:
     """Return the writer of each output of a file. Raises StoreError if the format lacks it."""
-    name = file_name(record)
+    name = record.file_name
     if name is None:
         raise ValueError("the output of the job is Zarr")
     plan = record.image_plan(file.image)
@@ -96,10 +108,12 @@ def check_exports(record: JobRecord) -> tuple[str, ...]:
 
     Raises StoreError and JobError if it cannot hold an output of the job.
     """
-    if file_name(record) is not None and record.job.pyramid is not None:
+    if record.file_name is not None and record.job.pyramid is not None:
         raise JobError(
             "pyramid: unsupported for an output that is a file; remove it, or use a Zarr output"
         )
+    if record.job.is_image:
+        return ()
     files = tuple(exported_files(record))
     return tuple(
         note for file in files for writer in writers(record, file) for note in writer.notes

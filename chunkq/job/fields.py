@@ -26,6 +26,7 @@ Group = Literal[
     "Empty space",
     "Combination",
     "Outputs",
+    "Images",
     "Chunks and workers",
     "Network",
     "Batches",
@@ -58,7 +59,7 @@ def key_doc(
     return Field(description=description, examples=[example], json_schema_extra=extra)
 
 
-InferenceType = Literal["patch", "sliding_window", "crop_margin"]
+InferenceType = Literal["patch", "sliding_window", "crop_margin", "image"]
 
 
 Dtype = Literal["float16", "bfloat16", "float32", "float64", "int8", "int16", "int32", "int64"]

@@ -58,6 +58,13 @@ VALUE_WORDS: Mapping[str, Mapping[str, str]] = MappingProxyType(
                 "sliding_window": "sliding window overlap overlapping strided",
                 "patch": "patches tile tiles tiled block blocks",
                 "crop_margin": "margin crop cropping centercrop valid",
+                "image": "images whole classification classify classifier photos pictures",
+            },
+            "keep": {"logits": "scores raw outputs", "features": "embeddings embedding"},
+            "mode": {
+                "L": "gray grey grayscale greyscale 1",
+                "RGB": "color colour colors rgb888 3",
+                "RGBA": "alpha 4",
             },
             "nan": {
                 "zero": "0 zeros ignore skip nantonum",
@@ -115,7 +122,12 @@ KEY_WORDS: Mapping[str, str] = MappingProxyType(
         {
             "chunksize": "chunk chunks chunkshape",
             "classes": "labels nclasses numclasses numberofclasses",
-            "input": "data image images inputpath inputs raw volume",
+            "image": "transform imageconfig imagetransform",
+            "image.crop": "centercrop cropsize",
+            "image.resize": "imgsize imagesize size",
+            "image.scale": "rescale divide",
+            "input": "data images inputpath inputs raw volume",
+            "max_errors": "maxfailures errorlimit",
             "model_config": "net network modelconfig",
             "model_config.checkpoint": "checkpointfile checkpointpath ckpt modelweights statedict "
             "weight weights weightsfile",
@@ -131,7 +143,10 @@ KEY_WORDS: Mapping[str, str] = MappingProxyType(
             "output": "destination outputpath outputs result results",
             "pad_mode": "paddingmode",
             "pad_width": "pad padding",
+            "price": "cost costs hourlyprice",
             "strides": "overlap step stepsize stride",
+            "top_k": "topn top",
+            "truth": "groundtruth target targets label",
             "weight_function": "blend blending importance windowfunction",
         }
     )

@@ -133,7 +133,14 @@ class Item:
 
 
 def find_sources(job: Job) -> list[ImageSource]:
-    """Find the array of each input of a job. Raises StoreError and JobError."""
+    """Find the array of each input of a job. Raises StoreError and JobError.
+
+    The inputs of a job over images are one source, the list of all rows.
+    """
+    if job.is_image:
+        from chunkq.job.image_rows import find_rows  # for such jobs only
+
+        return [find_rows(job).source(job.input_paths[0])]
     return [
         find_source(config.path, config.selection, config.access, allow_empty=job.allow_empty)
         for config in job.inputs
@@ -150,6 +157,8 @@ def images_of(job: Job, sources: Sequence[ImageSource]) -> tuple[Image, ...]:
     """
     if not sources:
         return ()
+    if job.is_image:
+        return (Image(0, "", tuple(sources)),)
     found = sources[0].volume.channels
     channels = declared_channels(job.model, len(sources[0].shape), (found, len(sources), 1))
     is_joined = job.model.join_dim is not None

@@ -22,6 +22,7 @@ from chunkq.access import BUCKET_SCHEMES
 from chunkq.errors import ArgumentError, ErrorCode, JobError
 from chunkq.geometry.grids import Edge
 from chunkq.geometry.padding import PadMode
+from chunkq.images.image_spec import ImageSpec
 from chunkq.job.class_names import with_class_names
 from chunkq.job.fields import (
     BY_HEAD,
@@ -33,6 +34,7 @@ from chunkq.job.fields import (
     Mask,
     MaskConfig,
     Names,
+    NonNegative,
     Offsets,
     Positive,
     Region,
@@ -42,6 +44,8 @@ from chunkq.job.fields import (
     Widths,
     key_doc,
 )
+from chunkq.job.image_config import GUIDE, ImageConfig, Keep, TruthConfig
+from chunkq.job.image_job import IMAGE, image_problems, kind_problems, with_image_defaults
 from chunkq.job.job_path import canonical
 from chunkq.job.model_config import ModelConfig, model_problems
 from chunkq.job.output_config import (
@@ -173,7 +177,8 @@ class Job(Section):
             "`model_config.join_dim` the volumes of a list are stacked along that axis. Without "
             "it each one is computed on its own, and `output` is a group with one image per "
             "volume, named like its file. A mapping with `path` says what is read of it and how "
-            "it is accessed.",
+            "it is accessed. With `inference_type` `image`: a folder of images, a pattern such as "
+            "`photos/*.jpg`, a CSV or Parquet table with a column `path`, or a list of them.",
             example="volume.zarr",
             unit=None,
             see="guides/inputs.md",
@@ -184,7 +189,8 @@ class Job(Section):
         key_doc(
             "Input and output",
             "OME-Zarr image to write. The name of a file, `seg.nii.gz`, `seg.tif` or `seg.h5`, "
-            "writes NIfTI, OME-TIFF or HDF5 when all chunks are done. The job folder is created "
+            "writes NIfTI, OME-TIFF or HDF5 when all chunks are done. With `inference_type` "
+            "`image` it is a table: `.parquet`, `.csv` or `.jsonl`. The job folder is created "
             "beside it, as `OUTPUT.chunkq`.",
             example="labels.zarr",
             unit=None,
@@ -241,7 +247,8 @@ class Job(Section):
             "Patches",
             "How patches are placed. `sliding_window`: every `strides` voxels. `patch`: edge to "
             "edge, once more for each entry of `offsets`. `crop_margin`: edge to edge after "
-            "`margin` is cut from each output patch.",
+            "`margin` is cut from each output patch. `image`: no patches, the input is a list of "
+            "images that the network sees whole.",
             example="sliding_window",
             unit=None,
             see="guides/geometry.md",
@@ -252,7 +259,7 @@ class Job(Section):
         key_doc(
             "Chunks and workers",
             "Size of a chunk, the unit of work on the queue, along each axis. At least one output "
-            "patch.",
+            "patch. With `inference_type` `image` one number, of images.",
             example=[256, 256, 256],
             unit="voxels",
             omitted="chosen from volume, patch, strides and outputs; equal on every machine",
@@ -562,6 +569,80 @@ class Job(Section):
             omitted="the cores of the machine, divided among its worker processes",
         ),
     ] = None
+    image: Annotated[
+        ImageConfig | None,
+        key_doc(
+            "Images",
+            "How the pixels of an image become the input of the network: decode, resize, crop, "
+            "divide by `scale`, subtract `mean`, divide by `std`. Only for `inference_type` "
+            "`image`.",
+            example={"resize": 256, "crop": 224, "scale": 255},
+            unit=None,
+            omitted="RGB pixels as they are",
+            see=GUIDE,
+        ),
+    ] = None
+    truth: Annotated[
+        TruthConfig | None,
+        key_doc(
+            "Images",
+            "Where the true label of each image is. The output then says which predictions are "
+            "correct, and the report has the accuracy. Only for `inference_type` `image`.",
+            example={"regex": "n[0-9]+-([^/]+)/"},
+            unit=None,
+            omitted="no truth",
+            see=GUIDE,
+        ),
+    ] = None
+    top_k: Annotated[
+        Positive | None,
+        key_doc(
+            "Images",
+            "Number of classes in the columns `top_labels` and `top_scores`. Only for "
+            "`inference_type` `image`.",
+            example=3,
+            unit="classes",
+            omitted="5",
+            see=GUIDE,
+        ),
+    ] = None
+    keep: Annotated[
+        Keep | None,
+        key_doc(
+            "Images",
+            "Which outputs of the network the table has: `none`, only what follows from them; "
+            "`logits`, a column with them before `activation`; `features`, such a column instead "
+            "of classes. Only for `inference_type` `image`.",
+            example="logits",
+            unit=None,
+            omitted="`none`",
+            see=GUIDE,
+        ),
+    ] = None
+    max_errors: Annotated[
+        NonNegative | None,
+        key_doc(
+            "Images",
+            "Number of images that may fail. With more, the job ends without its output. It can be "
+            "raised later. Only for `inference_type` `image`.",
+            example=100,
+            unit="images",
+            omitted="any number may fail",
+            see=GUIDE,
+        ),
+    ] = None
+    price: Annotated[
+        float | None,
+        Field(ge=0, allow_inf_nan=False),
+        key_doc(
+            "Chunks and workers",
+            "Price of a device for an hour, in any currency. Plan, status and report then show "
+            "what the job costs.",
+            example=2.1,
+            unit="money per hour",
+            omitted="no costs are shown",
+        ),
+    ] = None
     dask_config: Annotated[
         DaskConfig,
         key_doc(
@@ -603,12 +684,8 @@ class Job(Section):
     @model_validator(mode="after")
     def _check_key_combinations(self) -> Job:
         problems = [
-            *_geometry_problems(self),
-            *_weight_problems(self),
-            *model_problems(self.model),
-            *_input_problems(self),
-            *_head_problems(self),
-            *_output_problems(self),
+            *kind_problems(self),
+            *(_image_problems(self) if self.is_image else _volume_problems(self)),
             *_path_problems(self),
             *_credential_problems(self),
             *_access_problems(self),
@@ -616,6 +693,16 @@ class Job(Section):
         if problems:
             raise JobError(problems)
         return self
+
+    @property
+    def is_image(self) -> bool:
+        """Whether the network sees each image of a list whole."""
+        return self.inference_type == IMAGE
+
+    @property
+    def image_spec(self) -> ImageSpec:
+        """How the pixels of an image become the input of the network."""
+        return (self.image or ImageConfig()).spec()
 
     @property
     def inputs(self) -> tuple[InputConfig, ...]:
@@ -748,7 +835,8 @@ def _parse_with_output(values: Mapping[str, Any]) -> Job:
     output, problem = values.get("output"), None
     if isinstance(output, str) and output:
         try:
-            check_new_output(output, Path("/"))
+            is_table = values.get("inference_type") == IMAGE
+            check_new_output(output, Path("/"), is_table=is_table)
         except JobError as error:
             problem = error
     try:
@@ -764,8 +852,9 @@ def _parse_with_output(values: Mapping[str, Any]) -> Job:
 
 def parse_job(values: Mapping[str, Any]) -> Job:
     """Validate a mapping with absolute paths. Raises JobError with one line per mistake."""
+    values = with_image_defaults(values)
     try:
-        return Job.model_validate(dict(values))
+        return Job.model_validate(values)
     except ValidationError as error:
         errors = _independent(error.errors())
     has_one_input = not isinstance(values.get("input"), (list, tuple))
@@ -990,6 +1079,8 @@ SECTIONS: Mapping[str, type[Section]] = MappingProxyType(
         "dask_config": DaskConfig,
         "ray_config": RayConfig,
         "outputs": OutputConfig,
+        "image": ImageConfig,
+        "truth": TruthConfig,
         "pyramid": PyramidConfig,
         "codec": CodecConfig,
     }
@@ -1130,6 +1221,23 @@ class _ShortRepr(Repr):
 
 
 VALUES = _ShortRepr()
+
+
+def _volume_problems(job: Job) -> list[str]:
+    """Return the problems of the keys of a job over volumes."""
+    return [
+        *_geometry_problems(job),
+        *_weight_problems(job),
+        *model_problems(job.model),
+        *_input_problems(job),
+        *_head_problems(job),
+        *_output_problems(job),
+    ]
+
+
+def _image_problems(job: Job) -> list[str]:
+    """Return the problems of the keys of a job over images."""
+    return [*image_problems(job), *model_problems(job.model)]
 
 
 def _geometry_problems(job: Job) -> list[str]:

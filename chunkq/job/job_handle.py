@@ -24,12 +24,10 @@ from chunkq.errors import (
 )
 from chunkq.geometry.box import Box
 from chunkq.job.allowed_paths import with_allowed_files
-from chunkq.job.exported_output import ExportedOutput
-from chunkq.job.exports import file_name
 from chunkq.job.items import Image, Item
 from chunkq.job.job_folder import JobFolder
 from chunkq.job.known_empty import KnownEmpty, has_known_empty
-from chunkq.job.ledger import ItemLedger, Ledger
+from chunkq.job.ledger import INPUTS, ItemLedger, Ledger
 from chunkq.job.level_arrays import LevelArray, level_box
 from chunkq.job.mask_source import mask_of, mask_time
 from chunkq.job.output import Output
@@ -53,6 +51,7 @@ from chunkq.storage.staged import Slabs, StagedCopy
 
 if TYPE_CHECKING:
     from chunkq.blend.weights import Weights
+    from chunkq.job.image_rows import ImageRows
 
 JOBS_CACHED = 8
 MASKS_KEPT = 2
@@ -79,7 +78,13 @@ class JobHandle:
     @cached_property
     def output(self) -> Output:
         """The output store."""
-        if file_name(self.record) is not None:
+        if self.record.job.is_image:
+            from chunkq.job.table_output import TableOutput  # for such jobs only
+
+            return TableOutput(self.record, self.ledger)
+        if self.record.file_name is not None:
+            from chunkq.job.exported_output import ExportedOutput
+
             return ExportedOutput(self.record, self.ledger)
         return Output(self.folder.output, self.record)
 
@@ -148,6 +153,23 @@ class JobHandle:
     def images(self) -> tuple[ImageHandle, ...]:
         """The images of the job."""
         return tuple(ImageHandle(self, image) for image in self.record.images)
+
+    @cached_property
+    def rows(self) -> ImageRows:
+        """The images of a job over images. Raises JobError if the record of them is damaged."""
+        from chunkq.job.image_rows import ImageRows  # for such jobs only
+
+        content = self.ledger.get_inputs()
+        try:
+            if content is None:
+                raise ValueError
+            return ImageRows.from_bytes(content)
+        except (ValueError, OSError):  # pyarrow's errors are ValueErrors
+            raise JobError(
+                f"{without_secret(self.ledger.path)}/{INPUTS} is missing or damaged; restore the "
+                "file, or run `chunkq produce --overwrite` to start again",
+                code=ErrorCode.JOB_RECORD_DAMAGED,
+            ) from None
 
     @cached_property
     def mask(self) -> Array:
@@ -387,8 +409,13 @@ _cache: OrderedDict[str, JobHandle] = OrderedDict()
 _lock = threading.Lock()
 
 
+def _differ(first: JobRecord, second: JobRecord) -> bool:
+    """Return whether two records of a folder are of different jobs, or differ in their keys."""
+    return first is not second and (first.epoch != second.epoch or first.job != second.job)
+
+
 def open_job(path: str) -> JobHandle:
-    """Return the handle of a job folder; cached per process until the job's epoch changes.
+    """Return the handle of a job folder; cached per process until the job's record changes.
 
     Raises MissingJobError if there is no job.
     """
@@ -396,7 +423,7 @@ def open_job(path: str) -> JobHandle:
     record = folder.require_record()
     with _lock:
         handle = _cache.get(path)
-        if handle is None or handle.record.epoch != record.epoch:
+        if handle is None or _differ(handle.record, record):
             handle = _cache[path] = JobHandle(folder, record)
         _cache.move_to_end(path)
         while len(_cache) > JOBS_CACHED:

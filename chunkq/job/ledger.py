@@ -33,6 +33,8 @@ STORE, EXPORTS = "output.zarr", "export"
 """Folders of the store from which files are assembled, and of files that are being written."""
 STAGED = "ingest"
 """Folder of the staged inputs, and kind of the tasks that write them."""
+INPUTS = "inputs.parquet"
+"""Table of the images of a job over images."""
 CRC_BYTES, ALIGNMENT = 4, 16
 CRC_RESIDUE = 0x2144DF1C
 """CRC-32 of any bytes followed by their own CRC-32 in little-endian order."""
@@ -93,6 +95,18 @@ class Ledger:
         self.objects.delete_folder(f"done/{STAGED}")
         self.objects.delete_folder(STAGED)
         self.objects.delete_partial_files()
+
+    def put_inputs(self, content: bytes) -> None:
+        """Store the table of the images of a job, unless it is stored."""
+        self.objects.put_new(INPUTS, content)
+
+    def get_inputs(self) -> bytes | None:
+        """Return the table of the images of a job, or None if it is missing."""
+        return self.objects.get(INPUTS)
+
+    def has_inputs(self) -> bool:
+        """Return whether `put_inputs` was called."""
+        return self.objects.exists(INPUTS)
 
     def write_report(self, report: dict[str, Any]) -> None:
         """Write `report.json`."""

@@ -16,7 +16,6 @@ from chunkq.geometry.cells import CellAxis
 from chunkq.job.fields import MaskConfig
 from chunkq.paths import without_secret
 from chunkq.storage.array import Array
-from chunkq.storage.formats.nifti import orientation_of
 from chunkq.storage.images import ImageSource, find_source
 from chunkq.storage.mask import Mask
 
@@ -198,6 +197,8 @@ def _has_positions(axes: Sequence[Axis]) -> bool:
 
 def _check_orientations(source: ImageSource, image: ImageSource, prefix: str) -> None:
     """Raise JobError if mask and image are NIfTI, and not set to one orientation."""
+    from chunkq.storage.formats.nifti import orientation_of
+
     own, expected = orientation_of(source.options), orientation_of(image.options)
     if own is None or expected is None or own == expected:
         return

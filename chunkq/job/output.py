@@ -33,8 +33,8 @@ from chunkq.job.tasks import EPOCH_DIGITS
 from chunkq.paths import is_url, join, without_secret
 from chunkq.plan.plan import Plan
 from chunkq.storage.array import Array
-from chunkq.storage.formats.zarr import ZARR_FORMAT, ZarrFormat, array_metadata
-from chunkq.storage.formats.zarr_writing import WritableArray
+from chunkq.storage.formats.base import CACHED
+from chunkq.storage.formats.zarr_writing import WritableArray, array_metadata
 from chunkq.storage.object_grid import ObjectGrid
 from chunkq.storage.objects import LOCK, ObjectFolder
 from chunkq.storage.ome import image_metadata, is_image
@@ -379,14 +379,21 @@ class ImageOutput:
 
     def open(self, level: int = 0) -> WritableArray:
         """Open an array of a running job for writing. Raises StoreError if it was changed."""
+        from chunkq.storage.formats.zarr import ZARR_FORMAT, ZarrFormat
+
         name = self._names[level]
         self.check(name)
         path = join(self.path, name)
         return ZarrFormat().open_for_writing(path, {ZARR_FORMAT: self._format})
 
-    def open_present(self) -> Array:
-        """Open the array of level 0 for reading, sealed or not. Raises StoreError."""
-        return ZarrFormat().open(self.present_path, {})
+    def open_present(self, *, cached: bool = False) -> Array:
+        """Open the array of level 0 for reading, sealed or not.
+
+        `cached` keeps storage chunks in the cache of this process. Raises StoreError.
+        """
+        from chunkq.storage.formats.zarr import ZarrFormat
+
+        return ZarrFormat().open(self.present_path, {CACHED: True} if cached else {})
 
     def check(self, name: str) -> None:
         """Raise StoreError unless the array's metadata are those that were created.

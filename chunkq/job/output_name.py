@@ -65,6 +65,8 @@ WRITTEN = MappingProxyType(
     }
 )
 """Suffix of a file that can be written -> format of its writer."""
+TABLES = (".parquet", ".csv", ".jsonl")
+"""Suffixes of the tables that jobs over images write."""
 PRECOMPUTED = "precomputed://"
 
 
@@ -86,6 +88,13 @@ class FileName:
         if not stem or not kinds or kinds[-1] not in WRITTEN:
             return None
         return cls(folder, stem, name.removeprefix(stem), WRITTEN[kinds[-1]])
+
+
+def table_suffix(path: str) -> str | None:
+    """Return the suffix of the path of a table that a job over images writes, None for others."""
+    return next(
+        (s for s in TABLES if path.lower().endswith(s) and path[-len(s) - 1 :][0] != "/"), None
+    )
 
 
 def export_target(target: str, base: Path) -> tuple[str, str, str]:
@@ -116,12 +125,17 @@ def _dataset(target: str) -> tuple[str, str]:
     return target, ""
 
 
-def check_new_output(output: str, base: Path, *, zarr_only: bool = False) -> None:
+def check_new_output(
+    output: str, base: Path, *, zarr_only: bool = False, is_table: bool = False
+) -> None:
     """Raise JobError if a path, relative to `base`, cannot be that of a new output.
 
     That has the name of a format that cannot be written, or is no path of an output
-    (`output_path`).
+    (`output_path`). With `is_table`, the job writes a table, whose suffix the job file checks.
     """
+    if is_table:
+        output_path(output, base)
+        return
     if output.startswith(PRECOMPUTED):
         raise JobError(
             f"output: {printable_path(output)} {format_problem(output)}",
@@ -152,6 +166,11 @@ def format_problem(path: str) -> str | None:
     if scheme == "precomputed":
         return (
             f"names {found}, which `chunkq convert` writes of a Zarr output; use "
+            f"{stem or 'out'}.zarr"
+        )
+    if table_suffix(path) is not None:
+        return (
+            f"names {found}, which jobs with inference_type image write; set it, or use "
             f"{stem or 'out'}.zarr"
         )
     return f"names {found}, which cannot be written; use {stem or 'out'}.zarr"

@@ -16,8 +16,10 @@ from chunkq.geometry.levels import Level
 from chunkq.job.file_hashes import changed_files, hash_files
 from chunkq.job.items import Image, Item, images_of, items_of, largest_image
 from chunkq.job.job_file import Job, parse_job
+from chunkq.job.output_name import FileName
 from chunkq.job.pyramids import levels_of, pyramid_problems
 from chunkq.job.resolve import resolve
+from chunkq.job.row_plan import row_plan
 from chunkq.job.tasks import EPOCH_DIGITS
 from chunkq.paths import without_secret
 from chunkq.plan.fetches import Fetches
@@ -29,6 +31,7 @@ LAYOUT = 5
 """Version of the job folder's layout. Folders of other versions are unsupported."""
 KEYS_WITHOUT_EFFECT = (
     "queue", "output", "cluster", "hardware", "dask_config", "ray_config", "allow_empty",
+    "max_errors", "price",
 )  # fmt: skip
 """Keys of a job that do not affect its result."""
 
@@ -55,6 +58,16 @@ class JobRecord:
     version: str = __version__
     mask: ImageSource | None = None
     mask_identity: str = ""
+
+    @cached_property
+    def file_name(self) -> FileName | None:
+        """Name of the output of a job that writes files of images; None for others."""
+        return FileName.parse(self.job.output)
+
+    @property
+    def has_files(self) -> bool:
+        """Whether the output is files, which the stage `export` writes."""
+        return self.job.is_image or self.file_name is not None
 
     @property
     def sources(self) -> tuple[ImageSource, ...]:
@@ -122,11 +135,15 @@ class JobRecord:
         """Return the plan of every item of an image, always the same object. Raises JobError."""
         if image.number not in self._plans:
             paths = self.job.input_paths
-            self._plans[image.number] = resolve(
-                self.job,
-                image.volume,
-                paths if image.is_alone else [paths[image.number]],
-                by_channel=image.is_channel_series,
+            self._plans[image.number] = (
+                row_plan(self.job, image.volume)
+                if self.job.is_image
+                else resolve(
+                    self.job,
+                    image.volume,
+                    paths if image.is_alone else [paths[image.number]],
+                    by_channel=image.is_channel_series,
+                )
             )
         return self._plans[image.number]
 

@@ -14,6 +14,10 @@ from chunkq.plan.plan import Index
 from chunkq.storage import documents
 
 T = TypeVar("T")
+EXPORT = "export"
+"""Kind of the tasks that write files."""
+FILE_SIZE = "file"
+"""What a commit record calls the size of a file."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Commit:
     `skipped` were found to be empty. `empty` says that the network ran for none of a chunk, which
     then has no pieces. `stored` has the checksums of the objects in the output that the task wrote
     (`encode_checksums`), in the order of `Stage.stored_objects`; None if an earlier version of
-    chunkq wrote the record.
+    chunkq wrote the record. `errors` counts the images of a chunk that have no result.
     """
 
     kind: str
@@ -45,6 +49,7 @@ class Commit:
     skipped: int = 0
     empty: bool = False
     stored: str | None = None
+    errors: int = 0
 
     def to_json(self, epoch: str) -> bytes:
         """Encode the record for an epoch of the job."""

@@ -10,8 +10,10 @@ from math import ceil, prod
 from chunkq.geometry.box import Box
 from chunkq.plan.plan import Plan
 
-MIN_EDGE = 64
-"""Voxels along each side of a border that are compared, if the border is as long."""
+MIN_SIDE = 32
+"""Voxels on each side of a corner that are compared, if the blocks are twice as long."""
+BLOCKS_PER_CORNER = 100
+"""Of larger outputs one corner is compared for this many blocks, which bounds what is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,39 +29,65 @@ class Border:
     inside: Box
 
 
-def count_borders(plan: Plan, axis: int) -> int:
-    """Return the number of borders between blocks along an axis that have a plane to compare."""
-    others = prod(len(a.numbers) for n, a in enumerate(plan.axes) if n != axis)
-    return len(_planes(plan, axis)) * others
+def count_corners(plan: Plan) -> int:
+    """Return the number of points at which borders along all axes meet.
 
-
-def select_borders(plan: Plan, axis: int, limit: int, pairs: int) -> Iterator[Border]:
-    """Yield at most `limit` borders along an axis, evenly spaced among all in C order.
-
-    Of each border a part about its middle is used, from the start of a storage chunk on: as much as
-    gives `pairs` pairs of voxels in all, and at least `MIN_EDGE` voxels along each side.
+    Axes without a border that has a plane to compare are left out; 0 if there is none.
     """
-    count = count_borders(plan, axis)
-    chosen = min(count, limit)
-    if not chosen:
+    planes = [_planes(plan, axis) for axis in range(plan.rank)]
+    return prod(max(1, len(along)) for along in planes) if any(planes) else 0
+
+
+def select_corners(plan: Plan, limit: int, pairs: int) -> Iterator[tuple[Border, ...]]:
+    """Yield the borders along each axis about some corners, evenly spaced among all in C order.
+
+    There are as many corners as give `pairs` pairs of voxels along each axis, or one per
+    `BLOCKS_PER_CORNER` blocks if these are more, and at most `limit`. The borders of a corner are
+    in the same storage chunks, so the caller should keep these: whole ones on both sides of the
+    corner where they are shorter than half a block. No pair is in two corners.
+    """
+    planes = [_planes(plan, axis) for axis in range(plan.rank)]
+    total = count_corners(plan)
+    if not min(total, limit):
         return
-    sides = max(1, plan.rank - 1)
-    edge = max(MIN_EDGE, ceil((pairs / chosen) ** (1 / sides)))
-    planes = _planes(plan, axis)
-    sizes = [len(planes) if n == axis else len(a.numbers) for n, a in enumerate(plan.axes)]
+    sides = _sides(plan, planes, pairs / min(total, limit))
+    spans = [2 * side if along else side for side, along in zip(sides, planes, strict=True)]
+    faces = [prod(spans) // span for span, along in zip(spans, planes, strict=True) if along]
+    blocks = prod(len(along.numbers) for along in plan.axes)
+    chosen = min(total, limit, max(ceil(pairs / min(faces)), blocks // BLOCKS_PER_CORNER))
     for number in range(chosen):
-        index, rest = [0] * plan.rank, number * count // chosen
+        rest, at = number * total // chosen, [0] * plan.rank
         for n in reversed(range(plan.rank)):
-            rest, index[n] = divmod(rest, sizes[n])
-        border, inside = planes[index[axis]]
+            rest, at[n] = divmod(rest, max(1, len(planes[n])))
         low, high = [], []
-        for n, a in enumerate(plan.axes):
-            block = a.block(a.numbers[0] + (0 if n == axis else index[n]))
-            start = (block.start + block.stop) // 2 - edge // 2
-            start -= (start - a.low) % a.storage  # few storage chunks are read
-            low.append(max(block.start, start))
-            high.append(min(block.stop, low[-1] + edge))
-        yield Border(axis, *(_layers(low, high, axis, plane) for plane in (border, inside)))
+        for n, along in enumerate(plan.axes):
+            if planes[n]:
+                start = planes[n][at[n]][0] - sides[n]
+            else:
+                middle = (along.high - along.low) // 2
+                start = along.low + middle - middle % sides[n]
+            low.append(max(along.low, start))
+            high.append(min(along.high, start + spans[n]))
+        yield tuple(
+            Border(axis, *(_layers(low, high, axis, plane) for plane in planes[axis][at[axis]]))
+            for axis in range(plan.rank)
+            if planes[axis]
+        )
+
+
+def _sides(plan: Plan, planes: list[list[tuple[int, int]]], pairs: float) -> list[int]:
+    """Return the voxels on each side of a corner, along each axis.
+
+    They are whole storage chunks, as many as give at least `pairs` pairs of voxels per corner, but
+    at most half a block where other borders follow, so that no two corners share a pair.
+    """
+    least = max(MIN_SIDE, ceil(pairs ** (1 / max(1, plan.rank - 1)) / 2))
+    sides = []
+    for axis, along in enumerate(planes):
+        storage = plan.storage_chunks[axis]
+        most = plan.chunksize[axis] // 2 if along else plan.chunksize[axis]
+        sides.append(max(1, min(most, storage * ceil(least / storage))))
+    return sides
 
 
 def _planes(plan: Plan, axis: int) -> list[tuple[int, int]]:

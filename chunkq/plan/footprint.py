@@ -83,12 +83,12 @@ def chunk_footprint(plan: Plan, chunk: Chunk) -> Footprint:
     """Return the footprint of one chunk."""
     waiting = chunk.halo.size * plan.volume.voxel_bytes
     parts = [_output_footprint(view, view.chunk(chunk.index)) for view in plan.views]
-    kept, written, pieces, largest = zip(*parts, strict=True)
+    kept, written, pieces, largest = zip(*parts, strict=True) if parts else ((),) * 4
     return Footprint(
         waiting,
         waiting + sum(kept),
         sum(written),
-        sum(pieces) + max(largest) if chunk.has_band else 0,
+        sum(pieces) + max(largest, default=0) if chunk.has_band else 0,
     )
 
 

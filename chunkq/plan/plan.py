@@ -206,7 +206,8 @@ class Plan:
 
     Chunks, blocks, patches and who owns them are the same for all outputs. What an output stores of
     them, in its own voxels, is that of the plan `of_output`: the boxes of chunks and pieces, the
-    targets of patches, the shapes and boxes of the stored array, the blend weights.
+    targets of patches, the shapes and boxes of the stored array, the blend weights. A plan without
+    outputs, that of a list of images, has chunks of rows only.
     """
 
     volume: Volume
@@ -687,7 +688,9 @@ def _costs(plan: Plan) -> Costs:
     else:
         patches, voxels_read = needed_totals(plan.axes, plan.grid.batch)
     stored = [_stored(view, totals if view is plan else _Totals(view)) for view in plan.views]
-    finalized_voxels, output_bytes, piece_bytes = map(sum, zip(*stored, strict=True))
+    finalized_voxels, output_bytes, piece_bytes = (
+        map(sum, zip(*stored, strict=True)) if stored else (0, 0, 0)
+    )
     return Costs(
         chunks=sum(box.size for box in active),
         blocks=plan.block_indices.size,

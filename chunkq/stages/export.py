@@ -6,17 +6,16 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from typing import ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
 
 from typing_extensions import override
 from zlib_ng import zlib_ng
 
 from chunkq.errors import ErrorCode, QueueError, StoreError
-from chunkq.job.exported_output import KIND, SIZE
-from chunkq.job.exports import ExportedFile, exported_files, writers
 from chunkq.job.job_handle import ItemHandle
 from chunkq.job.object_checksums import encode_checksums
-from chunkq.job.task_records import Commit
+from chunkq.job.task_records import EXPORT, FILE_SIZE, Commit
 from chunkq.paths import is_url, join, open_filesystem, without_secret
 from chunkq.plan.plan import Index
 from chunkq.queue.contract.executor import Attempt
@@ -24,7 +23,9 @@ from chunkq.stages.base import Report, Stage, not_reported
 from chunkq.storage.formats.zarr_writing import object_checksum
 from chunkq.system.memory import peak_bytes
 from chunkq.system.scratch import scratch_folder
-from chunkq.writers.copying import copy_image
+
+if TYPE_CHECKING:
+    from chunkq.job.exports import ExportedFile
 
 PART_BYTES = 1 << 20
 """Bytes of a file whose checksum is computed at a time."""
@@ -37,7 +38,7 @@ class ExportStage(Stage):
     them.
     """
 
-    kind: ClassVar[str] = KIND
+    kind: ClassVar[str] = EXPORT
     is_final: ClassVar[bool] = True
 
     @override
@@ -66,8 +67,8 @@ class ExportStage(Stage):
         files = {(file.number,): file for file in _files(item)}
         if chunk not in files:
             raise QueueError(
-                f"{KIND} {item.chunk_name(chunk)} is not a task of the job; use a queue that only "
-                "chunkq writes to",
+                f"{EXPORT} {item.chunk_name(chunk)} is not a task of the job; use a queue that "
+                "only chunkq writes to",
                 code=ErrorCode.TASK_INVALID,
             )
         with item.job.check_replaced_on_error():
@@ -76,8 +77,10 @@ class ExportStage(Stage):
 
 def _files(item: ItemHandle) -> list[ExportedFile]:
     """Return the files that tasks of an item write."""
-    if any(item.item.point):
+    if not item.job.record.has_files or any(item.item.point):
         return []
+    from chunkq.job.exports import exported_files
+
     files = exported_files(item.job.record)
     return [file for file in files if file.image.number == item.item.image.number]
 
@@ -92,7 +95,7 @@ def _export(item: ItemHandle, file: ExportedFile, attempt: Attempt, report: Repo
         )
     name = f"{uuid.uuid4().hex}.partial"
     if is_url(file.path):
-        with scratch_folder(KIND) as folder:
+        with scratch_folder(EXPORT) as folder:
             path = str(folder / name)
             size, checksum = _write(item, file, path, report)
             job.check_unchanged()
@@ -109,7 +112,7 @@ def _export(item: ItemHandle, file: ExportedFile, attempt: Attempt, report: Repo
     finished = time.time()
     item.ledger.commit(
         Commit(
-            kind=KIND,
+            kind=EXPORT,
             item=item.number,
             chunk=(file.number,),
             attempt=attempt.number,
@@ -117,7 +120,7 @@ def _export(item: ItemHandle, file: ExportedFile, attempt: Attempt, report: Repo
             started=started,
             finished=finished,
             seconds={"write": finished - started},
-            moved={SIZE: size},
+            moved={FILE_SIZE: size},
             stored=encode_checksums([checksum]),
             peak_rss=peak_bytes(),
         )
@@ -131,19 +134,34 @@ def replace_file(path: str, target: str) -> None:
 
 def _write(item: ItemHandle, file: ExportedFile, path: str, report: Report) -> tuple[int, int]:
     """Write a file at a temporary path and flush it; return its size and its checksum."""
-    file_writers = writers(item.job.record, file)
-    total, before = sum(writer.steps for writer in file_writers), 0
     label = f"writing {file.path.rpartition('/')[2]}"
-    for number, writer in zip(file.outputs, file_writers, strict=True):
-        array = item.job.output.image(file.image, number).open()
-        copy_image(writer, array, path, _shifted(report, label, before, total))
-        before += writer.steps
+    if item.job.record.job.is_image:
+        from chunkq.stages.tables import write_file  # for such jobs only
+
+        write_file(item, file, path, partial(report, label))
+    else:
+        _write_image(item, file, path, report, label)
     with open(path, "rb") as content:
         os.fsync(content.fileno())
         size, crc32 = 0, 0
         while part := content.read(PART_BYTES):
             size, crc32 = size + len(part), zlib_ng.crc32(part, crc32)
     return size, object_checksum(crc32)
+
+
+def _write_image(
+    item: ItemHandle, file: ExportedFile, path: str, report: Report, label: str
+) -> None:
+    """Write the outputs of an image that a file contains."""
+    from chunkq.job.exports import writers
+    from chunkq.writers.copying import copy_image
+
+    file_writers = writers(item.job.record, file)
+    total, before = sum(writer.steps for writer in file_writers), 0
+    for number, writer in zip(file.outputs, file_writers, strict=True):
+        array = item.job.output.image(file.image, number).open()
+        copy_image(writer, array, path, _shifted(report, label, before, total))
+        before += writer.steps
 
 
 def _shifted(report: Report, label: str, before: int, total: int) -> Callable[[int], None]:

@@ -25,6 +25,9 @@ from chunkq.storage.selection import EVERYTHING, Selection, select
 from chunkq.storage.staged import Slabs
 from chunkq.storage.stored_chunks import StoredCells, StoredChunks
 
+IMAGE_LIST, DIGEST = "image_list", "digest"
+"""Format of a source that is a list of images, and the option with the hash of the list."""
+
 
 @dataclass(frozen=True)
 class ImageSource:
@@ -40,6 +43,8 @@ class ImageSource:
     axes; empty if nothing does. `storage` is the shape of a storage chunk as `axes`, empty if
     the format has none. `staged` says why workers read a copy in Zarr of the array instead; empty
     if they read the array. `storage` is then that of the copy.
+
+    A source of the format `IMAGE_LIST` is no array: its only axis has the images.
     """
 
     format: str
@@ -109,7 +114,8 @@ class ImageSource:
 
         Raises StoreError and OSError.
         """
-        lines = format_named(self.format).doubts(self.path, self.options) if self.format else ()
+        has_format = self.format not in ("", IMAGE_LIST)
+        lines = format_named(self.format).doubts(self.path, self.options) if has_format else ()
         return tuple(f"input: {without_secret(self.path)}: {line}" for line in lines)
 
     def open(self, *, cached: bool = False) -> Array:
@@ -181,9 +187,11 @@ class ImageSource:
     def identity(self) -> str | None:
         """Return a string that changes when the array is replaced; None if it is missing.
 
-        Covers metadata only, see `Format.identity`. Raises OSError, and StoreError if the format is
-        not installed.
+        Covers metadata only, see `Format.identity`. That of a list of images, which is stored with
+        the job, never changes. Raises OSError, and StoreError if the format is not installed.
         """
+        if self.format == IMAGE_LIST:
+            return str(self.options[DIGEST])
         return format_named(self.format).identity(self.path, self.options)
 
     @property

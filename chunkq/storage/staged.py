@@ -24,8 +24,8 @@ from chunkq.paths import join, read_bytes, without_secret
 from chunkq.storage import documents
 from chunkq.storage.array import Array, Voxels
 from chunkq.storage.formats.tensorstore_arrays import kvstore
-from chunkq.storage.formats.zarr import array_metadata
 from chunkq.storage.formats.zarr_arrays import TensorStoreArray, ZarrPythonArray
+from chunkq.storage.formats.zarr_writing import array_metadata
 from chunkq.storage.objects import ObjectFolder
 
 SLAB_BYTES = 64 << 20

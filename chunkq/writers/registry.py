@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
-
+from chunkq.lazy_imports import LazyClasses
 from chunkq.writers.base import ExportWriter
-from chunkq.writers.hdf5 import Hdf5Writer
-from chunkq.writers.nifti import NiftiWriter
-from chunkq.writers.precomputed import PrecomputedWriter
-from chunkq.writers.tiff import TiffWriter
-from chunkq.writers.zarr import ZarrWriter
 
-WRITERS: MappingProxyType[str, type[ExportWriter]] = MappingProxyType(
+WRITERS: LazyClasses[ExportWriter] = LazyClasses(
     {
-        "zarr": ZarrWriter,
-        "precomputed": PrecomputedWriter,
-        "nifti": NiftiWriter,
-        "tiff": TiffWriter,
-        "hdf5": Hdf5Writer,
+        "zarr": "chunkq.writers.zarr:ZarrWriter",
+        "precomputed": "chunkq.writers.precomputed:PrecomputedWriter",
+        "nifti": "chunkq.writers.nifti:NiftiWriter",
+        "tiff": "chunkq.writers.tiff:TiffWriter",
+        "hdf5": "chunkq.writers.hdf5:Hdf5Writer",
     }
 )
 """Formats by name."""

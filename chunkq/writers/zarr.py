@@ -9,7 +9,8 @@ from typing_extensions import override
 
 from chunkq.plan.chunk_choice import STORAGE_EDGE
 from chunkq.storage.array import Array
-from chunkq.storage.formats.zarr import ZARR_FORMAT, ZarrFormat, array_metadata
+from chunkq.storage.formats.zarr import ZARR_FORMAT, ZarrFormat
+from chunkq.storage.formats.zarr_writing import array_metadata
 from chunkq.storage.objects import ObjectFolder
 from chunkq.storage.ome import image_metadata, is_image
 from chunkq.writers.base import (

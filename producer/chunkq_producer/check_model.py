@@ -39,7 +39,9 @@ def check_model(record: JobRecord, *, depth: int | None = None, emit: Sink = ign
     # job is too, because a worker does not import the libraries that create arrays.
     with scratch_folder("model-check") as folder:
         options = []
-        if depth:
+        if depth and record.job.is_image:
+            options = ["--depth", str(depth)]
+        elif depth:
             job = copy_job(record, str(folder))
             options = ["--depth", str(depth), "--job", job.folder.path]
         report, lines = _report(record, folder, options, emit)

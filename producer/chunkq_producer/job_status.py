@@ -26,7 +26,7 @@ from chunkq.stages.ingest import copies
 from chunkq.stages.registry import stage_of
 from chunkq.tables import FittingTable
 from chunkq.terminal import argument
-from chunkq.units import duration, si
+from chunkq.units import device_cost, duration, money, si
 
 ACTIVE_SECONDS = 60.0
 """A job is active for this time after its last commit, possibly on another queue."""
@@ -108,6 +108,12 @@ class JobStatus:
     level_parts: int = 0
     level_parts_done: int = 0
     """Parts of the levels of pyramids, and those that are written."""
+    unit: str = "patches"
+    """What `patches` counts: `images` in a job over images."""
+    image_errors: int | None = None
+    """Images without a result, of a job over images; an estimate while chunks are done."""
+    cost_left: float | None = None
+    """Price of the remaining time on the devices of the recent workers, if the job has a price."""
 
 
 def job_status(job: JobHandle, executor: Executor | None, problem: str | None = None) -> JobStatus:
@@ -141,8 +147,11 @@ def job_status(job: JobHandle, executor: Executor | None, problem: str | None = 
     # A run with its own cluster uses another queue than this one.
     last_commit = max((commit.finished for commit in recent.records), default=0.0)
     is_active = last_commit > time.time() - ACTIVE_SECONDS
+    keys = job.record.job
     on_queue = counts.queued + counts.running + counts.failed + counts.waiting
     lost_from_queue = reachable and remaining > on_queue and not is_active
+    seconds_left = patches_left / rate if rate and remaining and not lost_from_queue else None
+    workers = _workers(job, running, recent)
     return JobStatus(
         output=without_secret(job.folder.output),
         chunks=costs.chunks,
@@ -161,14 +170,23 @@ def job_status(job: JobHandle, executor: Executor | None, problem: str | None = 
         sealed=job.ledger.is_sealed() and job.output.is_sealed(),
         patches_per_second=rate,
         voxels_per_second=rate and rate * voxels_per_patch,
-        seconds_left=patches_left / rate if rate and remaining and not lost_from_queue else None,
-        workers=_workers(job, running, recent),
+        seconds_left=seconds_left,
+        workers=workers,
         failures=_failure_groups(job, failures, unexplained),
         queue_problem=problem,
         lost_from_queue=lost_from_queue,
         level_parts=level_parts,
         level_parts_done=job.recent_commits("downsample", 0).total if level_parts else 0,
+        unit="images" if keys.is_image else "patches",
+        image_errors=_image_errors(recent) if keys.is_image else None,
+        cost_left=device_cost(seconds_left, keys.price, len(workers)),
     )
+
+
+def _image_errors(recent: RecentCommits) -> int:
+    """Return the number of images without a result, estimated from those of recent chunks."""
+    errors = sum(commit.errors for commit in recent.records)
+    return round(errors * recent.total / max(1, len(recent.records)))
 
 
 @dataclass(frozen=True)
@@ -332,6 +350,9 @@ def _task_line(status: JobStatus) -> str:
         parts.append(f"{status.blocks_finalized}/{status.blocks_to_finalize} blocks finalized")
     if status.level_parts_done:
         parts.append(f"{status.level_parts_done}/{status.level_parts} parts of pyramids")
+    if status.image_errors:
+        about = "" if status.done <= RECENT_COMMITS else "about "
+        parts.append(f"{about}{status.image_errors} images without a result")
     if status.sealed:
         parts.append("complete")
     return ", ".join(parts)
@@ -341,11 +362,13 @@ def _speed_line(status: JobStatus) -> str:
     """Return the progress in patches, the speed and the remaining time while chunks remain."""
     if status.done == status.chunks:
         return ""
-    parts = [f"{status.patches_done}/{status.patches} patches"]
+    parts = [f"{status.patches_done}/{status.patches} {status.unit}"]
     if status.patches_per_second:
-        parts.append(si(status.patches_per_second, "patches/s"))
+        parts.append(si(status.patches_per_second, f"{status.unit}/s"))
     if status.seconds_left is not None:
         parts.append(f"{duration(status.seconds_left)} left")
+    if status.cost_left is not None:
+        parts.append(f"{money(status.cost_left)} to pay")
     return ", ".join(parts)
 
 

@@ -456,7 +456,7 @@ def test_missing_storage_chunks_are_read_as_the_fill_value(form: Form, folder: P
 @each_form
 def test_a_path_is_detected_by_its_own_format_only(form: Form, folder: Path) -> None:
     source = written(form, folder, random_volume(SHAPE))
-    detected = [name for name, built_in in BUILT_IN.items() if built_in.detects(source.path, {})]
+    detected = [name for name, built_in in BUILT_IN.items() if built_in().detects(source.path, {})]
     assert detected == [name for name in BUILT_IN if name == form.format]
 
 
@@ -656,4 +656,4 @@ def test_a_source_of_a_format_that_is_not_installed_names_the_format(
 def test_a_built_in_format_that_cannot_write_raises_an_error(folder: Path) -> None:
     write_npy(f"{folder}/in.npy", random_volume(SHAPE))
     with pytest.raises(StoreError):
-        BUILT_IN["npy"].open_for_writing(f"{folder}/in.npy", {})
+        BUILT_IN["npy"]().open_for_writing(f"{folder}/in.npy", {})

@@ -344,11 +344,20 @@ def test_help_imports_no_large_package() -> None:
         assert any(line.strip().startswith(f"{name} ") for line in lines), name
 
 
+NOT_FOR_STATUS = (
+    "chunkq_worker chunkq.images chunkq.writers.base chunkq.writers.zarr chunkq.job.exports "
+    "chunkq.storage.formats.zarr chunkq.storage.formats.nifti chunkq.storage.formats.tiff"
+)
+
+
 @pytest.mark.parametrize(
     ("line", "packages"),
     [
         ("plan job.json", "torch zarr redis chunkq_worker rich"),
-        ("status out.zarr", "torch zarr tensorstore redis array_api_compat chunkq_worker"),
+        (
+            "status out.zarr",
+            f"torch zarr tensorstore redis array_api_compat pyarrow {NOT_FOR_STATUS}",
+        ),
         ("jobs", "torch zarr tensorstore redis numpy pydantic chunkq_worker"),
         ("work --burst --gpus none", "torch zarr tensorstore redis numpy pydantic chunkq_producer"),
     ],

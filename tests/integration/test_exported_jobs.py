@@ -29,6 +29,7 @@ from chunkq.repair import repair_output
 from chunkq.stages import export
 from chunkq.stages.registry import stage_of
 from chunkq.verify import verify_job
+from chunkq.writers import copying
 from tests.harness.nifti import TURNED, write_nifti
 from tests.harness.volumes import read_output
 from tests.harness.workspace import run_inline, run_tasks
@@ -132,8 +133,8 @@ def kill_at_commit(monkeypatch: pytest.MonkeyPatch, *, before: bool) -> None:
 
 
 KILLS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "before the file is written": lambda m: kill_after(export, "copy_image", m, before=True),
-    "when it is written": lambda m: kill_after(export, "copy_image", m, before=False),
+    "before the file is written": lambda m: kill_after(copying, "copy_image", m, before=True),
+    "when it is written": lambda m: kill_after(copying, "copy_image", m, before=False),
     "before it appears": lambda m: kill_after(export, "replace_file", m, before=True),
     "when it has appeared": lambda m: kill_after(export, "replace_file", m, before=False),
     "before the commit": lambda m: kill_at_commit(m, before=True),

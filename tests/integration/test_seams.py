@@ -57,8 +57,12 @@ def finalized(folder: Path, network: str, **changes: Any) -> tuple[Workspace, di
 
 
 def naive(output: np.ndarray[Any, np.dtype[Any]], axis: int) -> tuple[float, float, int]:
-    """Return the mean differences at all borders and a quarter of a block below, and the pairs."""
-    along = np.moveaxis(output.astype(np.float64), axis, 0)
+    """Return the mean differences at all borders and a quarter of a block below, and the pairs.
+
+    Half a block beside the borders of the other axis is compared.
+    """
+    along = np.moveaxis(output.astype(np.float64), axis, 0)[:, CHUNK // 2 :]
+    along = along[:, : len(range(CHUNK, output.shape[1 - axis], CHUNK)) * CHUNK]
     starts = range(CHUNK, len(along), CHUNK)
 
     def mean(positions: list[int]) -> float:

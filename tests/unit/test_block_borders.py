@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chunkq.plan.borders import count_borders, select_borders
+from chunkq.geometry.box import Box
+from chunkq.plan.borders import count_corners, select_corners
 from chunkq.plan.plan import Plan
 from tests.strategies import Case, cases, plan_for
 
@@ -30,11 +31,11 @@ def test_the_borders_of_a_region_lie_in_it(limit: int) -> None:
 
 
 def check_borders(plan: Plan, limit: int) -> None:
+    corners = list(select_corners(plan, limit, 1 << 40))
+    assert len(corners) == min(limit, count_corners(plan))
     for axis in range(plan.rank):
-        borders = list(select_borders(plan, axis, limit, 100))
-        assert len(borders) == min(limit, count_borders(plan, axis))
-        assert len(set(borders)) == len(borders)
-        for border in borders:
+        seen = np.zeros(plan.region.shape, int)
+        for border in (b for borders in corners for b in borders if b.axis == axis):
             for box in (border.at_border, border.inside):
                 assert box.size
                 assert box in plan.region
@@ -44,27 +45,43 @@ def check_borders(plan: Plan, limit: int) -> None:
             assert border.inside.start[axis] + 1 not in edges(plan, axis)
             distance = border.at_border.start[axis] - border.inside.start[axis]
             assert abs(distance) == plan.chunksize[axis] // 4
+            first = list(border.at_border.start)
+            first[axis] += 1
+            voxels = Box(tuple(first), border.at_border.stop)
+            seen[voxels.slices(plan.region.start)] += 1
+        assert seen.max(initial=0) <= 1, "a pair of voxels is in two corners"
 
 
-def test_the_borders_of_a_small_output_are_compared_as_a_whole() -> None:
-    plan = plan_for((40, 30), (8, 8), inference_type="patch", chunksize=[16, 8])
-    for axis, starts in enumerate(([16, 32], [8, 16, 24])):
-        seen = np.zeros(plan.region.shape, int)
-        for border in select_borders(plan, axis, 100, 1):
-            seen[border.at_border.slices((0, 0))] += 1
-        expected = np.zeros_like(seen)
-        along = np.moveaxis(expected, axis, 0)
-        along[starts] = 1
-        along[[start - 1 for start in starts]] = 1
-        np.testing.assert_array_equal(seen, expected)
+def test_a_corner_is_read_in_whole_storage_chunks_on_both_sides_of_each_border() -> None:
+    keys = {"chunksize": [64, 64, 128], "storage_chunks": [64, 64, 64]}
+    plan = plan_for((128, 128, 256), (8, 8, 8), inference_type="patch", **keys)
+    (borders,) = select_corners(plan, 100, 1)
+    assert [(b.axis, b.at_border.start, b.at_border.stop) for b in borders] == [
+        (0, (63, 32, 64), (65, 96, 192)),
+        (1, (32, 63, 64), (96, 65, 192)),
+        (2, (32, 32, 127), (96, 96, 129)),
+    ]
 
 
-def test_a_few_borders_of_many_are_spread_evenly_and_read_from_a_storage_chunk_on() -> None:
-    plan = plan_for((2000, 4000), (8, 8), inference_type="patch", chunksize=[200, 400])
-    borders = list(select_borders(plan, 0, 9, 9 * 100))
-    assert count_borders(plan, 0) == 90
-    assert [border.at_border.start[0] + 1 for border in borders] == [*range(200, 2000, 200)]
-    assert {border.at_border.shape for border in borders} == {(2, 100)}
-    storage = plan.storage_chunks[1]
-    assert 1 < storage < 150
-    assert {border.at_border.start[1] % 400 for border in borders} == {150 - 150 % storage}
+def test_an_axis_without_a_border_is_compared_in_its_middle() -> None:
+    keys = {"chunksize": [64, 208], "storage_chunks": [64, 26]}
+    plan = plan_for((128, 200), (8, 8), inference_type="patch", **keys)
+    (borders,) = select_corners(plan, 100, 1)
+    assert [b.at_border for b in borders] == [Box((63, 52), (65, 104))]
+
+
+def test_as_many_corners_are_read_as_give_the_pairs_evenly_spaced() -> None:
+    plan = plan_for((640, 6400), (8, 8), inference_type="patch", chunksize=[64, 64])
+    assert count_corners(plan) == 9 * 99
+    corners = list(select_corners(plan, 100, 640))
+    assert len(corners) == 10
+    assert [c[1].at_border.start[1] + 1 for c in corners] == [
+        64 * (1 + number * 891 // 10 % 99) for number in range(10)
+    ]
+    assert sum(c[0].at_border.size for c in corners) // 2 == 640
+
+
+def test_of_a_large_output_one_corner_is_read_for_a_hundred_blocks() -> None:
+    plan = plan_for((640, 6400), (8, 8), inference_type="patch", chunksize=[8, 64])
+    assert len(list(select_corners(plan, 1000, 1))) == 80
+    assert len(list(select_corners(plan, 7, 1))) == 7

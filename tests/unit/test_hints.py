@@ -240,7 +240,8 @@ def paths() -> dict[str, Any]:
     """Return the schema of each key by its path."""
     schema = job_schema()
     found = dict(schema["properties"])
-    for section, name in (("model_config", "ModelConfig"), ("input", "InputConfig")):
+    sections = {"model_config": "ModelConfig", "input": "InputConfig", "image": "ImageConfig"}
+    for section, name in sections.items():
         inner = schema["$defs"][name]["properties"]
         found |= {f"{section}.{key}": value for key, value in inner.items()}
     inner = schema["$defs"]["DaskConfig"]["properties"]

@@ -13,9 +13,14 @@ import pytest
 
 from chunkq.geometry.box import Box
 from chunkq.storage.formats import zarr_writing
-from chunkq.storage.formats.zarr import ZARR_FORMAT, ZarrFormat, array_metadata
+from chunkq.storage.formats.zarr import ZARR_FORMAT, ZarrFormat
 from chunkq.storage.formats.zarr_arrays import TensorStoreArray
-from chunkq.storage.formats.zarr_writing import NOT_STORED, WritableArray, object_checksum
+from chunkq.storage.formats.zarr_writing import (
+    NOT_STORED,
+    WritableArray,
+    array_metadata,
+    object_checksum,
+)
 
 SHAPE, CHUNK = (1, 9, 13, 8), (1, 4, 5, 4)
 BOX = Box((0, 4, 0, 0), (1, 9, 13, 8))

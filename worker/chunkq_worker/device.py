@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from threading import Event
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from chunkq.blend.sums import Contribution
 from chunkq.errors import JobError
@@ -21,7 +21,7 @@ from chunkq.job.job_path import job_folder_of
 from chunkq.job.record import JobRecord
 from chunkq.job.tasks import Task
 from chunkq.plan.patch_selection import PatchSelection
-from chunkq.plan.plan import Chunk, Plan
+from chunkq.plan.plan import Chunk, Index, Plan
 from chunkq_worker.batching import Halos
 from chunkq_worker.cancellation import stopped_by
 from chunkq_worker.frameworks import framework_rule
@@ -29,7 +29,12 @@ from chunkq_worker.inference_engine import ENGINES_CACHED, InferenceEngine
 from chunkq_worker.loading import loading
 from chunkq_worker.value_watch import ChunkWatch, ValueWatch
 
+if TYPE_CHECKING:
+    from chunkq_worker.images.engine import Heads, ImageEngine
+    from chunkq_worker.images.rows import Values
+
 T = TypeVar("T")
+E = TypeVar("E", InferenceEngine, "ImageEngine")
 
 
 class Device:
@@ -37,7 +42,7 @@ class Device:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="device")
-        self._engines: OrderedDict[str, InferenceEngine] = OrderedDict()
+        self._engines: OrderedDict[str, InferenceEngine | ImageEngine] = OrderedDict()
         self._borrowed: dict[str, InferenceEngine] = {}
         self._watches: dict[str, ChunkWatch] = {}
         self._waiting: set[Task] = set()
@@ -60,6 +65,55 @@ class Device:
         """
         folder = job_folder_of(record.job.output)
         return self.run(lambda: self._load(allowed_job_path(folder), record, record.plan()))
+
+    def load_images(self, record: JobRecord) -> Future[ImageEngine]:
+        """Load the network of a job over images like `load`."""
+        folder = job_folder_of(record.job.output)
+        return self.run(lambda: self._load_images(allowed_job_path(folder), record))
+
+    def images(self, item: ItemHandle, chunk: Index) -> ImageSession:
+        """Return the network of a job over images, for the batches of one chunk."""
+        return ImageSession(self, item, chunk)
+
+    def compute_images(
+        self, item: ItemHandle, chunk: Index, batch: Sequence[Values]
+    ) -> tuple[Heads, dict[str, float]]:
+        """Wait for the device and run a batch of images; return the heads, and seconds per stage.
+
+        The network is loaded if it is not, also between the batches of a chunk.
+        """
+        task, requested = item.task("infer", chunk), time.time()
+        self._waiting.add(task)
+
+        def run() -> tuple[Heads, dict[str, float]]:
+            acquired = time.time()
+            self._waiting.discard(task)
+            engine = self._image_engine(item)
+            started = time.time()
+            heads = engine(batch)
+            framework_rule.record(item.job.record.job.model)
+            seconds = {
+                "wait": acquired - requested,
+                "load": started - acquired,
+                "compute": time.time() - started,
+            }
+            return heads, seconds
+
+        return self.run(run).result()
+
+    def _image_engine(self, item: ItemHandle) -> ImageEngine:
+        job = item.job
+        key = _job_key(job.folder.path, job.record)
+        engine = self._engines.get(key)
+        if engine is None or isinstance(engine, InferenceEngine):
+            engine = self._load_images(job.folder.path, job.record)
+        self._engines.move_to_end(key)
+        return engine
+
+    def _load_images(self, folder: str, record: JobRecord) -> ImageEngine:
+        from chunkq_worker.images.engine import ImageEngine  # imports an extra
+
+        return self._loaded(folder, record, ImageEngine)
 
     @contextmanager
     def compute_with(
@@ -157,7 +211,7 @@ class Device:
         job, plan = item.job, item.plan
         key = _job_key(job.folder.path, job.record)
         engine = self._borrowed.get(key) or self._engines.get(key)
-        if engine is None:
+        if not isinstance(engine, InferenceEngine):
             engine = self._load(job.folder.path, job.record, plan)
         elif engine.plan != plan:  # another item of the job
             engine = engine.for_plan(plan)
@@ -169,14 +223,36 @@ class Device:
         return engine
 
     def _load(self, folder: str, record: JobRecord, plan: Plan) -> InferenceEngine:
+        return self._loaded(folder, record, lambda accepted: InferenceEngine(accepted, plan))
+
+    def _loaded(self, folder: str, record: JobRecord, create: Callable[[JobRecord], E]) -> E:
+        """Load the network of a job with `create`, in the place of one that is not needed."""
         framework_rule.check(record.job.model)
         while len(self._engines) >= ENGINES_CACHED:
             self._engines.popitem(last=False)[1].close()
         accepted = with_allowed_files(record.job, folder)
         with loading():
-            engine = InferenceEngine(replace(record, job=accepted), plan)
+            engine = create(replace(record, job=accepted))
         self._engines[_job_key(folder, record)] = engine
         return engine
+
+
+class ImageSession:
+    """The network of a job over images, for the batches of one chunk; a `Network` of rows.
+
+    `seconds` are those of all batches, per stage.
+    """
+
+    def __init__(self, device: Device, item: ItemHandle, chunk: Index) -> None:
+        self._device, self._item, self._chunk = device, item, chunk
+        self.seconds = {"wait": 0.0, "load": 0.0, "compute": 0.0}
+
+    def __call__(self, batch: Sequence[Values]) -> Heads:
+        """Return what the network returns for images (C, h, w): (n, ...) per head."""
+        heads, seconds = self._device.compute_images(self._item, self._chunk, batch)
+        for stage, value in seconds.items():
+            self.seconds[stage] += value
+        return heads
 
 
 def _job_key(folder: str, record: JobRecord) -> str:

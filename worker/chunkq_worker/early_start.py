@@ -45,4 +45,6 @@ def _load(record: str) -> None:
     from chunkq.job.record import JobRecord
     from chunkq_worker.device import get_device
 
-    get_device().load(JobRecord.from_json(record.encode())).exception()
+    decoded = JobRecord.from_json(record.encode())
+    load = get_device().load_images if decoded.job.is_image else get_device().load
+    load(decoded).exception()

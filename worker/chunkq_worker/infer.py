@@ -47,6 +47,10 @@ class ComputingStage(InferStage):
         framework_rule.check(item.job.record.job.model)  # again before the network is loaded
         with item.job.check_replaced_on_error():
             try:
+                if item.job.record.job.is_image:
+                    from chunkq_worker.images.compute import compute_rows  # for such jobs only
+
+                    return compute_rows(item, chunk, attempt)
                 return _compute(item, item.plan.chunk(chunk), attempt)
             except ChunkReadError as error:
                 if not forget_incomplete(item):

@@ -107,6 +107,10 @@ def run_check(
     flight. That job is a copy of the record's job with an empty output. With `keeps_batch`, the
     outputs of the batch are kept for the chunk that has it.
     """
+    if record.job.is_image:
+        from chunkq_worker.images.image_check import check_images  # for such jobs only
+
+        return check_images(record, is_timed=depth is not None)
     # Load on the device thread, as a worker does: libraries allocate memory per calling thread.
     on_device = get_device().run
     before = time.perf_counter()

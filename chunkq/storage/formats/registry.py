@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
-
 from chunkq.access import Access, is_forbidden
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.extensions import ExtensionPoint
+from chunkq.lazy_imports import LazyClasses
 from chunkq.paths import is_url, open_filesystem, without_secret
 from chunkq.storage.formats.base import (
     NO_OPTIONS,
@@ -15,29 +14,19 @@ from chunkq.storage.formats.base import (
     missing_error,
     unreadable_error,
 )
-from chunkq.storage.formats.conversion import conversion
-from chunkq.storage.formats.hdf5 import Hdf5Format
-from chunkq.storage.formats.n5 import N5Format
-from chunkq.storage.formats.nifti import NiftiFormat
-from chunkq.storage.formats.npy import NpyFormat
-from chunkq.storage.formats.precomputed import PrecomputedFormat
-from chunkq.storage.formats.tiff import TiffFormat, stack_pattern
-from chunkq.storage.formats.tiff_stack import is_pattern
-from chunkq.storage.formats.zarr import ZarrFormat
-from chunkq.storage.formats.zarr_nodes import member_names, missing_documents
 
-BUILT_IN: MappingProxyType[str, Format] = MappingProxyType(
+BUILT_IN: LazyClasses[Format] = LazyClasses(
     {
-        "npy": NpyFormat(),
-        "nifti": NiftiFormat(),
-        "tiff": TiffFormat(),
-        "hdf5": Hdf5Format(),
-        "zarr": ZarrFormat(),
-        "n5": N5Format(),
-        "precomputed": PrecomputedFormat(),
+        "npy": "chunkq.storage.formats.npy:NpyFormat",
+        "nifti": "chunkq.storage.formats.nifti:NiftiFormat",
+        "tiff": "chunkq.storage.formats.tiff:TiffFormat",
+        "hdf5": "chunkq.storage.formats.hdf5:Hdf5Format",
+        "zarr": "chunkq.storage.formats.zarr:ZarrFormat",
+        "n5": "chunkq.storage.formats.n5:N5Format",
+        "precomputed": "chunkq.storage.formats.precomputed:PrecomputedFormat",
     }
 )
-"""Formats by name, in the order in which they are asked."""
+"""Formats by name, in the order in which they are asked; many commands need none of them."""
 EXTENSIONS = ExtensionPoint(
     "chunkq.formats", Format, "input: format", StoreError, frozenset(BUILT_IN)
 )
@@ -53,7 +42,7 @@ def format_of(path: str, options: Options = NO_OPTIONS) -> str:
     failure: StoreError | None = None
     for name, built_in in BUILT_IN.items():
         try:
-            if built_in.detects(path, options):
+            if built_in().detects(path, options):
                 return name
         except StoreError as error:  # for example the scheme of the URL
             failure = error
@@ -77,7 +66,7 @@ def format_of(path: str, options: Options = NO_OPTIONS) -> str:
 def format_named(name: str) -> Format:
     """Return a format by the name that `format_of` returned. Raises StoreError if it is missing."""
     if name in BUILT_IN:
-        return BUILT_IN[name]
+        return BUILT_IN[name]()
     if entry_point := EXTENSIONS.find().get(name):
         return EXTENSIONS.create(entry_point)
     raise StoreError(
@@ -88,6 +77,11 @@ def format_named(name: str) -> Format:
 
 def _unclaimed_error(path: str, access: Access) -> StoreError:
     """Return the error for a path in no known format."""
+    from chunkq.storage.formats.conversion import conversion
+    from chunkq.storage.formats.tiff import stack_pattern
+    from chunkq.storage.formats.tiff_stack import is_pattern
+    from chunkq.storage.formats.zarr_nodes import member_names, missing_documents
+
     filesystem, inner = open_filesystem(path, access)
     if is_pattern(path):
         return StoreError(

@@ -9,18 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from typing_extensions import override
 
 from chunkq.access import DEFAULT_ACCESS, Access
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.paths import is_web, join, without_secret
 from chunkq.storage.array import Array
-from chunkq.storage.codecs import DEFAULT_CODEC, Codec
 from chunkq.storage.formats.base import (
     CACHED,
     NO_OPTIONS,
@@ -292,48 +289,6 @@ def _array_error(node: ZarrNode, error: Exception) -> StoreError:
                 code=ErrorCode.PACKAGE_MISSING,
             )
     return metadata_error(node.path, node.name, f"{error}" or type(error).__name__)
-
-
-def array_metadata(
-    name: str,
-    *,
-    shape: Sequence[int],
-    chunks: Sequence[int],
-    shards: Sequence[int] | None = None,
-    dtype: npt.DTypeLike,
-    fill_value: float,
-    zarr_format: Literal[2, 3],
-    axes: Sequence[str] | None,
-    codec: Codec = DEFAULT_CODEC,
-    attributes: Mapping[str, Any] | None = None,
-) -> dict[str, str]:
-    """Return the metadata documents of a new Zarr array, by their paths in its group."""
-    import zarr
-    from zarr.storage import MemoryStore
-
-    if zarr_format == 3:
-        extra: dict[str, Any] = {"dimension_names": axes}
-    else:
-        extra = {"chunk_key_encoding": {"name": "v2", "separator": "/"}}
-    documents: dict[str, Any] = {}
-    zarr.create_array(
-        MemoryStore(documents),
-        name=name,
-        zarr_format=zarr_format,
-        shape=tuple(shape),
-        chunks=tuple(chunks),
-        shards=None if shards is None else tuple(shards),
-        dtype=np.dtype(dtype).name,
-        compressors=codec.compressor(zarr_format),
-        fill_value=fill_value,
-        attributes=dict(attributes or {}),
-        **extra,
-    )
-    return {
-        path: content.to_bytes().decode()
-        for path, content in documents.items()
-        if path.startswith(f"{name}/")
-    }
 
 
 def _image_of(group: ZarrNode) -> MultiscaleImage:

@@ -6,14 +6,17 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 from typing_extensions import override
 from zlib_ng import zlib_ng
 
 from chunkq.geometry.box import Box
 from chunkq.paths import join, open_filesystem
 from chunkq.storage.array import Array, Voxels, box_error
+from chunkq.storage.codecs import DEFAULT_CODEC, Codec
 from chunkq.storage.formats.tensorstore_arrays import kvstore
 from chunkq.storage.formats.zarr_arrays import METADATA_KEYS
 from chunkq.storage.object_grid import ObjectGrid
@@ -29,6 +32,48 @@ PUTS_AT_ONCE = 16
 def object_checksum(crc32: int) -> int:
     """Return the checksum of an object that has this CRC-32: the same, but never `NOT_STORED`."""
     return crc32 or 1
+
+
+def array_metadata(
+    name: str,
+    *,
+    shape: Sequence[int],
+    chunks: Sequence[int],
+    shards: Sequence[int] | None = None,
+    dtype: npt.DTypeLike,
+    fill_value: float,
+    zarr_format: Literal[2, 3],
+    axes: Sequence[str] | None,
+    codec: Codec = DEFAULT_CODEC,
+    attributes: Mapping[str, Any] | None = None,
+) -> dict[str, str]:
+    """Return the metadata documents of a new Zarr array, by their paths in its group."""
+    import zarr
+    from zarr.storage import MemoryStore
+
+    if zarr_format == 3:
+        extra: dict[str, Any] = {"dimension_names": axes}
+    else:
+        extra = {"chunk_key_encoding": {"name": "v2", "separator": "/"}}
+    documents: dict[str, Any] = {}
+    zarr.create_array(
+        MemoryStore(documents),
+        name=name,
+        zarr_format=zarr_format,
+        shape=tuple(shape),
+        chunks=tuple(chunks),
+        shards=None if shards is None else tuple(shards),
+        dtype=np.dtype(dtype).name,
+        compressors=codec.compressor(zarr_format),
+        fill_value=fill_value,
+        attributes=dict(attributes or {}),
+        **extra,
+    )
+    return {
+        path: content.to_bytes().decode()
+        for path, content in documents.items()
+        if path.startswith(f"{name}/")
+    }
 
 
 class WritableArray(Array):

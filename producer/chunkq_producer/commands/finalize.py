@@ -92,10 +92,16 @@ def print_result(job: JobHandle, report: dict[str, Any]) -> None:
         return
     finalized = report["finalized_blocks"]
     blocks = f"{finalized} blocks finalized, " if finalized else ""
+    units = "images" if job.record.job.is_image else "patches"
     print_text(
-        f"complete: {output} ({report['chunks']} chunks, {report['patches']} patches, "
+        f"complete: {output} ({report['chunks']} chunks, {report['patches']} {units}, "
         f"{blocks}{duration(report['wall_seconds'])})"
     )
+    if job.record.job.is_image:
+        from chunkq.image_report import image_lines  # for such jobs only
+
+        for line in image_lines(report["images"]):
+            print_text(line)
     print_text(time_summary(report))
 
 

@@ -58,15 +58,49 @@ model_config:
   max_batch_size: 4
   device: cpu                     # or cuda
 """
+IMAGES_TEMPLATE = """\
+# A chunkq job over images. Relative paths are relative to this file. `chunkq explain` lists all
+# keys, `chunkq explain KEY` describes one. The first line tells editors where the descriptions are.
+
+input: photos/                    # folder, pattern (photos/*.jpg), or CSV or Parquet with a column
+                                  # path; local or s3://bucket/key
+output: predictions.parquet       # or .csv, .jsonl
+inference_type: image             # the network sees each image whole
+
+image:                            # applied in this order
+  mode: RGB                       # or L, RGBA
+  resize: 256                     # shorter side, or [height, width]
+  crop: 224                       # from the center
+  scale: 255                      # divides the pixels
+  mean: [0.485, 0.456, 0.406]     # subtracted, then divided by std
+  std: [0.229, 0.224, 0.225]
+
+classes: classes.txt              # one name per line, a list of names, or their number
+activation: softmax               # sigmoid, or none if the network returns probabilities
+# truth: {regex: "photos/([^/]+)/"}   # true label in the path; or {column: label}
+# top_k: 5
+# max_errors: 100                 # images that may fail
+
+model_config:
+  runtime: torch
+  type: class                     # or torchscript, exported; see `chunkq explain type`
+  class_file: net.py              # Python file with the network
+  class_name: Net
+  checkpoint: net.pt              # torch.save(network.state_dict(), "net.pt")
+  max_batch_size: 32
+  device: cpu                     # or cuda
+"""
 
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path), default=Path("job.yaml"))
-def init(path: Path) -> None:
+@click.option("--images", is_flag=True, help="A job over images that the network sees whole.")
+def init(path: Path, images: bool) -> None:
     """Write a commented job file to PATH (default: job.yaml)."""
+    template = IMAGES_TEMPLATE if images else TEMPLATE
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(SCHEMA_COMMENT.format(url=SCHEMA_FILE.as_uri()) + TEMPLATE)
+            file.write(SCHEMA_COMMENT.format(url=SCHEMA_FILE.as_uri()) + template)
     except FileExistsError:
         raise JobError(
             f"{path}: the file already exists; choose another name", code=ErrorCode.OUTPUT_EXISTS

@@ -32,7 +32,7 @@ from chunkq.queue.contract.executor import DEFAULT_DEPTH_CPU, DEFAULT_DEPTH_GPU,
 from chunkq.storage import chunk_cache
 from chunkq.storage.images import ImageSource
 from chunkq.system.standard_output import print_line, reserve, result_stream
-from chunkq.units import duration, si
+from chunkq.units import device_cost, duration, money, si
 from chunkq_producer.commands.options import (
     config_option,
     input_option,
@@ -91,16 +91,41 @@ def plan(
     loaded_job = load_job(select_job_file(job, config), input=input_, output=output)
     checked = check_job(_with_shapes(loaded_job))
     if plot is not None:
+        if loaded_job.is_image:
+            raise JobError("--plot: draws patches, which a job over images does not have; leave it")
         _save_plot(checked, plot)
     if depth is None:
         depth = default_depth(gpu=not is_cpu_only(checked.record.job))
+    if loaded_job.is_image:
+        _print_image_plan(checked, depth, with_check=with_model_check, as_json=as_json)
+        return
     trial = _run_trial(checked, depth) if with_model_check else None
     if as_json:
         print_line(json.dumps(_values(checked, depth, trial), indent=1))
     else:
-        width = terminal.columns(result_stream())
-        label = LABEL_COLUMNS if width is None or width >= WIDE else NARROW_LABEL_COLUMNS
-        print_line("\n".join(terminal.rows(_rows(checked, depth, trial), width, label=label)))
+        _print_rows(_rows(checked, depth, trial))
+
+
+def _print_image_plan(job: CheckedJob, depth: int, *, with_check: bool, as_json: bool) -> None:
+    """Print the plan of a job over images."""
+    from chunkq.progress_bar import ProgressDisplay
+    from chunkq_producer.check_model import check_model
+    from chunkq_producer.image_plan import image_plan_rows, image_plan_values
+
+    check = None
+    if with_check:
+        with ProgressDisplay() as display:
+            check = check_model(job.record, depth=depth, emit=display)
+    if as_json:
+        print_line(json.dumps(image_plan_values(job, depth, check), indent=1))
+    else:
+        _print_rows(image_plan_rows(job, depth, check))
+
+
+def _print_rows(rows: list[tuple[str, str]]) -> None:
+    width = terminal.columns(result_stream())
+    label = LABEL_COLUMNS if width is None or width >= WIDE else NARROW_LABEL_COLUMNS
+    print_line("\n".join(terminal.rows(rows, width, label=label)))
 
 
 def _with_shapes(job: Job) -> Job:
@@ -243,6 +268,7 @@ def _values(job: CheckedJob, depth: int, trial: Trial | None) -> dict[str, Any]:
     }
     if trial is not None:
         values["model_check"] = trial.as_dict()
+        values["price"] = device_cost(_network_seconds(costs, trial), job.record.job.price)
     return values
 
 
@@ -284,7 +310,9 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
         rows.append(("note", STOCHASTIC))
     rows += [("warning", line) for line in job.all_warnings]
     if trial is not None:
-        rows += _trial_rows(costs, trial)
+        rows += _trial_rows(costs, trial, job.record.job.price)
+    elif job.record.job.price is not None:
+        rows.append(("price", "unknown until --check-model has timed the network"))
     if share > MAX_SHARE_TO_FINALIZE:
         rows.append(
             (
@@ -547,16 +575,24 @@ def _size(source: ImageSource, selected: Axis) -> int:
     return next(axis.size for axis in source.axes if axis.kind == selected.kind)
 
 
-def _trial_rows(costs: Costs, trial: Trial) -> list[tuple[str, str]]:
+def _network_seconds(costs: Costs, trial: Trial) -> float:
+    """Return the time of the network alone for all patches on one device."""
+    return costs.patches * trial.patches.batch_seconds / trial.check.batch
+
+
+def _trial_rows(costs: Costs, trial: Trial, price: float | None) -> list[tuple[str, str]]:
     check, patches = trial.check, trial.patches
     seconds_per_patch = patches.batch_seconds / check.batch
+    seconds = _network_seconds(costs, trial)
+    cost = device_cost(seconds, price)
     rows = [
         ("network", f"on {check.device}, loaded in {check.load_seconds:.3g} s; shapes are valid"),
         ("one patch", f"{seconds_per_patch:.3g} s, in batches of {check.batch}"),
         (
             "network alone",
-            f"{duration(max(1, costs.patches * seconds_per_patch))} for all patches on one device",
+            f"{duration(max(1, seconds))} for all patches on one device",
         ),
+        *([] if cost is None else [("price", f"{money(cost)} for the network alone")]),
         ("peak memory", peak_memory(trial, finalizes=costs.finalized_blocks > 0)),
         *check.values.rows(),
     ]

@@ -12,7 +12,6 @@ import click
 
 from chunkq.access import DEFAULT_ACCESS
 from chunkq.errors import ChunkqError, ErrorCode, StoreError
-from chunkq.job.exports import file_name
 from chunkq.paths import is_url, without_secret
 from chunkq.system.standard_output import print_line, print_text
 from chunkq_producer.commands.options import job_at, json_option, output_argument
@@ -42,7 +41,13 @@ def view(
     The data are served to this machine only, below a random path, until Ctrl-C.
     """
     job = job_at(output)
-    if file_name(job.record) is not None:
+    if job.record.job.is_image:
+        path = without_secret(job.folder.output)
+        raise StoreError(
+            f"output: {path} is a table; open it with a program for tables, such as pandas",
+            code=ErrorCode.STORE_UNSUPPORTED,
+        )
+    if job.record.file_name is not None:
         path = without_secret(job.folder.output)
         raise StoreError(
             f"output: {path} is not a Zarr output; open it in a program for its format, or convert "

@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -19,10 +19,15 @@ from chunkq.units import PREFIXES, seconds, si
 from chunkq_producer.reports.job_report import JobReport
 from chunkq_producer.reports.rows import STAGE_LABELS, bytes_labels
 
+if TYPE_CHECKING:
+    from chunkq.images.scores import Accuracy
+
 FIGURE_WIDTH = 8.0
 """Inches."""
 MAX_BARS = 64
 """Workers in a plot; of more workers, an evenly spaced selection by utilization is plotted."""
+MAX_NAMED_LABELS, MAX_NUMBERED_LABELS = 60, 15
+"""Labels of a confusion matrix up to which it shows their names, and the numbers of images."""
 BLUE = "#0072B2"
 COLORS = {
     "compute": BLUE,
@@ -52,11 +57,11 @@ def style() -> AbstractContextManager[None]:
     return rc_context(STYLE)
 
 
-def speed_chart(timing: Timing) -> Markup:
+def speed_chart(timing: Timing, unit: str = "patches") -> Markup:
     """Plot over time the speed, the workers at work and the devices that compute."""
     timeline = timing.timeline
-    unit, name = _time_unit(timing.work_seconds)
-    edges = np.arange(len(timeline.workers) + 1) * timeline.bin_seconds / unit
+    scale, name = _time_unit(timing.work_seconds)
+    edges = np.arange(len(timeline.workers) + 1) * timeline.bin_seconds / scale
     figure = Figure(figsize=(FIGURE_WIDTH, 4.2), layout="constrained")
     speed, workers = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     speed.stairs(timeline.patches_per_second, edges, fill=True, color=BLUE)
@@ -65,7 +70,7 @@ def speed_chart(timing: Timing) -> Markup:
     speed.yaxis.set_major_locator(MaxNLocator(5))
     speed.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / factor:g}"))
     speed.set_ylim(bottom=0)
-    speed.set_ylabel(f"{prefix}patches/s")
+    speed.set_ylabel(f"{prefix}{unit}/s")
     workers.stairs(timeline.workers, edges, fill=True, color="#d9d9d9", label="at work")
     workers.stairs(timeline.computing, edges, fill=True, color=BLUE, label="computing")
     workers.yaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -165,6 +170,28 @@ def bytes_chart(timing: Timing) -> Markup:
         for key, label in labels.items()
     )
     return _svg(figure, f"Measured and planned bytes: {summary}.")
+
+
+def confusion_chart(accuracy: Accuracy) -> Markup:
+    """Plot the confusion matrix: the share of each true label that was predicted as each label."""
+    counts = accuracy.counts.astype(np.float64)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    labels, size = accuracy.labels, len(accuracy.labels)
+    side = min(FIGURE_WIDTH, 2.5 + 0.35 * size)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(picture, shrink=0.7, label="share of the true label")
+    axes.set_xlabel("predicted label")
+    axes.set_ylabel("true label")
+    if size <= MAX_NAMED_LABELS:
+        axes.set_xticks(range(size), labels, rotation=90)
+        axes.set_yticks(range(size), labels)
+    if size <= MAX_NUMBERED_LABELS:
+        for (row, column), number in np.ndenumerate(accuracy.counts):
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, f"{number}", ha="center", va="center", color=color)
+    return _svg(figure, f"Confusion matrix of {size} labels")
 
 
 def _svg(figure: Figure, alt: str) -> Markup:

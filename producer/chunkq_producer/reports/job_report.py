@@ -15,6 +15,7 @@ from chunkq.paths import without_secret
 from chunkq.plan.output_text import stored_text
 from chunkq.stages.completion import job_completion
 from chunkq.timing.timing import Timing, Worker
+from chunkq.units import device_cost
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,24 @@ class JobReport:
     sealed: bool
     values: dict[str, Any]
     timing: Timing
+    price: float | None = None
+    """Price of a device for an hour."""
+
+    @property
+    def images(self) -> dict[str, Any] | None:
+        """The figures of a job over images, see `image_values`; None for another job."""
+        return self.values.get("images")
+
+    @property
+    def unit(self) -> str:
+        """What patches are: `images` in a job over images."""
+        return "patches" if self.images is None else "images"
+
+    @property
+    def cost(self) -> float | None:
+        """Price of the time of all workers, each with one device; None without a price."""
+        seconds = sum(worker.seconds for worker in self.timing.workers.values())
+        return device_cost(seconds, self.price)
 
     @property
     def conclusion(self) -> str:
@@ -72,12 +91,15 @@ class JobReport:
                 if not self.missing
                 else f"incomplete, {chunk_count(self.missing)} missing"
             )
-        blocks = f"{timing.finalized_blocks} of {timing.planned_blocks} blocks finalized"
-        return f"so far: {timing.chunks} of {timing.planned_chunks} chunks done, {blocks}"
+        done = f"so far: {timing.chunks} of {timing.planned_chunks} chunks done"
+        if self.images is not None:
+            return done
+        return f"{done}, {timing.finalized_blocks} of {timing.planned_blocks} blocks finalized"
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {"output": self.output, "sealed": self.sealed, **self.values}
+        cost = {} if self.price is None else {"price": self.price, "cost": self.cost}
+        return {"output": self.output, "sealed": self.sealed, **self.values, **cost}
 
     def labels(self) -> dict[str, str]:
         """Return a label for every worker: host and device, plus a suffix if several share them."""
@@ -91,18 +113,18 @@ class JobReport:
 
 def load_job_report(job: JobHandle) -> JobReport:
     """Read the report of a job, or compute it from the commit records if there is none."""
-    output = without_secret(job.folder.output)
+    output, price = without_secret(job.folder.output), job.record.job.price
     report = job.ledger.read_report()
     if report is not None:
         try:
-            return JobReport(output, True, report, _timing(report))
+            return JobReport(output, True, report, _timing(report), price)
         except ValueError:  # written by an older version
             missing = report["missing"]
             values = job_report(job) | {"missing": missing}
-            return JobReport(output, True, values, _timing(values))
+            return JobReport(output, True, values, _timing(values), price)
     values = job_report(job, job_completion(job).missing())
     sealed = job.ledger.is_sealed() and job.output.is_sealed()  # only the report is damaged
-    return JobReport(output, sealed, values, _timing(values))
+    return JobReport(output, sealed, values, _timing(values), price)
 
 
 def _timing(report: dict[str, Any]) -> Timing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from functools import cache
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -39,17 +40,32 @@ def page(report: JobReport) -> str:
                 timing=timing,
                 started=time.strftime("%Y-%m-%d %H:%M", time.localtime(timing.started)),
                 charts=charts,
-                headlines=headlines(timing),
+                headlines=headlines(report),
                 stages=stage_rows(timing),
                 straggler_columns=STRAGGLER_COLUMNS,
                 stragglers=straggler_rows(report, len(timing.stragglers.worst)),
-                planned=plan_rows(timing),
-                memory=memory(timing),
+                planned=plan_rows(report),
+                memory=memory(report),
                 fetched=fetched(timing),
                 workers=workers,
                 omitted=omitted,
+                images=None if report.images is None else _images(report),
             )
         )
+
+
+def _images(report: JobReport) -> dict[str, Any]:
+    """Return what the page shows of a job over images."""
+    # For such jobs only: they import pyarrow, an extra.
+    from chunkq.image_report import image_lines
+    from chunkq_producer.reports.image_rows import CLASS_COLUMNS, accuracy, class_rows
+
+    return {
+        "lines": image_lines(report.images or {}),
+        "columns": CLASS_COLUMNS,
+        "classes": class_rows(report),
+        "accuracy": accuracy(report),
+    }
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from chunkq.timing.timing import STAGES, Timing, Worker
-from chunkq.units import count, seconds, si
+from chunkq.units import count, money, seconds, si
 from chunkq_producer.reports.job_report import JobReport
 
 Rows = list[tuple[str, ...]]
@@ -32,16 +32,20 @@ STAGE_LABELS = {
 STRAGGLER_COLUMNS = ("chunk", "worker", "attempt", "patches", "time", "expected", "cause")
 
 
-def plan_rows(timing: Timing) -> Rows:
+def plan_rows(report: JobReport) -> Rows:
     """Return rows of (label, measured, planned, measured as a percentage of the plan)."""
+    timing = report.timing
     counts = {
         "chunks": (timing.chunks, timing.planned_chunks),
-        "patches": (timing.patches, timing.planned_patches),
-        "blocks finalized": (timing.finalized_blocks, timing.planned_blocks),
+        report.unit: (timing.patches, timing.planned_patches),
     }
+    if report.images is None:
+        counts["blocks finalized"] = timing.finalized_blocks, timing.planned_blocks
     rows: Rows = [
         (label, *map(count, pair), _percent_of_plan(*pair)) for label, pair in counts.items()
     ]
+    if report.images is not None:  # the sizes of files are unknown, and nothing is merged
+        return [*rows, ("input read", si(timing.bytes["input"], "B"), "", "")]
     if timing.skipped_patches:
         rows.insert(2, ("empty patches", count(timing.skipped_patches), "", ""))
     levels = timing.levels
@@ -105,10 +109,14 @@ def straggler_rows(report: JobReport, max_rows: int) -> Rows:
     ]
 
 
-def memory(timing: Timing) -> str:
+def memory(report: JobReport) -> str:
     """Return the peak memory of a worker process and the planned size of its arrays."""
+    timing = report.timing
+    peak = f"at most {si(timing.peak_rss_bytes, 'B')} per worker process"
+    if report.images is not None:
+        return peak
     return (
-        f"at most {si(timing.peak_rss_bytes, 'B')} per worker process; planned for "
+        f"{peak}; planned for "
         f"{timing.chunks_in_flight} chunks in flight: {si(timing.planned_array_bytes, 'B')}, plus "
         "libraries and network"
     )
@@ -126,20 +134,24 @@ def fetched(timing: Timing) -> str | None:
     return text
 
 
-def headlines(timing: Timing) -> Rows:
+def headlines(report: JobReport) -> Rows:
     """Return rows of (label, main figure)."""
+    timing = report.timing
+    output = ("output", si(timing.voxels_per_second, "voxels/s"))
     rows: Rows = [
         ("time", seconds(timing.wall_seconds)),
         ("chunks", count(timing.chunks)),
-        ("patches", count(timing.patches)),
-        ("speed", si(timing.patches_per_second, "patches/s")),
-        ("output", si(timing.voxels_per_second, "voxels/s")),
+        (report.unit, count(timing.patches)),
+        ("speed", si(timing.patches_per_second, f"{report.unit}/s")),
+        *([] if report.images is not None else [output]),
         ("workers", count(len(timing.workers))),
         ("devices computed", f"{timing.worker_time_shares.get('compute', 0.0):.0%}"),
         ("waiting for last worker", seconds(timing.tail_seconds)),
         ("finalizing after last chunk", seconds(timing.finalizing.seconds_after)),
         ("retried chunks", count(timing.retried)),
     ]
+    if report.cost is not None:
+        rows.append(("price of the devices", money(report.cost)))
     if timing.paused_seconds > 0.01 * timing.wall_seconds:
         rows.append(("paused", seconds(timing.paused_seconds)))
     return rows

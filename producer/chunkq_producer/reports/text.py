@@ -25,7 +25,7 @@ from chunkq_producer.reports.rows import (
     worker_rows,
 )
 
-MAX_WORKERS, MAX_STRAGGLERS = 12, 8
+MAX_WORKERS, MAX_STRAGGLERS, MAX_CLASSES = 12, 8, 20
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -40,13 +40,14 @@ def text(report: JobReport) -> RenderableType:
     if report.advice:
         parts.append(Text(report.advice, style="green"))
     parts += [Text(f"warning: {line}", style="yellow") for line in report.warnings]
+    parts += _images(report)
     if not timing.chunks:
         return Group(*parts)
-    parts += _section("", FittingTable((), headlines(timing), wraps=(0,)))
+    parts += _section("", FittingTable((), headlines(report), wraps=(0,)))
     parts += _section("time of the workers", FittingTable((), _shares(report), wraps=(0,)))
     if timing.timeline.patches_per_second:
         line = Text(_sparkline(timing.timeline.patches_per_second), no_wrap=True, overflow="crop")
-        peak = si(max(timing.timeline.patches_per_second), "patches/s")
+        peak = si(max(timing.timeline.patches_per_second), f"{report.unit}/s")
         parts += _section(f"speed over {seconds(timing.work_seconds)}, at most {peak}", line)
     quantiles = timing.durations.quantiles["own"]
     median, most = seconds(quantiles["0.5"]), seconds(quantiles["0.99"])
@@ -61,9 +62,9 @@ def text(report: JobReport) -> RenderableType:
         parts.append(Text(f"and {omitted} more"))
     parts += _stragglers(report)
     parts += _section(
-        "", FittingTable(("", "measured", "planned", ""), plan_rows(timing), wraps=(0,))
+        "", FittingTable(("", "measured", "planned", ""), plan_rows(report), wraps=(0,))
     )
-    parts += _section("", Text(f"memory: {memory(timing)}"))
+    parts += _section("", Text(f"memory: {memory(report)}"))
     if text := fetched(timing):
         parts += _section("", Text(f"fetched: {text}"))
     parts += [Text(f"stored: {line}") for line in report.outputs]
@@ -71,6 +72,25 @@ def text(report: JobReport) -> RenderableType:
     if report.is_stochastic:
         parts.append(Text(STOCHASTIC))
     return Group(*parts)
+
+
+def _images(report: JobReport) -> list[RenderableType]:
+    """Return how many images failed, the accuracy and what each class was taken for."""
+    if report.images is None:
+        return []
+    # For such jobs only: they import pyarrow, an extra.
+    from chunkq.image_report import image_lines
+    from chunkq_producer.reports.image_rows import CLASS_COLUMNS, class_rows, confusion_rows
+
+    parts: list[RenderableType] = [Text(line) for line in image_lines(report.images)]
+    if (rows := class_rows(report)) is not None:
+        classes = FittingTable(CLASS_COLUMNS, rows[:MAX_CLASSES], left=(0, 5), wraps=(5,))
+        parts += _section("classes, the most frequent first", classes)
+        if (omitted := len(rows) - MAX_CLASSES) > 0:
+            parts.append(Text(f"and {omitted} more"))
+    if (table := confusion_rows(report)) is not None:
+        parts += _section("true labels (rows) and predictions (columns)", FittingTable(*table))
+    return parts
 
 
 def _shares(report: JobReport) -> Rows:

@@ -58,7 +58,7 @@ FAULTS = (
     Fault(
         "file-not-compared-with-its-record",
         "chunkq/job/exported_output.py",
-        "return bool(commits) and commits[0].moved.get(SIZE) == size",
+        "return bool(commits) and commits[0].moved.get(FILE_SIZE) == size",
         "return bool(commits)",
         "a truncated file counts as complete",
         named(EXPORTED, "gone_or_changed"),

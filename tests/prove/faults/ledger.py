@@ -80,8 +80,8 @@ FAULTS = (
     Fault(
         "old-plan-of-a-replaced-job",
         "chunkq/job/job_handle.py",
-        ".record.epoch != record.epoch:",
-        '.record.epoch == "":',
+        "(first.epoch != second.epoch or first.job != second.job)",
+        'first.epoch == ""',
         "a worker that keeps running computes the new job with the old one's plan",
         named(RESUME, "replaced_job"),
     ),

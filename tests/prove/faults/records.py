@@ -253,8 +253,8 @@ FAULTS = (
     Fault(
         "time-left-counts-chunks",
         "producer/chunkq_producer/job_status.py",
-        "seconds_left=patches_left / rate",
-        "seconds_left=remaining / rate",
+        "seconds_left = patches_left / rate",
+        "seconds_left = remaining / rate",
         "the remaining time is that of chunks, which have different numbers of patches",
         ("tests/unit/test_job_status.py",),
     ),

@@ -141,6 +141,11 @@ def tune(
     """
     reserve()
     base_job = load_job(job, input=input_, output=output)
+    if base_job.is_image:
+        raise JobError(
+            "inference_type: tune measures patches of volumes, found a job over images; set "
+            "max_batch_size by the times of `chunkq plan --check-model`"
+        )
     limits = _limits(base_job, max_time, memory, device_memory)
     request = TuneRequest(
         _parse_patch_sizes(patch_sizes),

@@ -1,0 +1,148 @@
+"""Rules of jobs with `inference_type: image`: which keys they have, and what fits together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from chunkq.images.image_spec import ImageSpec
+from chunkq.job.output_name import table_suffix
+from chunkq.paths import without_secret
+
+if TYPE_CHECKING:
+    from chunkq.job.job_file import Job
+
+IMAGE = "image"
+"""The inference type of jobs whose network sees each image whole."""
+IMAGE_KEYS = frozenset({"image", "truth", "top_k", "keep", "max_errors"})
+"""Keys that only these jobs have."""
+SHARED_KEYS = frozenset(
+    {
+        "input", "output", "queue", "cluster", "hardware", "inference_type", "chunksize",
+        "activation", "classes", "threads", "dask_config", "ray_config", "price", "model",
+    }
+)  # fmt: skip
+"""Keys that have a meaning in both kinds of jobs."""
+VOLUME_MODEL_KEYS = ("lost_dim", "join_dim")
+"""Keys of `model_config` that only jobs over volumes have."""
+VOLUME_INPUT_KEYS = ("axes", "level", "channels", "time", "order", "orientation")
+"""Keys of `input` that only jobs over volumes have."""
+
+
+def with_image_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a job with those that follow from others in an image job.
+
+    Scores are those of `softmax`, and the input of the network has the size of `image`. Other
+    jobs, and values of a wrong type, stay unchanged.
+    """
+    result = dict(values)
+    if values.get("inference_type") != IMAGE:
+        return result
+    result.setdefault("activation", "softmax")
+    model, image = values.get("model_config"), values.get("image", {})
+    if isinstance(model, Mapping) and "model_input_shape" not in model:
+        shape = _input_shape(image)
+        if shape is not None:
+            result["model_config"] = {**model, "model_input_shape": shape}
+    return result
+
+
+def _input_shape(image: object) -> list[int] | None:
+    """Return the shape [C, h, w] of the section `image`; None if sizes vary.
+
+    An invalid section, which is refused, has any shape: the missing one is no mistake of its own.
+    """
+    from chunkq.job.image_config import ImageConfig
+
+    try:
+        spec = ImageConfig.model_validate(image).spec()
+    except ValueError:
+        return [3, 1, 1]
+    return None if spec.size is None else [spec.channels, *spec.size]
+
+
+def kind_problems(job: Job) -> list[str]:
+    """Return one line per key that belongs to the other kind of job."""
+    fields = type(job).model_fields
+    if job.inference_type != IMAGE:
+        return [
+            f"{key}: unsupported for inference_type {job.inference_type}; remove it, or use "
+            f"inference_type {IMAGE}"
+            for key in sorted(IMAGE_KEYS)
+            if getattr(job, key) != fields[key].default
+        ]
+    problems = [
+        f"{fields[key].alias or key}: unsupported for inference_type {IMAGE}, whose images are not "
+        "cut into patches; remove it"
+        for key in fields
+        if key not in SHARED_KEYS | IMAGE_KEYS and getattr(job, key) != fields[key].default
+    ]
+    problems += [
+        f"model_config.{key}: unsupported for inference_type {IMAGE}; remove it"
+        for key in VOLUME_MODEL_KEYS
+        if getattr(job.model, key) is not None
+    ]
+    problems += [
+        f"input.{key}: unsupported for inference_type {IMAGE}; remove it"
+        for config in job.inputs
+        for key in VOLUME_INPUT_KEYS
+        if getattr(config, key) is not None
+    ]
+    return list(dict.fromkeys(problems))
+
+
+def image_problems(job: Job) -> list[str]:
+    """Return one line per mistake in the keys of an image job."""
+    problems = [] if job.image is None else job.image.problems()
+    if job.truth is not None:
+        problems += job.truth.problems()
+    if job.chunksize is not None and len(job.chunksize) != 1:
+        problems.append(
+            f"chunksize: found {len(job.chunksize)} entries; expected 1, the number of images of "
+            "a chunk"
+        )
+    if len({config.access for config in job.inputs}) > 1:
+        problems.append(
+            "input: anonymous and requester_pays differ between the inputs; use equal ones, or a "
+            "job for each"
+        )
+    if table_suffix(job.output) is None:
+        problems.append(
+            f"output: {without_secret(job.output)} is no table; use a name that ends in .parquet, "
+            ".csv or .jsonl"
+        )
+    if job.keep == "features":
+        used = {"classes": job.classes, "truth": job.truth}
+        problems += [
+            f"{key}: unsupported beside keep: features, which stores the outputs of the network "
+            "and no classes; remove one of them"
+            for key, value in used.items()
+            if value is not None
+        ]
+    if not problems:
+        problems += _shape_problems(job, job.image_spec)
+    return problems
+
+
+def _shape_problems(job: Job, spec: ImageSpec) -> list[str]:
+    """Return a line if the network's input cannot be what `image` makes of a picture."""
+    shape, size = job.model.model_input_shape, spec.size
+    key = "model_config.model_input_shape"
+    if len(shape) != 3:
+        return [
+            f"{key}: found {len(shape)} entries, {list(shape)}; expected the channels, the height "
+            "and the width of an image"
+        ]
+    orders = [shape] if job.model.runtime in ("torch", "numpy") else [shape, shape[-1:] + shape[:2]]
+    fitting = [one for one in orders if one[0] == spec.channels]
+    if not fitting:
+        return [
+            f"{key}: {list(shape)} has {shape[0]} channels first, but images have {spec.channels} "
+            f"in mode {spec.mode}; set image.mode, or fix the shape"
+        ]
+    if size is not None and all(one[1:] != size for one in fitting):
+        return [
+            f"{key}: {list(shape)} does not have the size of the images, {list(size)} after "
+            "image.resize and image.crop; fix one of them, or remove the shape"
+        ]
+    return []

@@ -1,0 +1,89 @@
+"""Tables of a job over images: merge the results of its chunks in the order of the list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from chunkq.errors import ErrorCode, IncompleteError, PieceError
+from chunkq.images.result_table import write_table
+from chunkq.job.exports import ERRORS_NUMBER, ExportedFile, exported_files
+from chunkq.job.job_handle import ItemHandle, JobHandle
+from chunkq.job.output_name import table_suffix
+from chunkq.paths import without_secret
+from chunkq.plan.plan import Index
+
+PIECE = "rows"
+"""Name of the piece of a chunk: its table of results, and that of its errors, as Parquet files."""
+
+
+def put_results(item: ItemHandle, chunk: Index, tables: Sequence[bytes]) -> tuple[int, int]:
+    """Store the tables of a chunk; return their size (bytes) and CRC-32."""
+    arrays = [np.frombuffer(table, np.uint8) for table in tables]
+    info = item.ledger.put_piece(chunk, PIECE, arrays)
+    return info.size, info.crc32
+
+
+def write_file(
+    item: ItemHandle, file: ExportedFile, path: str, report: Callable[[int, int], None]
+) -> None:
+    """Write a table of a job at a temporary path. `report` gets the chunks that are merged.
+
+    Raises PieceError if the results of chunks are lost, after deleting their commit records, and
+    IncompleteError if more images failed than the job allows.
+    """
+    job = item.job
+    if file.number != ERRORS_NUMBER:
+        _check_errors(job)
+    number = 0 if file.number != ERRORS_NUMBER else 1
+    suffix = table_suffix(file.path)
+    if suffix is None:
+        raise ValueError("the output of the job is no table")
+    with open(path, "wb") as target:
+        write_table(_parts(item, number, report), suffix, target)
+
+
+def _parts(item: ItemHandle, number: int, report: Callable[[int, int], None]) -> Iterator[pa.Table]:
+    """Yield a table of each chunk in the order of the list."""
+    chunks, problems = list(item.tasks.chunks()), dict[Index, PieceError]()
+    for done, chunk in enumerate(chunks):
+        try:
+            arrays, _ = item.ledger.get_piece(chunk, PIECE)
+        except PieceError as error:
+            problems[chunk] = error
+            continue
+        if not problems:
+            yield pq.read_table(pa.BufferReader(arrays[number].tobytes()))
+        report(done + 1, len(chunks))
+    if problems:
+        item.ledger.delete_commits("infer", problems)
+        lost = ", ".join(map(item.chunk_name, problems))
+        raise PieceError(
+            f"{next(iter(problems.values()))}; chunk {lost} must be computed again",
+            tuple(problems),
+        )
+
+
+def _check_errors(job: JobHandle) -> None:
+    """Raise IncompleteError if more images failed than the job allows."""
+    limit = job.record.job.max_errors
+    if limit is None:
+        return
+    errors = sum(c.errors for item in job.items for c in item.ledger.read_commits("infer"))
+    if errors > limit:
+        raise IncompleteError(
+            f"max_errors: {errors} images failed, more than {limit}, so the table is not written; "
+            f"their errors are in {errors_path(job)}. To write it nevertheless, raise max_errors "
+            "and run the job again; to compute all images again, use --overwrite",
+            [],
+            code=ErrorCode.TOO_MANY_ERRORS,
+        )
+
+
+def errors_path(job: JobHandle) -> str:
+    """Return the path of the table of errors, for messages."""
+    file = next(f for f in exported_files(job.record) if f.number == ERRORS_NUMBER)
+    return without_secret(file.path)

@@ -1,0 +1,130 @@
+"""Rows of jobs over images: true labels, the stored table, the plan of the rows."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chunkq.errors import ErrorCode, JobError
+from chunkq.job.image_rows import ImageRows, find_rows, sample_paths
+from chunkq.job.job_file import Job, load_job
+from chunkq.job.row_plan import default_rows, row_plan
+from chunkq.plan.footprint import footprint
+from chunkq.plan.plan import Volume
+
+
+def job(table: Path, **keys: Any) -> Job:
+    return load_job(
+        {
+            "input": str(table),
+            "output": "/out.csv",
+            "inference_type": "image",
+            "image": {"crop": 8},
+            "model_config": {
+                "runtime": "numpy", "type": "class", "class_file": "/n.py", "class_name": "n",
+            },
+        }
+        | keys
+    )  # fmt: skip
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    columns = {
+        "path": ["cat/1.png", "dog/2.png", "3.png"],
+        "label": ["cat", "dog", None],
+        "number": pa.array([0, 1, None], pa.int16()),
+        "size": [1.5, 2.5, 3.5],
+        "wrong": [0, 1, 2],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "list.parquet")
+    return tmp_path / "list.parquet"
+
+
+@pytest.mark.parametrize(
+    ("keys", "labels"),
+    [
+        ({"truth": {"column": "label"}}, ["cat", "dog", None]),
+        ({"truth": {"column": "number"}}, ["0", "1", None]),
+        ({"truth": {"column": "number"}, "classes": ["cat", "dog"]}, ["cat", "dog", None]),
+        ({"truth": {"regex": "(cat|dog)/"}, "classes": ["cat", "dog"]}, ["cat", "dog", None]),
+    ],
+)
+def test_true_labels_are_names_numbers_or_parts_of_the_path(
+    table: Path, keys: dict[str, Any], labels: list[Any]
+) -> None:
+    rows = find_rows(job(table, **keys))
+    assert rows.truth is not None
+    assert rows.truth.to_pylist() == labels
+    assert rows.listed.column_names == ["path", "label", "number", "size", "wrong"]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"truth": {"column": "missing"}},
+        {"truth": {"column": "size"}},
+        {"truth": {"column": "label"}, "classes": ["cat", "cow"]},
+        {"truth": {"column": "wrong"}, "classes": ["cat", "dog"]},
+        {"truth": {"regex": "(nowhere)"}},
+    ],
+)
+def test_truth_that_does_not_fit_the_list_is_refused(table: Path, keys: dict[str, Any]) -> None:
+    with pytest.raises(JobError) as caught:
+        find_rows(job(table, **keys))
+    assert caught.value.code is ErrorCode.IMAGE_LIST_INVALID
+
+
+def test_stored_rows_are_read_back_and_damage_is_found(table: Path) -> None:
+    rows = find_rows(job(table, truth={"column": "label"}))
+    content = rows.to_bytes()
+    assert ImageRows.from_bytes(content).table.equals(rows.table)
+    middle = len(content) // 4
+    broken = content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
+    with pytest.raises((OSError, ValueError)):
+        ImageRows.from_bytes(broken)
+
+
+def test_the_source_changes_with_every_cell_of_the_list(table: Path) -> None:
+    def identity() -> str | None:
+        return find_rows(job(table)).source("/list").identity()
+
+    before = identity()
+    assert identity() == before
+    columns = pq.read_table(table)
+    pq.write_table(columns.set_column(3, "size", pa.array([1.5, 2.5, 3.25])), table)
+    assert identity() != before
+
+
+def test_a_sample_is_spread_over_the_list() -> None:
+    paths = [str(n) for n in range(1000)]
+    source = ImageRows(pa.table({"path": paths})).source("/list")
+    sample = [int(path) for path in sample_paths(source)]
+    assert (sample[0], sample[-1]) == (0, 999)
+    assert max(b - a for a, b in pairwise(sample)) < 100
+
+
+def test_a_chunk_of_rows_needs_no_memory_to_be_finalized() -> None:
+    plan = row_plan(job(Path("/list.csv")), Volume((100,), "uint8"))
+    assert footprint(plan).finalizing == 0
+
+
+KEYS = job(Path("/list.csv"))
+
+
+@given(st.integers(1, 10**5), st.integers(1, 300))
+def test_chunks_are_whole_batches_and_cover_each_row_once(rows: int, batch: int) -> None:
+    size = default_rows(rows, batch)
+    assert size == rows or size % batch == 0
+    assert size < 1024 + batch
+    plan = row_plan(KEYS.model_copy(update={"chunksize": (size,)}), Volume((rows,), "uint8"))
+    assert plan.costs.chunks == -(-rows // size)
+    assert plan.costs.patches == rows
+    assert plan.costs.finalized_blocks == 0
+    last = plan.chunk((plan.costs.chunks - 1,))
+    assert (last.block.start[0], last.block.stop[0]) == (rows - last.patches, rows)

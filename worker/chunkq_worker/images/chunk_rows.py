@@ -1,0 +1,86 @@
+"""Table of a chunk: what is stored of the outputs of a network for some rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from chunkq.errors import ModelError
+from chunkq.images.image_error import ImageError
+from chunkq.images.result_table import ChunkResult, chunk_result
+from chunkq.job.image_rows import ImageRows, score_spec
+from chunkq.job.job_file import Job
+from chunkq_worker.images.rows import FailedRow, Result
+
+OUTPUTS = {"logits": "logits", "features": "features"}
+"""Value of `keep` -> column with the outputs of the network, flattened, float32."""
+
+
+def chunk_rows(job: Job, rows: ImageRows, first: int, results: Iterable[Result]) -> ChunkResult:
+    """Return the tables of the rows of a chunk, of which `first` is the number of the first one.
+
+    `results` has one result per row, numbered from 0. Raises ModelError if the outputs are no
+    scores of the job's classes.
+    """
+    good: list[int] = []
+    failed: list[tuple[int, ImageError]] = []
+    outputs: list[npt.NDArray[np.float32]] = []
+    for result in results:
+        if isinstance(result, FailedRow):
+            failed.append((result.row, result.error))
+        else:
+            good.append(result.row)
+            outputs.append(np.asarray(result.values[0], np.float32))
+    columns = columns_of(job, outputs)
+    if (truth := rows.truth) is not None:
+        labels = truth.take(pa.array(good, pa.int64()))
+        correct = [
+            None if true is None else true == label
+            for true, label in zip(labels.to_pylist(), columns["label"].to_pylist(), strict=True)
+        ]
+        columns |= {"truth": labels, "correct": pa.array(correct, pa.bool_())}
+    return chunk_result(rows.listed, first, columns, good, failed)
+
+
+def columns_of(job: Job, outputs: Sequence[npt.NDArray[np.float32]]) -> dict[str, pa.Array]:
+    """Return the columns of the outputs of the network for some images, one array per image.
+
+    Raises ModelError if they are no scores of the job's classes.
+    """
+    columns: dict[str, pa.Array] = {}
+    if job.keep != "features":
+        scores = [np.squeeze(values) if values.ndim > 1 else values for values in outputs]
+        scores = [np.atleast_1d(values) for values in scores]
+        for values in scores:
+            _check_scores(job, values)
+        spec, count = score_spec(job), len(scores[0]) if scores else 1
+        table = np.stack(scores) if scores else np.zeros((0, count), np.float32)
+        columns = spec.columns(table)
+    if job.keep in OUTPUTS:
+        lists = [values.reshape(-1) for values in outputs]
+        columns[OUTPUTS[job.keep]] = pa.array(lists, pa.list_(pa.float32()))
+    return columns
+
+
+def _check_scores(job: Job, values: npt.NDArray[np.float32]) -> None:
+    """Raise ModelError unless an output has one score per class."""
+    if values.ndim != 1:
+        raise ModelError(
+            f"the network returned shape {list(values.shape)} for an image; expected one score per "
+            "class; use keep: features to store any outputs"
+        )
+    classes = len(job.classes) if isinstance(job.classes, tuple) else job.classes
+    is_binary = classes == 2 and len(values) == 1
+    if classes is not None and len(values) != classes and not is_binary:
+        raise ModelError(
+            f"classes: found {classes}, but the network returns {len(values)} scores for an image; "
+            "fix one of them"
+        )
+    if len(values) == 1 and job.activation == "softmax":
+        raise ModelError(
+            "activation: softmax of a single score is always 1; use sigmoid, or keep: features for "
+            "a network that returns no scores"
+        )

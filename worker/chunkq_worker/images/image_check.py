@@ -1,0 +1,100 @@
+"""Check of the network of a job over images, on some images of the list."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from statistics import median
+
+import numpy as np
+
+from chunkq.errors import ErrorCode, ModelError
+from chunkq.job.image_rows import sample_paths
+from chunkq.job.record import JobRecord
+from chunkq.model_check import ModelCheck, PatchCheck, ValueCheck
+from chunkq.system.memory import peak_bytes
+from chunkq_worker.device import get_device
+from chunkq_worker.images.chunk_rows import columns_of
+from chunkq_worker.images.compute import readers, row_inputs
+from chunkq_worker.images.engine import Heads, ImageEngine
+from chunkq_worker.images.rows import FailedRow, RowOutput, Values, run_rows
+from chunkq_worker.output_checks import MAX_DIFFERENCE, relative_difference
+
+ROUNDS = 3
+"""Number of timed batches; the median is reported."""
+
+
+def check_images(record: JobRecord, *, is_timed: bool = False) -> ModelCheck:
+    """Load the network and run it on images of the list; raise ChunkqError if it is unusable.
+
+    Images that cannot be read are left out. If all of the sample are, the network runs on zeros.
+    """
+    job, device = record.job, get_device()
+    before = time.perf_counter()
+    engine = device.load_images(record).result()
+    load_seconds = time.perf_counter() - before
+    loaded_bytes, batches = peak_bytes(), list[Sequence[Values]]()
+    size = job.model.max_batch_size
+
+    def network(batch: Sequence[Values]) -> Heads:
+        batches.append(batch)
+        return device.run(lambda: engine(batch)).result()
+
+    inputs = row_inputs(job, sample_paths(record.sources[0])[:size])
+    results = list(
+        run_rows(inputs, job.image_spec, network, max_batch_size=size, threads=readers(job))
+    )
+    outputs = [one.values[0] for one in results if isinstance(one, RowOutput)]
+    refused = [one.error for one in results if isinstance(one, FailedRow)]
+    if not batches:
+        shape = engine.input_shape
+        outputs = [network([np.zeros(shape, np.float32)])[0][0]]
+    elif not outputs and all(error.code is ErrorCode.IMAGE_UNSUITABLE for error in refused):
+        raise ModelError(f"{refused[0]}")
+    columns_of(job, [np.asarray(values, np.float32) for values in outputs])
+    check_repeated(engine, batches[0], is_stochastic=job.model.stochastic)
+    return ModelCheck(
+        batch=len(batches[0]),
+        device=engine.runtime.device,
+        load_seconds=load_seconds,
+        loaded_bytes=loaded_bytes,
+        peak_bytes=peak_bytes(),
+        device_bytes=engine.runtime.device_bytes(),
+        notes=tuple(engine.runtime.notes()),
+        values=ValueCheck(_span(batches[0]), _span(outputs), has_preprocessing=False),
+        patches=_timed(engine, batches[0]) if is_timed else None,
+    )
+
+
+def check_repeated(engine: ImageEngine, batch: Sequence[Values], *, is_stochastic: bool) -> None:
+    """Raise ModelError if the network returns other outputs for a batch that it gets again."""
+    if is_stochastic:
+        return
+    run = get_device().run
+    first, second = (run(lambda: engine(batch)).result() for _ in range(2))
+    pairs = zip(first, second, strict=True)
+    if any(relative_difference(a, b) > MAX_DIFFERENCE for a, b in pairs):
+        raise ModelError(
+            "the network returns different outputs for one batch; switch its random layers off, or "
+            "set model_config.stochastic: true",
+            code=ErrorCode.MODEL_RANDOM,
+        )
+
+
+def _timed(engine: ImageEngine, batch: Sequence[Values]) -> PatchCheck:
+    seconds: list[float] = []
+    for _ in range(ROUNDS):
+        before = time.perf_counter()
+        heads = get_device().run(lambda: engine(batch)).result()
+        seconds.append(time.perf_counter() - before)
+    largest = max(float(np.nanmax(np.abs(head), initial=0.0)) for head in heads)
+    is_finite = all(bool(np.isfinite(head).all()) for head in heads)
+    return PatchCheck(len(batch), median(seconds), is_finite, largest)
+
+
+def _span(arrays: Sequence[Values]) -> tuple[float, float] | None:
+    """Return the smallest and the largest value of arrays, None without any."""
+    if not arrays:
+        return None
+    lows, highs = zip(*((float(np.min(a)), float(np.max(a))) for a in arrays), strict=True)
+    return min(lows), max(highs)
