@@ -70,6 +70,11 @@ class EarlyStart:
         process, self._process = self._process, None
         return process
 
+    def end(self) -> None:
+        """End the process, unless it was taken."""
+        if (process := self.take()) is not None:
+            process.end()
+
 
 @contextmanager
 def early_start(engine: str | None, queue: str | None, workers: int | None) -> Iterator[EarlyStart]:
@@ -84,5 +89,4 @@ def early_start(engine: str | None, queue: str | None, workers: int | None) -> I
     try:
         yield start
     finally:
-        if (process := start.take()) is not None:
-            process.end()
+        start.end()

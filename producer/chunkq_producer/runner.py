@@ -32,12 +32,15 @@ def run_job(
     its check, ChunkqError if workers end with an error, and InterruptedRunError after a signal.
     Error lines of workers are notes of the raised error.
     """
+    start = start or EarlyStart()
     selected = select_engine(job, engine, queue, options.workers)
+    if not selected.starts_early:
+        start.end()
     if selected.step is not None and selected.step.rank > 0:
         from chunkq_producer.run_steps import follow
 
         return follow(job, selected.name, selected.step, options, emit)
-    with early_workers(job, selected, options, emit, start or EarlyStart()) as early:
+    with early_workers(job, selected, options, emit, start) as early:
         # Imported here, while the workers import their libraries.
         from chunkq_producer.run_steps import run_steps
 

@@ -1,14 +1,20 @@
 """Which options of a run let its workers start before the job file is read."""
 
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 from chunkq_producer import early_process
-from chunkq_producer.early_process import early_start
+from chunkq_producer.early_process import EarlyStart, early_start
+from chunkq_producer.runner import run_job
+from chunkq_producer.worker_command import RunOptions
 from chunkq_worker.child_process import ChildProcess
 
+from chunkq.job.events import ignore
+from chunkq.job.job_file import parse_job
 from chunkq.queue.registry import QUEUE_VARIABLE
+from tests.harness.networks import toy_model
 
 REDIS = "redis://host/0"
 
@@ -53,6 +59,25 @@ def test_a_process_that_is_taken_is_not_ended_with_its_context() -> None:
             assert start.take() is process.start.return_value
             assert start.take() is None
         process.start.return_value.end.assert_not_called()
+
+
+def test_a_process_ends_as_soon_as_the_job_names_another_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(QUEUE_VARIABLE, raising=False)
+    values = {
+        "input": "in.zarr", "output": "out.zarr", "queue": "inprocess://run",
+        "model_config": toy_model(tmp_path, (8, 8)),
+    }  # fmt: skip
+    process = mock.Mock()
+
+    def steps(*arguments: Any, **options: Any) -> None:
+        process.end.assert_called_once_with()
+
+    with mock.patch("chunkq_producer.run_steps.run_steps", steps):
+        start = EarlyStart(process)
+        run_job(parse_job(values), options=RunOptions(), emit=ignore, start=start)
+    process.end.assert_called_once_with()
 
 
 def test_a_process_changes_the_variables_that_differ() -> None:
