@@ -62,11 +62,11 @@ class EarlyProcess:
 class EarlyStart:
     """An early process of a run, until the run uses it."""
 
-    def __init__(self, process: EarlyProcess | None = None) -> None:
-        self._process = process
+    def __init__(self, process: EarlyProcess) -> None:
+        self._process: EarlyProcess | None = process
 
     def take(self) -> EarlyProcess | None:
-        """Return the process, which the caller ends; None if there is none."""
+        """Return the process, which the caller ends; None if it was taken or has ended."""
         process, self._process = self._process, None
         return process
 
@@ -77,15 +77,20 @@ class EarlyStart:
 
 
 @contextmanager
-def early_start(engine: str | None, queue: str | None, workers: int | None) -> Iterator[EarlyStart]:
+def early_start(
+    engine: str | None, queue: str | None, workers: int | None
+) -> Iterator[EarlyStart | None]:
     """Start a process for the workers of a run; end it unless it is taken.
 
-    The arguments are the values of the command's options. Without a process if they, or the
-    environment, name a queue whose workers start in another way. The job file can do so too.
+    The arguments are the values of the command's options. Yields None if they, or the environment,
+    name a queue whose workers start in another way. The job file can do so too.
     """
     scheme = (queue or os.environ.get(QUEUE_VARIABLE) or "sqlite").partition("://")[0]
     is_likely = engine in (None, *WITH_PROCESSES) and scheme in SCHEMES
-    start = EarlyStart(EarlyProcess.start(workers) if is_likely else None)
+    if not is_likely:
+        yield None
+        return
+    start = EarlyStart(EarlyProcess.start(workers))
     try:
         yield start
     finally:

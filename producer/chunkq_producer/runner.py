@@ -26,15 +26,14 @@ def run_job(
 ) -> RunResult:
     """Produce, compute and finalize a job. An interrupted run continues with the same call.
 
-    The workers use the process of `start`, if it has one.
+    The workers use the process of `start`, if it is not None.
 
     Raises the errors of checking, producing and finalizing a job, ModelError if the network fails
     its check, ChunkqError if workers end with an error, and InterruptedRunError after a signal.
     Error lines of workers are notes of the raised error.
     """
-    start = start or EarlyStart()
     selected = select_engine(job, engine, queue, options.workers)
-    if not selected.starts_early:
+    if start is not None and not selected.starts_early:
         start.end()
     if selected.step is not None and selected.step.rank > 0:
         from chunkq_producer.run_steps import follow

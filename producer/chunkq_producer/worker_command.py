@@ -215,17 +215,18 @@ class WorkerCommand(Workers):
 
 @contextmanager
 def early_workers(
-    job: Job, engine: Engine, options: RunOptions, emit: Sink, start: EarlyStart
+    job: Job, engine: Engine, options: RunOptions, emit: Sink, start: EarlyStart | None
 ) -> Iterator[WorkerCommand | None]:
     """Yield workers that load the libraries of a job while the job is checked.
 
-    The process of `start` is used, if it has one. Yields None if the engine starts its workers in
-    another way. Workers whose work has not begun end with the context.
+    The process of `start` is used, if it is not None. Yields None if the engine starts its workers
+    in another way. Workers whose work has not begun end with the context.
     """
     if engine.url is None or not engine.starts_early:
         yield None
         return
-    process = start.take() or EarlyProcess.start(options.workers)
+    process = None if start is None else start.take()
+    process = process or EarlyProcess.start(options.workers)
     variables = {QUEUE_VARIABLE: engine.url}
     workers = WorkerCommand(work_options(job, options), variables, emit, process)
     try:

@@ -40,7 +40,7 @@ sys.stderr.write("a warning of the network\\n")
 
 def trace(event):
     with open(os.environ["NET_TRACE"], "a") as file:
-        file.write(f"{event} {os.getpid()} {os.environ['CHUNKQ_THREADS']}")
+        file.write(f"{event} {os.getpid()} {os.environ.get('CHUNKQ_THREADS')}")
         file.write(f" visible:{os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
 
 

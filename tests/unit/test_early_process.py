@@ -56,6 +56,7 @@ def test_workers_start_early_if_they_are_processes_of_this_machine(
 def test_a_process_that_is_taken_is_not_ended_with_its_context() -> None:
     with mock.patch.object(early_process, "EarlyProcess") as process:
         with early_start("sqlite", "sqlite:///queue.db", None) as start:
+            assert start is not None
             assert start.take() is process.start.return_value
             assert start.take() is None
         process.start.return_value.end.assert_not_called()
