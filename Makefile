@@ -9,7 +9,7 @@ DEMO := demo
 RESULTS := benchmarks/results
 # Duration of make prove PART=soak
 MINUTES := 30
-PROOFS := mutations dask fleet frameworks oldest ray slurm soak tune verify view
+PROOFS := mutations dask fleet frameworks images oldest ray slurm soak tune verify view
 OLDEST := $(VENV)/oldest
 
 # The tests import ONNX Runtime directly; chunkq also sets this variable.
@@ -21,10 +21,11 @@ comma := ,
 export no_proxy := $(addsuffix $(comma),$(or $(no_proxy),$(NO_PROXY)))localhost,127.0.0.1,::1
 export NO_PROXY := $(no_proxy)
 
-.PHONY: help demo check test prove fuzz parity lint dist docs containers bench picture clean
+.PHONY: help demo digits check test prove fuzz parity lint dist docs containers bench picture clean
 
 help:
 	@echo "make demo    install, run the brain demo, show the result (first time: minutes)"
+	@echo "make digits  install, classify a folder of handwritten digits, show the accuracy"
 	@echo "make check   lint, types and the tests without a server (2 minutes)"
 	@echo "make test    install all requirements of the tests, check and test all (12 minutes)"
 	@echo "make prove PART=NAME  a longer proof: $(PROOFS)"
@@ -59,6 +60,17 @@ $(VENV)/template/made: $(VENV)/made constraints.txt
 	@$(INSTALL) --no-deps --upgrade --target $(VENV)/template nilearn || $(NOT_INSTALLED)
 	@touch $@
 
+# In a separate folder: only scikit-learn's file of digits is needed, without its dependencies.
+$(VENV)/digits/made: $(VENV)/made constraints.txt
+	@echo "downloading handwritten digits (scikit-learn's data files, 9 MB)"
+	@$(INSTALL) --no-deps --upgrade --target $(VENV)/digits scikit-learn || $(NOT_INSTALLED)
+	@touch $@
+
+$(VENV)/digits-installed: $(VENV)/made pyproject.toml constraints.txt
+	@echo "installing chunkq, ONNX Runtime, Pillow and pyarrow (downloads 150 MB, 400 MB on disk)"
+	@$(INSTALL) --editable '.[onnx,images]' || $(NOT_INSTALLED)
+	@touch $@
+
 $(VENV)/dist-installed: $(VENV)/made constraints.txt
 	@echo "installing build, hatchling and twine (downloads 8 MB, 36 MB on disk)"
 	@$(INSTALL) build hatchling twine || $(NOT_INSTALLED)
@@ -89,6 +101,15 @@ demo: $(VENV)/demo-installed $(VENV)/template/made
 	  $(DEMO)/brain_truth.zarr $(DEMO)/tissues.png
 	@echo "picture: $(DEMO)/tissues.png"
 
+digits: $(VENV)/digits-installed $(VENV)/digits/made
+	@echo "1. the images: handwritten digits as PNG files, one of them broken"
+	@PYTHONPATH=$(VENV)/digits $(BIN)/python examples/digits/prepare.py $(DEMO)/digits
+	@echo "2. the job: 13 chunks of 64 images, 2 workers, the embedded queue"
+	@queue=$$(mktemp -d) && trap 'rm -rf "$$queue"' EXIT && \
+	  $(BIN)/chunkq run examples/digits/job.yaml -i $(DEMO)/digits -o $(DEMO)/digits.csv \
+	  -w 2 --queue "sqlite://$$queue/queue.db"
+	@echo "table: $(DEMO)/digits.csv"
+
 lint: $(VENV)/test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -102,7 +123,7 @@ check: lint
 	$(PYTEST) -m "not server" tests/unit benchmarks/tests tests/contract/test_executor_contract.py \
 	  tests/contract/test_executor_model.py tests/contract/test_executor_sqlite.py
 
-test: lint
+test: lint $(VENV)/digits/made
 	$(PYTEST) --durations-file=$(VENV)/durations.json
 
 # The lowest versions that pyproject.toml allows, in a separate environment.
@@ -144,7 +165,7 @@ containers: $(VENV)/test-installed
 	$(BIN)/python -m pytest tests/containers/test_compose_up.py
 
 # One part: make bench PARTS=network
-PARTS := network startup hotpath borders workers predictions planning queues queue_scale gpu
+PARTS := network startup hotpath borders workers images predictions planning queues queue_scale gpu
 
 bench: $(VENV)/test-installed
 	@mkdir -p $(RESULTS)

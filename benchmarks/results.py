@@ -30,6 +30,10 @@ LONG = {
     "checkerboard": "eight checkerboard layers",
     "every_patch": "every patch stored",
 }
+IMAGE_PARTS = {
+    "network": "a network that takes most of the time",
+    "decoder": "a network without cost",
+}
 BLUE, GREY = "#00798c", "#9a9a9a"
 Values = Any
 
@@ -226,6 +230,32 @@ def workers(results: Values, folder: Path) -> list[str]:
     )
 
 
+def images(results: Values, folder: Path) -> list[str]:
+    """Return the comparison with a plain loop over a DataLoader and with Ray Data."""
+    targets = {"loader": ("a loop over a DataLoader", 0.95), "ray": ("Ray Data", 1.0)}
+    rows = []
+    for part, figures in results.items():
+        for other, (label, least) in targets.items():
+            ratios = figures["ratios"][other]
+            ratio = statistics.median(ratios)
+            rows.append(
+                (
+                    f"{label}, {IMAGE_PARTS[part]}",
+                    *(f"{figures['rate'][name]:.1f}/s" for name in ("chunkq", other)),
+                    f"{ratio:.3f}",
+                    f"{len(ratios)}, {min(ratios):.2f} to {max(ratios):.2f}",
+                    f"{statistics.median(figures['command_ratios'][other]):.3f}",
+                    f"{least:.2f}",
+                    verdict(ratio >= least),
+                )
+            )
+    heads = (
+        "compared with", "chunkq", "other", "ratio of images per second", "rounds",
+        "of whole commands", "at least", "",
+    )  # fmt: skip
+    return table(heads, rows)
+
+
 def queues(results: Values, folder: Path) -> list[str]:
     """Return the figures of the queues, including busy shares of the device."""
     heads = ("part", "queue", "measured", "value", "unit", "target", "")
@@ -390,6 +420,7 @@ SECTIONS: dict[str, tuple[str, Section]] = {
     "hotpath": ("Where the seconds go", hotpath),
     "borders": ("Border protocols", borders),
     "workers": ("One worker and two", workers),
+    "images": ("Photographs, against a loop over a DataLoader and Ray Data", images),
     "queues": ("Queues, and the device kept busy", queues),
     "queue_scale": ("Queues at 10⁴ to 10⁶ tasks", queue_scale),
     "planning": ("Planning", planning),

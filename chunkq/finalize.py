@@ -9,7 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 from chunkq import __version__, json_values
-from chunkq.errors import ChunkReadError, ErrorCode, IncompleteError, PieceError, StoreError
+from chunkq.errors import (
+    ChunkReadError,
+    ErrorCode,
+    IncompleteError,
+    JobError,
+    PieceError,
+    StoreError,
+)
 from chunkq.job.events import Sink, StageProgress, ignore
 from chunkq.job.job_handle import ItemHandle, JobHandle
 from chunkq.job.model_config import STOCHASTIC
@@ -57,8 +64,14 @@ def finalize_job(
     with the code RESULTS_LOST if pieces or commit records are damaged: all other blocks are
     complete then, and the chunks to compute again have no commit record. Raises StoreError if an
     input or the metadata of the output were replaced, MissingJobError if the job was replaced.
+    Raises JobError for `allow_missing` of a job over images.
     """
     job.check_unchanged()
+    if allow_missing and job.record.job.is_image:
+        raise JobError(
+            "--allow-missing: the table of a job over images is written when all chunks are done; "
+            "leave it out, and run `chunkq work` for those that are missing"
+        )
     completion = check_completion(job, allow_missing=allow_missing)
     missing = completion.missing()
     warnings = _check_inputs(job)

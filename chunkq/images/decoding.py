@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from functools import cache
 from io import BytesIO
 from typing import Any
 
@@ -25,6 +27,14 @@ DEEP_MODES = ("I", "F")
 """First letters of Pillow's modes with more than 8 bits; all of them have one channel."""
 LUMA = np.array([299, 587, 114], np.float64) / 1000
 """Weights of red, green and blue in gray: ITU-R 601-2, as in Pillow."""
+FORMATS = (
+    "JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000", "MPO", "AVIF", "DIB", "TGA",
+    "ICO", "PCX", "SGI", "QOI", "DDS", "PSD",
+)  # fmt: skip
+"""Formats that are opened, as far as Pillow has them. It also knows some that start other programs,
+such as EPS, which runs Ghostscript."""
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+"""Part of messages that differs from process to process."""
 ORIENTATION, BITS_PER_SAMPLE = 0x0112, 0x0102
 """Tags of EXIF and TIFF."""
 
@@ -38,20 +48,21 @@ def decode(content: bytes, mode: Mode) -> Pixels:
     or is the largest value of the dtype (1 for floats). Of a file with several images the first
     one is decoded.
 
-    Raises ImageError if the content is no image, is damaged or too large.
+    Raises ImageError if the content is no image of `FORMATS`, is damaged or too large, with the
+    same message in each process.
     """
     if not content:
         raise ImageError("decode", "the file is empty; replace it")
     try:
         return _decode(content, mode)
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise _too_large() from error
     except UnidentifiedImageError as error:
         raise ImageError("decode", "not an image in a supported format; replace it") from error
     except Exception as error:  # decoders raise errors of many types for damaged files
-        reason = " ".join(f"{error}".split()) or type(error).__name__
+        reason = " ".join(ADDRESS.sub("", f"{error}").split()) or type(error).__name__
         raise ImageError("decode", f"damaged: {reason}; replace it") from error
 
 
@@ -69,7 +80,7 @@ def _decode(content: bytes, mode: Mode) -> Pixels:
         # Pillow reduces colors of 16 bits to 8.
         return _to_mode(_turned(_deep_png(content), _orientation(content)), mode)
     try:
-        image = Image.open(BytesIO(content))
+        image = _open(content)
     except UnidentifiedImageError:
         if content[:4] not in TIFF_SIGNATURES:
             raise
@@ -87,6 +98,17 @@ def _decode(content: bytes, mode: Mode) -> Pixels:
     return pixels.reshape(*pixels.shape[:2], CHANNELS[mode])
 
 
+def _open(content: bytes) -> Image.Image:
+    """Open an image file without decoding it. Raises UnidentifiedImageError and others."""
+    return Image.open(BytesIO(content), formats=_formats())
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def _is_deep_color(image: Image.Image) -> bool:
     """Return whether a TIFF image has colors of more than 8 bits, which Pillow reduces to 8."""
     bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (8,))
@@ -94,7 +116,7 @@ def _is_deep_color(image: Image.Image) -> bool:
 
 
 def _orientation(content: bytes) -> int:
-    with Image.open(BytesIO(content)) as image:
+    with _open(content) as image:
         return int(image.getexif().get(ORIENTATION, 1))
 
 
@@ -111,7 +133,7 @@ def _turned(pixels: Pixels, orientation: int) -> Pixels:
 
 def _deep_png(content: bytes) -> Pixels:
     """Decode a PNG file whose colors have 16 bits."""
-    Image.open(BytesIO(content)).close()  # refuses one that is too large
+    _open(content).close()  # refuses one that is too large
     try:
         import imagecodecs
     except ImportError:

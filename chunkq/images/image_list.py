@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import glob, has_magic
+from pathlib import Path
+from posixpath import normpath
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +19,7 @@ import pyarrow.parquet as pq
 
 from chunkq.access import DEFAULT_ACCESS, Access
 from chunkq.errors import ErrorCode, StoreError
-from chunkq.paths import is_url, join, open_filesystem, read_bytes, without_secret
+from chunkq.paths import absolute, is_url, join, open_filesystem, read_bytes, without_secret
 
 SUFFIXES = (
     ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp",
@@ -44,13 +46,19 @@ class ImageList:
         paths: list[str] = self.table.column(PATH).to_pylist()
         return paths
 
+    def without(self, path: str) -> ImageList:
+        """Return the list without the rows of a path."""
+        is_other = pc.not_equal(self.table.column(PATH), path)
+        return self if pc.all(is_other).as_py() else ImageList(self.table.filter(is_other))
+
 
 def find_images(path: str, access: Access = DEFAULT_ACCESS) -> ImageList:
     """Return the images that a path names: a pattern, a folder, a table or one file.
 
     Files of patterns and folders are sorted by their paths, and those of folders are found in
     folders below too. A table is CSV or Parquet with a column `path`, or text with one path per
-    line; its rows stay in their order, and relative paths start at the table's folder.
+    line, without the spaces around it; its rows stay in their order, and relative paths start at
+    the table's folder.
 
     Raises StoreError if nothing is found, and for a table that cannot be read.
     """
@@ -91,7 +99,8 @@ def _files(path: str, access: Access) -> list[str]:
     filesystem, inner = open_filesystem(path, access)
     scheme = path.partition("://")[0]
     if has_magic(inner):
-        files = filesystem.glob(inner)
+        found = filesystem.glob(inner, detail=True)
+        files = [name for name, info in found.items() if info["type"] == "file"]
     elif scheme not in ("http", "https") and filesystem.isdir(inner):
         files = [name for name in filesystem.find(inner) if _is_image(name)]
     else:
@@ -103,10 +112,20 @@ def _files(path: str, access: Access) -> list[str]:
 def _local_files(path: str) -> list[str]:
     if os.path.isdir(path):
         walk = ((top, name) for top, _, names in os.walk(path) for name in names)
-        return sorted(os.path.join(top, name) for top, name in walk if _is_image(name))
-    if has_magic(path) and not os.path.exists(path):
-        return sorted(name for name in glob(path, recursive=True) if not os.path.isdir(name))
-    return [path] if os.path.lexists(path) else []
+        files = [os.path.join(top, name) for top, name in walk if _is_image(name)]
+    elif has_magic(path) and not os.path.exists(path):
+        files = [name for name in glob(path, recursive=True) if not os.path.isdir(name)]
+    else:
+        return [path] if os.path.lexists(path) else []
+    return sorted(map(_as_text, files))
+
+
+def _as_text(name: str) -> str:
+    """Return a path that is valid Unicode: other bytes of a name are shown, not kept.
+
+    Tables store Unicode, so such a file is an error of its row.
+    """
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def _is_image(name: str) -> bool:
@@ -158,8 +177,8 @@ def _parsed(content: bytes, suffix: str) -> pa.Table:
     if suffix == ".csv":
         options = pa.csv.ConvertOptions(column_types={PATH: pa.string()})
         return pa.csv.read_csv(source, convert_options=options)
-    lines = content.decode().splitlines()
-    return pa.table({PATH: pa.array([line for line in lines if line.strip()], pa.string())})
+    lines = (line.strip() for line in content.decode("utf-8-sig").split("\n"))
+    return pa.table({PATH: pa.array([line for line in lines if line], pa.string())})
 
 
 def _plain_strings(table: pa.Table) -> pa.Table:
@@ -175,17 +194,36 @@ def _plain_strings(table: pa.Table) -> pa.Table:
 def _absolute_paths(table: pa.Table, source: str) -> pa.Table:
     """Return a table with the column `path` first, relative paths joined to the table's folder."""
     folder = source.rpartition("/")[0]
-    paths = [_joined(folder, path) for path in table.column(PATH).to_pylist()]
+    is_local = not is_url(folder)
+    paths = [
+        # Most rows of a long list are relative paths: no function is called for them.
+        f"{folder}/{path}" if is_local and path and path[0] != "/" and "://" not in path
+        else _absolute_path(folder, path)
+        for path in table.column(PATH).to_pylist()
+    ]  # fmt: skip
     others = [name for name in table.column_names if name != PATH]
     columns: dict[str, Any] = {PATH: pa.array(paths, pa.string())}
     return pa.table(columns | {name: table.column(name) for name in others})
 
 
-def _joined(folder: str, path: str | None) -> str:
-    """Return an absolute path. A missing one is empty, and is an error of its row."""
-    if not path or is_url(path) or path.startswith("/"):
-        return path or ""
-    return join(folder, path)
+def _absolute_path(folder: str, path: str | None) -> str:
+    """Return an absolute path. A missing one is empty, and is an error of its row.
+
+    `file://` becomes a local path, so that it has the limits of one. `..` stays in local paths,
+    where it can follow a link, and is resolved in the keys of a bucket.
+    """
+    if not path:
+        return ""
+    if is_url(path):
+        return absolute(path, Path("/"))
+    if path.startswith("/"):
+        return path
+    joined = join(folder, path)
+    if ".." not in joined.split("/"):
+        return joined
+    scheme, _, rest = joined.partition("://")
+    bucket, _, key = rest.partition("/")
+    return f"{scheme}://{bucket}{normpath(f'/{key}')}"
 
 
 def truth_of(images: ImageList, *, regex: str | None, column: str | None) -> pa.Array:

@@ -5,56 +5,72 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from typing import Any
 
-from chunkq.access import DEFAULT_ACCESS, Access
+from chunkq.access import BUCKET_SCHEMES, DEFAULT_ACCESS, S3_SCHEMES, Access, is_forbidden
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.images.image_error import ImageError
-from chunkq.paths import is_url, open_filesystem
+from chunkq.paths import WEB_SCHEMES, is_url, mask_secrets, open_filesystem, without_secret
 
 MAX_BYTES = 1 << 30
 """Largest file that is read as one image."""
+KNOWN_SCHEMES = BUCKET_SCHEMES | WEB_SCHEMES
+"""Schemes whose missing package is no mistake in the list."""
 OF_PATHS = frozenset(
-    {errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO,
-     errno.ENODEV, errno.EOPNOTSUPP}
+    {errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV,
+     errno.EOPNOTSUPP}
 )  # fmt: skip
 """Errors of a path that no file has, or that is none of a file. Others are those of a storage."""
 
 
 def read_image(path: str, access: Access = DEFAULT_ACCESS) -> bytes:
-    """Return the content of a file. Raises ImageError if it is missing, unreadable or too large.
+    """Return the content of a file.
 
-    A local path must be a regular file: a device or a pipe could be read forever. Raises OSError
-    if the storage fails, such as a server that does not answer, and StoreError if a package is
-    missing: no image is the cause.
+    Raises ImageError if the path names no file, or one that is unreadable or too large: the
+    messages are the same on each machine. Raises StoreError if the storage fails, such as a server
+    that does not answer or a disk with errors, which says nothing about the image.
+
+    A local path must be a regular file: a device or a pipe could be read forever.
     """
     if not path:
         raise ImageError("list", "the row has no path; fill it", code=ErrorCode.IMAGE_MISSING)
     try:
         return _remote(path, access) if is_url(path) else _local(path)
-    except ImageError:
+    except (ImageError, StoreError, MemoryError):
         raise
     except FileNotFoundError as error:
         if _is_unreachable(error):
-            raise
-        raise ImageError("read", "missing; fix the path", code=ErrorCode.IMAGE_MISSING) from error
-    except StoreError as error:
-        if error.code is ErrorCode.PACKAGE_MISSING:
-            raise
-        raise ImageError("read", str(error), code=error.code) from error
-    except PermissionError as error:
-        if is_url(path) and "token" in f"{error}".lower():  # credentials that have expired
-            raise
-        raise ImageError(
-            "read",
-            "not readable by this user; change its permissions",
-            code=ErrorCode.IMAGE_MISSING,
-        ) from error
-    except (OSError, ValueError) as error:  # ValueError: a null character in a path
-        if isinstance(error, OSError) and error.errno not in OF_PATHS:
-            raise
-        raise ImageError(
-            "read", f"not readable: {error}; fix the path", code=ErrorCode.IMAGE_MISSING
-        ) from error
+            raise _failed(path, error) from error
+        raise _missing("missing") from error
+    except ValueError as error:  # a null character, or a URL without an object
+        raise _missing("no path of a file") from error
+    except OSError as error:
+        is_local = not is_url(path)
+        if error.errno in OF_PATHS or (is_local and error.errno == errno.EINVAL):
+            raise _missing(f"not readable: {os.strerror(error.errno or 0)}") from error
+        # Credentials that have expired are no property of an image.
+        is_denied = isinstance(error, PermissionError) if is_local else is_forbidden(error)
+        if is_denied:
+            raise ImageError(
+                "read",
+                "not readable by this user; change its permissions",
+                code=ErrorCode.IMAGE_MISSING,
+            ) from error
+        raise _failed(path, error) from error
+    except Exception as error:  # each file system raises different errors
+        raise _failed(path, error) from error
+
+
+def _missing(reason: str) -> ImageError:
+    return ImageError("read", f"{reason}; fix the path", code=ErrorCode.IMAGE_MISSING)
+
+
+def _failed(path: str, error: Exception) -> StoreError:
+    """Return the error of a storage that fails."""
+    reason = " ".join(mask_secrets(f"{error}", path).split()) or type(error).__name__
+    return StoreError(
+        f"{without_secret(path)}: cannot be read: {reason}; fix the storage, and retry the chunk"
+    )
 
 
 def _is_unreachable(error: FileNotFoundError) -> bool:
@@ -67,27 +83,65 @@ def _is_unreachable(error: FileNotFoundError) -> bool:
 def _local(path: str) -> bytes:
     # Without O_NONBLOCK, opening a pipe waits for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise ImageError(
-                "read", "not a regular file; fix the path", code=ErrorCode.IMAGE_MISSING
-            )
+            raise _missing("not a regular file")
         _check_size(status.st_size)
-        return file.read(MAX_BYTES)
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(MAX_BYTES)
+    finally:
+        os.close(descriptor)
 
 
 def _remote(path: str, access: Access) -> bytes:
-    filesystem, inner = open_filesystem(path, access)
+    scheme = path.partition("://")[0]
+    if "::" in path and scheme not in S3_SCHEMES:  # fsspec takes it for a chain
+        raise _refused("chained URLs are unsupported")
+    try:
+        filesystem, inner = open_filesystem(path, access)
+    except StoreError as error:
+        if scheme not in KNOWN_SCHEMES and not _is_supported(scheme):
+            raise _refused(f"the scheme {scheme} is unsupported") from error
+        raise
+    if scheme in BUCKET_SCHEMES:
+        return _object(filesystem, inner)
     _check_size(filesystem.size(inner) or 0)
     content: bytes = filesystem.cat_file(inner)
     return content
+
+
+def _is_supported(scheme: str) -> bool:
+    """Return whether fsspec has a file system for a scheme, whose package is installed."""
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except (ImportError, ValueError):
+        return False
+    return True
+
+
+def _object(filesystem: Any, inner: str) -> bytes:
+    """Return an object of a bucket by one request; asking for the size is another one."""
+    try:
+        content: bytes = filesystem.cat_file(inner, start=0, end=MAX_BYTES + 1)
+    except OSError as error:
+        if error.errno != errno.EINVAL or filesystem.size(inner) != 0:
+            raise
+        return b""  # no part of an empty object can be asked for
+    _check_size(len(content))
+    return content
+
+
+def _refused(reason: str) -> ImageError:
+    return ImageError("read", f"{reason}; fix the path", code=ErrorCode.STORE_UNUSABLE)
 
 
 def _check_size(size: int) -> None:
     if size > MAX_BYTES:
         raise ImageError(
             "read",
-            f"{size} bytes are more than the {MAX_BYTES} of one image; use a volume job",
+            f"more than the {MAX_BYTES} bytes of one image; use a volume job",
             code=ErrorCode.IMAGE_TOO_LARGE,
         )

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from chunkq.errors import ErrorCode, JobError
+from chunkq.errors import ErrorCode, JobError, StoreError
 from chunkq.geometry.axes import Axis
 from chunkq.images.image_list import PATH, ImageList, find_images, join_lists
 from chunkq.images.scores import ScoreSpec
@@ -102,6 +102,13 @@ def find_rows(job: Job) -> ImageRows:
     fit it.
     """
     images = join_lists([find_images(config.path, config.access) for config in job.inputs])
+    # A pattern can match the output of the job's last run, which would make it another job.
+    images = images.without(job.output)
+    if not len(images):
+        raise StoreError(
+            "input: names no image but the output; fix the path or the pattern",
+            code=ErrorCode.IMAGE_LIST_INVALID,
+        )
     if job.truth is None:
         return ImageRows(images.table)
     names = job.classes if isinstance(job.classes, tuple) else ()

@@ -16,7 +16,7 @@ from PIL import Image
 
 import chunkq
 from chunkq.create import check_job, create_job
-from chunkq.errors import ErrorCode, IncompleteError, ModelError
+from chunkq.errors import ErrorCode, IncompleteError, JobError, ModelError
 from chunkq.finalize import finalize_job
 from chunkq.job.job_file import load_job
 from chunkq.job.job_handle import open_job
@@ -226,6 +226,26 @@ def test_images_and_table_can_be_in_a_bucket(tmp_path: Path, damaged: dict[str, 
             rows = pq.read_table(file).to_pylist()
     assert len(rows) == 12
     assert rows[0]["path"].startswith("s3://lab/photos/blue/")
+
+
+def test_the_plan_counts_images_and_chunks_and_writes_nothing(
+    tmp_path: Path, damaged: dict[str, str]
+) -> None:
+    workspace = Workspace(tmp_path, photo_job(tmp_path, price=1.0))
+    workspace.write_job()
+    plan = json.loads(workspace.call("plan", "job.json", "--json").ok().out)
+    assert (plan["images"], plan["chunks"], plan["chunksize"]) == (15, 4, [4])
+    assert (plan["truth"], plan["input_shape"], plan["price"]) == (15, [3, SIZE, SIZE], None)
+    assert workspace.call("plan", "job.json").ok().out.startswith("input")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_table_of_some_of_the_images_is_not_written(
+    tmp_path: Path, damaged: dict[str, str]
+) -> None:
+    job = create_job(check_job(load_job(photo_job(tmp_path))))
+    with pytest.raises(JobError):
+        finalize_job(job, worker="inline", allow_missing=True)
 
 
 def test_status_and_report_speak_of_images(tmp_path: Path, damaged: dict[str, str]) -> None:

@@ -37,6 +37,7 @@ from tests.prove.faults import (
     files,
     finished_outputs,
     geometry,
+    images,
     ingest,
     ledger,
     notebook,
@@ -54,6 +55,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FAULTS: tuple[Fault, ...] = (
     *axes.FAULTS,
     *geometry.FAULTS,
+    *images.FAULTS,
     *ingest.FAULTS,
     *blending.FAULTS,
     *empty_space.FAULTS,

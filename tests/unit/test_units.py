@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chunkq.units import PREFIXES, count, duration, seconds, si
+from chunkq.units import PREFIXES, count, device_cost, duration, money, seconds, si
 
 
 @pytest.mark.parametrize(
@@ -70,3 +70,14 @@ def test_short_durations_have_up_to_three_digits(value: float, text: str) -> Non
 
 def test_thousands_of_a_count_are_separated() -> None:
     assert count(1234567) == "1\N{NARROW NO-BREAK SPACE}234\N{NARROW NO-BREAK SPACE}567"
+
+
+def test_devices_cost_their_hours_and_nothing_is_known_without_a_price() -> None:
+    assert device_cost(1800, 2.0, 3) == 3.0
+    assert device_cost(None, 2.0) is None
+    assert device_cost(1800, None) is None
+
+
+@pytest.mark.parametrize(("value", "text"), [(0, "0.00"), (0.00412, "0.0041"), (12.34, "12.34")])
+def test_small_amounts_of_money_have_two_digits(value: float, text: str) -> None:
+    assert money(value) == text

@@ -5,8 +5,33 @@ from tests.prove.fault import Fault, named
 CONVERT = "tests/integration/test_convert.py"
 EXPORTED = "tests/integration/test_exported_jobs.py"
 WRITERS = "tests/contract/test_writer_contract.py"
+IMAGES = "tests/integration/test_image_jobs.py"
 
 FAULTS = (
+    Fault(
+        "table-of-more-errors-than-allowed",
+        "chunkq/stages/tables.py",
+        "    if errors > limit:",
+        "    if errors > limit + 1:",
+        "a job with too many broken images looks complete",
+        named(IMAGES, "more_errors"),
+    ),
+    Fault(
+        "lost-results-of-images-left-out",
+        "chunkq/stages/tables.py",
+        "            problems[chunk] = error\n",
+        "",
+        "images of a chunk whose results are lost are missing in the table, and nobody says so",
+        named(IMAGES, "is_lost"),
+    ),
+    Fault(
+        "raised-limit-of-errors-is-forgotten",
+        "chunkq/create.py",
+        'UPDATED_KEYS = ("queue", "max_errors", "price")',
+        'UPDATED_KEYS = ("queue", "price")',
+        "a job that ended with too many errors cannot be continued",
+        named(IMAGES, "more_errors"),
+    ),
     Fault(
         "flipped-axis-counted-from-the-wrong-end",
         "chunkq/writers/file_space.py",

@@ -146,3 +146,32 @@ def test_a_file_that_declares_a_huge_image_is_refused_before_it_is_decoded(depth
     with pytest.raises(ImageError) as caught:
         decode(png_that_declares(50_000, 50_000, depth), "RGB")
     assert caught.value.code == ErrorCode.IMAGE_TOO_LARGE
+
+
+def test_a_lack_of_memory_is_no_error_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> Image.Image:
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(MemoryError):
+        decode(b"content", "RGB")
+
+
+def test_the_message_of_a_damaged_image_is_the_same_in_each_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*arguments: object, **options: object) -> Image.Image:
+        raise OSError(f"cannot read {object()}")
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(ImageError) as caught:
+        decode(b"content", "RGB")
+    assert "0x" not in str(caught.value)
+
+
+def test_a_format_that_starts_another_program_is_no_image() -> None:
+    postscript = saved(Image.fromarray(RGB), "EPS")
+    with pytest.raises(ImageError) as caught:
+        decode(postscript, "RGB")
+    assert caught.value.code == ErrorCode.IMAGE_DAMAGED
+    assert "Ghostscript" not in str(caught.value)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -44,6 +46,29 @@ def test_one_file_is_one_row(folder: Path) -> None:
     assert relative(folder, find_images(f"{folder}/b.png").paths) == ["b.png"]
 
 
+def test_a_name_that_is_not_unicode_is_a_row_with_its_bytes_as_text(tmp_path: Path) -> None:
+    (Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png"))).touch()
+    (tmp_path / "é\n.png").touch()
+    for path in (tmp_path, tmp_path / "*"):
+        assert relative(tmp_path, find_images(str(path)).paths) == ["\\xff.png", "é\n.png"]
+
+
+def test_a_pattern_of_a_bucket_has_no_folders() -> None:
+    memory = fsspec.filesystem("memory")
+    for name in ("a.png", "sub/b.png", "c.txt"):
+        memory.pipe_file(f"/pattern/{name}", b"")
+    paths = find_images("memory://pattern/*").paths
+    assert paths == ["memory://pattern/a.png", "memory://pattern/c.txt"]
+    paths = find_images("memory://pattern").paths
+    assert paths == ["memory://pattern/a.png", "memory://pattern/sub/b.png"]
+
+
+def test_rows_of_a_path_can_be_left_out(folder: Path) -> None:
+    images = find_images(str(folder))
+    assert images.without("other") is images
+    assert len(images.without(f"{folder}/a.jpg")) == len(images) - 1
+
+
 def test_a_file_whose_name_looks_like_a_pattern_is_one_row(folder: Path) -> None:
     (folder / "x[1].png").write_bytes(b"")
     assert relative(folder, find_images(f"{folder}/x[1].png").paths) == ["x[1].png"]
@@ -56,6 +81,19 @@ def test_a_csv_keeps_its_order_and_its_columns(folder: Path) -> None:
     assert images.paths == [f"{folder}/b.png", "s3://bucket/x.png", "/data/y.png"]
     assert images.table.column_names == ["path", "site"]
     assert images.table.column("site").to_pylist() == [7, 3, 5]
+
+
+def test_paths_of_a_table_are_absolute_and_local_urls_are_paths(folder: Path) -> None:
+    paths = ["../x.png", "file:///dev/zero", "FILE://localhost/a.png", "S3://bucket/x.png"]
+    (folder / "list.txt").write_text("\n".join(paths))
+    assert find_images(f"{folder}/list.txt").paths == [
+        f"{folder}/../x.png", "/dev/zero", "/a.png", "s3://bucket/x.png",
+    ]  # fmt: skip
+    url = f"memory://{folder}/list.txt"
+    fsspec.filesystem("memory").pipe_file(f"{folder}/list.txt", b"../x.png\na.png\n")
+    inner = url.removesuffix("/list.txt")
+    parent = inner.rpartition("/")[0]
+    assert find_images(url).paths == [f"{parent}/x.png", f"{inner}/a.png"]
 
 
 def test_a_parquet_table_of_another_writer_is_read(folder: Path) -> None:
@@ -72,7 +110,7 @@ def test_a_parquet_table_of_another_writer_is_read(folder: Path) -> None:
 
 
 def test_a_text_file_has_one_path_per_line(folder: Path) -> None:
-    (folder / "list.txt").write_text("b.png\n\nsub/d.webp\n")
+    (folder / "list.txt").write_text("\ufeff b.png \r\n\nsub/d.webp\n", newline="")
     assert relative(folder, find_images(f"{folder}/list.txt").paths) == ["b.png", "sub/d.webp"]
 
 

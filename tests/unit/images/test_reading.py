@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import fsspec
 import pytest
 
-from chunkq.errors import ErrorCode
+from chunkq.errors import ErrorCode, StoreError
 from chunkq.images import reading
 from chunkq.images.image_error import ImageError
 from chunkq.images.reading import read_image
@@ -38,7 +39,69 @@ def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path: Path) -> N
 
 
 def test_a_url_of_an_unknown_scheme_is_an_error_of_its_row() -> None:
-    assert code_of("nothing://bucket/a.png") == ErrorCode.STORE_UNUSABLE
+    for path in ("nothing://bucket/a.png", "simplecache::file:///dev/zero", "zip://a::s3://b/c"):
+        assert code_of(path) == ErrorCode.STORE_UNUSABLE
+
+
+def test_messages_of_rows_do_not_depend_on_the_process(tmp_path: Path) -> None:
+    def message() -> str:
+        with pytest.raises(ImageError) as caught:
+            read_image(str(tmp_path))
+        return str(caught.value)
+
+    first, descriptors = message(), os.listdir("/proc/self/fd")
+    with open(tmp_path / "other", "w"):  # takes the number of the descriptor
+        assert message() == first
+    assert os.listdir("/proc/self/fd") == descriptors
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        OSError(errno.EIO, "Input/output error"),
+        OSError(errno.EMFILE, "Too many open files"),
+        ConnectionError("refused"),
+        TimeoutError(),
+    ],
+)
+def test_a_storage_that_fails_is_no_error_of_the_image(
+    failure: OSError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> int:
+        raise failure
+
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(StoreError) as caught:
+        read_image(f"{tmp_path}/a.png")
+    assert f"{tmp_path}/a.png" in str(caught.value)
+
+
+def test_an_object_of_a_bucket_takes_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests: list[str] = []
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/bucket/a.png", b"content")
+    memory.pipe_file("/bucket/empty.png", b"")
+
+    class Bucket:
+        def cat_file(self, path: str, start: int, end: int) -> bytes:
+            requests.append(f"get {path}")
+            content: bytes = memory.cat_file(path)[start:end]
+            if not content:
+                raise OSError(errno.EINVAL, "range not satisfiable")
+            return content
+
+        def size(self, path: str) -> int:
+            requests.append(f"size {path}")
+            return int(memory.size(path))
+
+    def open_bucket(path: str, access: object) -> tuple[Bucket, str]:
+        return Bucket(), path.removeprefix("s3:/")
+
+    monkeypatch.setattr(reading, "open_filesystem", open_bucket)
+    assert read_image("s3://bucket/a.png") == b"content"
+    assert requests == ["get /bucket/a.png"]
+    assert read_image("s3://bucket/empty.png") == b""
+    assert requests[1:] == ["get /bucket/empty.png", "size /bucket/empty.png"]
 
 
 def test_a_file_that_is_too_large_is_not_read(

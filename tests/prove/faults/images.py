@@ -1,0 +1,49 @@
+"""Faults in jobs over images: which rows fail, and what the tables contain."""
+
+from tests.prove.fault import Fault, named
+
+READING, DECODING = "tests/unit/images/test_reading.py", "tests/unit/images/test_decoding.py"
+DAMAGED = "tests/integration/test_damaged_images.py"
+
+FAULTS = (
+    Fault(
+        "dead-server-is-an-error-of-the-image",
+        "chunkq/images/reading.py",
+        "error.errno in OF_PATHS or (is_local",
+        "error.errno is not None or (is_local",
+        "an outage makes thousands of rows of errors, and the job ends as if it were complete",
+        named(READING, "storage_that_fails"),
+    ),
+    Fault(
+        "lack-of-memory-is-an-error-of-the-image",
+        "chunkq/images/decoding.py",
+        "except (ImageError, MemoryError):",
+        "except ImageError:",
+        "a worker with too little memory loses rows",
+        named(DECODING, "lack_of_memory"),
+    ),
+    Fault(
+        "messages-contain-addresses",
+        "chunkq/images/decoding.py",
+        'ADDRESS.sub("", f"{error}")',
+        'f"{error}"',
+        "the table of errors has other bytes each time",
+        named(DECODING, "same_in_each_process"),
+    ),
+    Fault(
+        "results-merged-backwards",
+        "chunkq/stages/tables.py",
+        "list(item.tasks.chunks())",
+        "list(item.tasks.chunks())[::-1]",
+        "rows of the table are not in the order of the list",
+        named(DAMAGED, "plain_loop"),
+    ),
+    Fault(
+        "errors-numbered-by-chunk",
+        "chunkq/images/result_table.py",
+        '"row": [first + row for row, _ in failed]',
+        '"row": [row for row, _ in failed]',
+        "errors name other rows of the list",
+        named(DAMAGED, "plain_loop"),
+    ),
+)
