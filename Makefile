@@ -9,7 +9,7 @@ DEMO := demo
 RESULTS := benchmarks/results
 # Duration of make prove PART=soak
 MINUTES := 30
-PROOFS := mutations dask fleet frameworks images oldest ray slurm soak tune verify view
+PROOFS := mutations dask files fleet frameworks images oldest ray slurm soak tune verify view
 OLDEST := $(VENV)/oldest
 
 # The tests import ONNX Runtime directly; chunkq also sets this variable.
@@ -159,7 +159,7 @@ parity: $(VENV)/test-installed
 	  $(VENV)/parity/$$name/bin/python -m pip --disable-pip-version-check install --quiet "$$tool" && \
 	  $(VENV)/parity/$$name/bin/python tests/fixtures/write_inputs.py $$name || exit 1; \
 	done
-	$(BIN)/python tests/fixtures/read_outputs.py $(VENV)/parity/cloud-volume/bin/python
+	$(BIN)/python tests/fixtures/read_outputs.py $(VENV)/parity
 
 containers: $(VENV)/test-installed
 	$(BIN)/python -m pytest tests/containers/test_compose_up.py

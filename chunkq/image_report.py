@@ -96,7 +96,8 @@ def image_lines(values: dict[str, Any]) -> list[str]:
         codes = ", ".join(f"{count} {code}" for code, count in values["by_code"].items())
         place = f", see {values['errors']}" if values["errors"] else ""
         lines.append(
-            f"errors: {failed} of {values['computed']} images have no result"
+            f"errors: {failed} of {values['computed']} images "
+            f"{'has' if failed == 1 else 'have'} no result"
             f"{f' ({codes})' if codes else ''}{place}"
         )
     return lines

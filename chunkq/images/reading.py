@@ -22,6 +22,9 @@ OF_PATHS = frozenset(
 )  # fmt: skip
 """Errors of a path that no file has, or that is none of a file. Others are those of a storage."""
 
+INVALID_NAME = "ParamValidationError"
+"""Name of the error of botocore for a bucket or a key that cannot exist."""
+
 
 def read_image(path: str, access: Access = DEFAULT_ACCESS) -> bytes:
     """Return the content of a file.
@@ -58,6 +61,8 @@ def read_image(path: str, access: Access = DEFAULT_ACCESS) -> bytes:
             ) from error
         raise _failed(path, error) from error
     except Exception as error:  # each file system raises different errors
+        if type(error).__name__ == INVALID_NAME:
+            raise _missing("no path of a file") from error
         raise _failed(path, error) from error
 
 

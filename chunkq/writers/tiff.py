@@ -134,17 +134,20 @@ class TiffWriter(ExportWriter):
         page = prod(shape[-PLANE_RANK:]) * self.dtype.itemsize
         planes = max(1, COPY_BYTES // page)
         if page > COPY_BYTES:
-            # Levels of a block are whole blocks of the levels.
-            unit = lcm(TILE, *(level.total[0] for level in self._levels))
-            row = shape[-1] * self.dtype.itemsize
-            rows = max(1, COPY_BYTES // (row * unit)) * unit
-            return Blocks(shape, (*(1,) * (len(shape) - 2), min(rows, shape[-2]), shape[-1]))
+            rows = min(self._rows(COPY_BYTES), shape[-2])
+            return Blocks(shape, (*(1,) * (len(shape) - 2), rows, shape[-1]))
         block = [1] * (len(shape) - PLANE_RANK)
         if block:
             edge = storage[len(block) - 1] if storage else 1
             planes = planes // edge * edge or planes
             block[-1] = min(planes, shape[len(block) - 1])
         return Blocks(shape, (*block, *shape[-PLANE_RANK:]))
+
+    def _rows(self, size: int) -> int:
+        """Return the number of rows of a page in `size` bytes, of which levels are whole rows."""
+        unit = lcm(TILE, *(level.total[0] for level in self._levels))
+        row = self._image.shape[-1] * self.dtype.itemsize
+        return max(1, size // (row * unit)) * unit
 
     @property
     @override
@@ -196,15 +199,32 @@ class TiffWriter(ExportWriter):
         self, voxels: Iterator[Voxels], scratch: list[_Scratch], report: Report
     ) -> Iterator[Voxels]:
         """Write the levels of blocks to the scratch files, then yield the blocks."""
+        steps = iter(range(1, self.blocks.count))
+        for values in voxels:
+            self._reduce(values, scratch)
+            yield values  # the last one returns only if tifffile asks for more
+            del values  # before the next one is read
+            if (done := next(steps, None)) is not None:
+                report(done)
+
+    def _reduce(self, values: Voxels, scratch: list[_Scratch]) -> None:
+        """Write the levels of a block to the scratch files."""
         method = self.options.method or ("mode" if self.image.is_labels else "mean")
-        for done, values in enumerate(voxels, start=1):
-            reduced = values
+        for part in self._parts(values):
+            reduced = part
             for level, file in zip(self._levels, scratch, strict=True):
                 reduced = downsample(reduced, level.factors, method)
                 file.append(reduced)
-            yield values  # the last one returns only if tifffile asks for more
-            if done < self.blocks.count:
-                report(done)
+
+    def _parts(self, values: Voxels) -> Iterator[Voxels]:
+        """Yield the pages of a block, in parts of whole rows if they are large.
+
+        A level is computed in wider dtypes, whose arrays would be larger than the block.
+        """
+        rows = self._rows(ENCODED_BYTES)
+        for page in values.reshape(-1, *values.shape[-PLANE_RANK:]):
+            for start in range(0, len(page), rows):
+                yield page[start : start + rows]
 
     def _metadata(self) -> dict[str, Any]:
         """Return what tifffile writes as OME-XML."""
@@ -276,9 +296,13 @@ class _Scratch:
 
 
 def _tiles(blocks: Iterator[Voxels]) -> Iterator[Voxels]:
-    """Yield the tiles of pages, or of whole rows of tiles; the last ones are smaller."""
+    """Yield the tiles of pages, or of whole rows of tiles; the last ones are smaller.
+
+    They are copies, because tifffile collects tiles, and a view would keep its whole block.
+    """
     for values in blocks:
         for page in values.reshape(-1, *values.shape[-PLANE_RANK:]):
             starts = (range(0, size, TILE) for size in page.shape)
             for y, x in product(*starts):
-                yield page[y : y + TILE, x : x + TILE]
+                yield page[y : y + TILE, x : x + TILE].copy()
+        del values, page  # before the next block is read

@@ -352,7 +352,8 @@ def _task_line(status: JobStatus) -> str:
         parts.append(f"{status.level_parts_done}/{status.level_parts} parts of pyramids")
     if status.image_errors:
         about = "" if status.done <= RECENT_COMMITS else "about "
-        parts.append(f"{about}{status.image_errors} images without a result")
+        noun = "image" if status.image_errors == 1 else "images"
+        parts.append(f"{about}{status.image_errors} {noun} without a result")
     if status.sealed:
         parts.append("complete")
     return ", ".join(parts)

@@ -6,6 +6,7 @@ for it.
 
 import hashlib
 import json
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
@@ -122,6 +123,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Copy images in many blocks, as large ones are."""
     monkeypatch.setattr(blocks_module, "COPY_BYTES", 1 << 14)
     monkeypatch.setattr("chunkq.writers.tiff.COPY_BYTES", 1 << 14)
+    monkeypatch.setattr("chunkq.writers.tiff.ENCODED_BYTES", 1 << 14)
 
 
 def image_of(names: str, dtype: str = "uint16", **keys: Any) -> tuple[ImageToWrite, Voxels]:
@@ -310,6 +312,25 @@ def test_labels_are_a_segmentation_with_compressed_blocks(tmp_path: Path) -> Non
     assert {scale["encoding"] for scale in info["scales"]} == {"compressed_segmentation"}
     assert info["scales"][0]["voxel_offset"] == [7, 0, 6]
     assert info["scales"][0]["resolution"] == [500, 500, 2000]
+
+
+def test_memory_is_a_few_blocks(
+    form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 1 << 22
+    for name in ("blocks", "tiff"):
+        monkeypatch.setattr(f"chunkq.writers.{name}.COPY_BYTES", size)
+    axes = tuple(Axis(name, "space", n) for name, n in zip("zyx", (32, 512, 512), strict=True))
+    image = ImageToWrite(axes, "uint16", storage=(4, 128, 128))
+    writer = form.writer(image, str(tmp_path / "out"))
+    assert prod(writer.blocks.block) * 2 == size
+    array = ArrayInMemory(np.zeros(image.shape, np.uint16))
+    tracemalloc.start()
+    copy_image(writer, array, str(tmp_path / f"out{form.suffix}"), lambda done: None)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # Two blocks, and what is encoded and reduced at a time.
+    assert peak < 4 * size
 
 
 def test_an_axis_that_runs_backwards_is_stored_from_its_other_end(tmp_path: Path) -> None:

@@ -235,10 +235,13 @@ def test_kills_at_each_step_change_no_byte_and_lose_no_chunk(
             workspace.call("produce", workspace.job_file).ok()
             command = ("work", "--burst", "-w", "3", "--gpus", "none")
         kept = disturb(workspace, command, kill_worker if victim == "worker" else kill_parent)
-        # A chunk that was in flight at three kills has no attempt left.
-        workspace.call("retry", workspace.output)
         with workspace.start(*run) as last:
-            assert last.wait(TIME).code == 0
+            code = last.wait(TIME).code
+        if code == 3:  # chunks that were in flight at three kills have no attempt left
+            workspace.call("retry", workspace.output).ok()
+            with workspace.start(*run) as last:
+                code = last.wait(TIME).code
+        assert code == 0
     assert kept.items() <= workspace.done().items()
     assert workspace.tables() == undisturbed
     computed = workspace.computed()

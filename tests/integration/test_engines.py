@@ -3,12 +3,15 @@
 import os
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.harness.standard_job import StandardJob, StandardWorkspace
 from tests.harness.waiting import wait_until
+from tests.integration.test_heads import SEVERAL, run_all, stored_objects, workspace_of
 
 ENGINES = ("sqlite", "rq", "dask", "ray")
 SERVERS_ONLY = pytest.mark.parametrize(
@@ -27,6 +30,15 @@ CHUNKS = 24
 ON_CPU = ("work", "--gpus", "none", "--burst")
 
 
+def queue_url(request: pytest.FixtureRequest, engine: str) -> str | None:
+    """Return the URL of the empty queue of an engine; None for the embedded one."""
+    if engine not in FIXTURES:
+        return None
+    server = request.getfixturevalue(FIXTURES[engine])
+    url: str = getattr(server, "url", server)
+    return url
+
+
 @pytest.fixture(params=ENGINES)
 def workspace(
     request: pytest.FixtureRequest,
@@ -35,11 +47,7 @@ def workspace(
     undisturbed: StandardWorkspace,
 ) -> StandardWorkspace:
     """Return a workspace with the job and the queue of an engine."""
-    url = None
-    if request.param in FIXTURES:
-        server = request.getfixturevalue(FIXTURES[request.param])
-        url = getattr(server, "url", server)
-    return standard_job.workspace(tmp_path, url=url)
+    return standard_job.workspace(tmp_path, url=queue_url(request, request.param))
 
 
 def test_the_output_is_byte_identical(
@@ -54,6 +62,28 @@ def test_the_output_is_byte_identical(
     assert workspace.stored() == undisturbed.stored()
     assert set(workspace.computed().values()) == {1}
     cli.wait_for_children()
+
+
+@pytest.fixture(scope="module")
+def arrays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The arrays of a job with outputs of every kind, run without a queue."""
+    workspace = workspace_of(tmp_path_factory.mktemp("arrays"), **SEVERAL)
+    run_all(workspace)
+    return stored_objects(workspace.output)
+
+
+@pytest.mark.parametrize("engine", FIXTURES)
+def test_outputs_of_every_kind_are_byte_identical(
+    request: pytest.FixtureRequest, engine: str, tmp_path: Path, arrays: dict[str, bytes]
+) -> None:
+    workspace: Any = workspace_of(tmp_path, **SEVERAL)
+    workspace = replace(workspace, url=queue_url(request, engine))
+    workspace.produce()
+    assert workspace.work().code == 0
+    workspace.finalize().ok()
+    assert stored_objects(workspace.output) == arrays
+    levels = workspace.done("downsample")
+    assert len(levels) == sum(costs.tasks for p in workspace.item.pyramids for costs in p.costs)
 
 
 @SERVERS_ONLY

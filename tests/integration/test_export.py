@@ -12,12 +12,15 @@ import numpy.typing as npt
 import onnxruntime
 import pytest
 import torch
+import zarr
+from chunkq_producer.check_model import complete_job
 from chunkq_worker.export import torch as export_torch
 from chunkq_worker.runtimes.base import load_runtime
 from chunkq_worker.steps import Steps
 
 from chunkq.errors import ErrorCode
 from chunkq.install_hint import install_command
+from chunkq.job.job_file import load_job
 from chunkq.job.model_config import ModelConfig
 from tests.harness.files import everything_below
 from tests.harness.processes import CommandResult
@@ -100,6 +103,19 @@ class Sum(torch.nn.Module):
     def forward(self, x):
         return torch.cat([x, x + 1, x * 2], 1)
 '''
+HEADS = """
+
+class Heads(Net):
+    def forward(self, x):
+        y = torch.relu(self.conv(x))
+        return {"scores": self.last(y), "input": y[:, :1], "skipped": y, "loss": 0.5}
+
+
+class Numbered(Net):
+    def forward(self, x):
+        y = torch.relu(self.conv(x))
+        return [self.last(y), y[..., ::2, ::2], y[:, :1]]
+"""
 PATCH = (8, 8)
 
 
@@ -225,6 +241,77 @@ def test_a_job_writes_the_same_output_with_the_exported_file(tmp_path: Path) -> 
     assert np.ptp(outputs["torch"]) > 0.1
     np.testing.assert_allclose(outputs["net.pt2"], outputs["torch"], rtol=0, atol=1e-6)
     np.testing.assert_allclose(outputs["net.onnx"], outputs["torch"], rtol=0, atol=1e-4)
+
+
+HEAD_OUTPUTS: dict[str, dict[str, Any]] = {
+    "Heads": {"tissue": {"head": "scores", "combine": "soft"}, "edge": {"head": "input"}},
+    "Numbered": {"tissue": {"head": 0, "combine": "soft"}, "edge": {"head": 2}},
+}
+
+
+@pytest.mark.parametrize("name", HEAD_OUTPUTS)
+def test_the_heads_that_outputs_name_keep_their_names_in_the_file(
+    tmp_path: Path, name: str
+) -> None:
+    workspace = make_workspace(tmp_path, class_name=name, model_output_shape=None)
+    (tmp_path / "networks.py").write_text(NETWORKS + HEADS)
+    write_zarr(tmp_path / "in.zarr", random_volume((16, 20)), (8, 8))
+    keys = {"input": str(tmp_path / "in.zarr"), "threads": 1, "outputs": HEAD_OUTPUTS[name]}
+    workspace.values.update(keys)
+    workspace.write_job(output="torch.zarr")
+    arrays = {}
+    for kind in ("torch", "net.onnx", "net.pt2"):
+        output = tmp_path / f"{kind}.zarr"
+        job = workspace.write_job("run.json", output=str(output))
+        if kind != "torch":
+            config = exported(workspace, kind)["model_config"]
+            values = {**json.loads(job.read_text()), "model_config": config}
+            job.write_text(json.dumps(values))
+        run_inline(complete_job(load_job(job)).as_dict())
+        job.unlink()
+        group = zarr.open_group(output, mode="r")
+        arrays[kind] = {key: np.asarray(group[f"{key}/0"]) for key in keys["outputs"]}
+    for kind in ("net.onnx", "net.pt2"):
+        np.testing.assert_array_equal(arrays[kind]["tissue"], arrays["torch"]["tissue"])
+        np.testing.assert_allclose(arrays[kind]["edge"], arrays["torch"]["edge"], atol=1e-4)
+    assert np.ptp(arrays["torch"]["edge"]) > 1
+
+
+def test_heads_by_name_and_by_number_cannot_be_exported_together(tmp_path: Path) -> None:
+    workspace = make_workspace(tmp_path, class_name="Heads", model_output_shape=None)
+    (tmp_path / "networks.py").write_text(
+        NETWORKS + HEADS.replace('"skipped": y', "0: y").replace('"loss": 0.5', '"loss": None')
+    )
+    workspace.values["outputs"] = {"a": {"head": "scores"}, "b": {"head": 0}}
+    workspace.write_job()
+    assert_error(workspace, "net.pt2", 1, ErrorCode.MODEL_UNUSABLE, "by name and by number")
+
+
+def test_a_head_whose_values_differ_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = make_workspace(tmp_path, class_name="Heads", model_output_shape=None)
+    (tmp_path / "networks.py").write_text(NETWORKS + HEADS)
+    workspace.values["outputs"] = HEAD_OUTPUTS["Heads"]
+    workspace.write_job()
+
+    def swapped(module: Any, example: Any, file: Path, heads: Any, **options: Any) -> None:
+        write_file(BrokenHead(module), example, file, heads, **options)
+
+    write_file = export_torch.write_file
+    monkeypatch.setattr(export_torch, "write_file", swapped)
+    assert_error(workspace, "net.pt2", 1, ErrorCode.EXPORT_DIFFERS, "head 'input'")
+
+
+class BrokenHead(torch.nn.Module):
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module.eval()
+        self.eval()
+
+    def forward(self, batch: torch.Tensor) -> Any:
+        heads = self.module(batch)
+        return heads | {"input": heads["input"] + 0.5}
 
 
 def test_the_command_prints_the_file_its_difference_and_its_model_config(

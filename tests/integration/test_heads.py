@@ -1,5 +1,6 @@
 """Jobs whose outputs are heads of a network: those of separate jobs, from one pass."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from chunkq.job.events import StageProgress
 from chunkq.job.job_file import load_job
 from tests.harness.files import files_below
 from tests.harness.small_job import SHAPE, small_workspace
-from tests.harness.volumes import random_volume
-from tests.harness.workspace import Workspace, run_tasks
+from tests.harness.volumes import random_volume, write_zarr
+from tests.harness.workspace import Workspace, run_inline, run_tasks
 from tests.simulated_device import SimulatedDevice
 
 PATCH = [8, 8]
@@ -87,6 +88,17 @@ OUTPUTS: dict[str, dict[str, Any]] = {
     "distance": {"head": "distance", "output_dtype": "float16", "fill_value": -1},
     "parts": {"head": "parts", "classes": 4, "combine": "soft"},
 }
+SEVERAL: dict[str, Any] = {
+    "outputs": OUTPUTS
+    | {
+        "coarse": {"head": "aux", "scale": [2, 2], "storage_chunks": [2, 2]},
+        "near": {"head": "distance", "output_dtype": "uint8", "range": [0, 50]},
+        "doubt": {"head": "scores", "activation": "softmax", "combine": "std"},
+    },
+    "pyramid": {"levels": 3},
+    "chunksize": [16, 16],
+}
+"""Four heads in different dtypes, one of them at another scale, with levels."""
 SHAPES = {"tissue": [3, *PATCH], "edge": [1, *PATCH], "distance": PATCH, "parts": [1, *PATCH]}
 INDICES = {"scores": 0, "distance": 1, "parts": 3}
 
@@ -109,6 +121,12 @@ def run_all(workspace: Workspace) -> dict[str, Any]:
     job = create_job(check_job(complete_job(load_job(workspace.folder / "job.json"))))
     run_tasks(job)
     return finalize_job(job, worker="test")
+
+
+def stored_objects(output: Path) -> dict[str, bytes]:
+    """Return the stored objects of all arrays of an output, whose metadata have a digest."""
+    files = files_below(output)
+    return {name: content for name, content in files.items() if "c/" in name}
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +176,80 @@ def test_a_head_at_half_resolution_has_the_bytes_that_it_has_alone(tmp_path: Pat
         files.append(files_below(workspace.output / "coarse" / "0"))
     assert files[0] == files[1]
     assert zarr.open_array(tmp_path / "together/out.zarr/coarse/0").shape == (16, 11)
+
+
+CHANNELS_FIRST = """
+import numpy as np
+
+
+def first(batch):
+    x = batch.astype(np.float32)
+    return {"main": np.concatenate([x, x * 2], axis=1), "half": x[..., ::2, ::2]}
+"""
+
+
+def write_channels_last(path: Path) -> None:
+    """Write the network `first` as ONNX with the channels as last axis."""
+    import onnx
+
+    helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
+    constants = {
+        "factors": np.array([1, 2], np.float32),
+        "starts": np.array([0, 0]),
+        "stops": np.array(PATCH),
+        "axes": np.array([1, 2]),
+        "steps": np.array([2, 2]),
+    }
+    nodes = [
+        helper.make_node("Mul", ["x", "factors"], ["main"]),
+        helper.make_node("Slice", ["x", "starts", "stops", "axes", "steps"], ["half"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "last",
+        [helper.make_tensor_value_info("x", float32, ["n", *PATCH, 1])],
+        [
+            helper.make_tensor_value_info("main", float32, ["n", *PATCH, 2]),
+            helper.make_tensor_value_info("half", float32, ["n", 4, 4, 1]),
+        ],
+        [onnx.numpy_helper.from_array(values, name) for name, values in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(model, path)
+
+
+def test_a_coarser_output_of_a_network_with_channels_last_is_that_of_channels_first(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "first.py").write_text(CHANNELS_FIRST)
+    write_channels_last(tmp_path / "last.onnx")
+    outputs = {
+        "main": {"head": "main"},
+        "coarse": {"head": "half", "scale": [2, 2], "storage_chunks": [2, 2]},
+    }
+    first = {
+        "runtime": "numpy",
+        "type": "class",
+        "class_file": str(tmp_path / "first.py"),
+        "class_name": "first",
+        "model_input_shape": [1, *PATCH],
+        "model_output_shape": {"main": [2, *PATCH], "half": [1, 4, 4]},
+    }
+    last = {
+        "runtime": "onnx",
+        "type": "file",
+        "model_file": str(tmp_path / "last.onnx"),
+        "model_input_shape": [*PATCH, 1],
+        "model_output_shape": {"main": [*PATCH, 2], "half": [4, 4, 1]},
+    }
+    stored = []
+    for name, network in (("first", first), ("last", last)):
+        keys = {"outputs": outputs, "model_config": network | {"max_batch_size": 4}}
+        workspace = small_workspace(tmp_path / name, **keys)
+        run_inline(workspace.job_file)
+        stored.append(stored_objects(workspace.output))
+    assert stored[0] == stored[1]
+    assert zarr.open_array(tmp_path / "last/out.zarr/coarse/0").shape == (1, 16, 11)
 
 
 def test_the_network_runs_once_per_batch_for_all_heads(tmp_path: Path) -> None:
@@ -268,10 +360,8 @@ def test_a_predictor_reads_the_first_of_a_list_of_deep_supervision() -> None:
     assert result.tobytes() == expected.tobytes()
 
 
-@pytest.mark.parametrize("resident", [True, False])
-def test_heads_on_a_device_have_the_bytes_of_single_outputs(
-    monkeypatch: pytest.MonkeyPatch, resident: bool
-) -> None:
+def use_simulated_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run networks of torch on one simulated device."""
     device = SimulatedDevice()
 
     def load(model: Any, steps: Any, threads: Any, shapes: Any, network: Any = None) -> Any:
@@ -284,6 +374,68 @@ def test_heads_on_a_device_have_the_bytes_of_single_outputs(
         )
 
     monkeypatch.setattr(inference_engine, "load_runtime", load)
+
+
+TORCH_HEADS = """
+import torch
+
+
+class Net(torch.nn.Module):
+    def forward(self, batch):
+        x = batch[:, 0] / 100
+        ramp = torch.linspace(0, 1, x.shape[-1])
+        if hasattr(batch, "owner"):
+            ramp = batch.owner.to_device(ramp)
+        scores = torch.stack([(5 * x + n) * (1 + ramp) for n in range(3)], dim=1)
+        return {
+            "scores": scores,
+            "distance": 50 * x * ramp,
+            "aux": x[:, ::2, ::2],
+            "parts": (x * 3.999).to(torch.uint8),
+        }
+"""
+SHAPES_OF_HEADS = {"scores": [3, *PATCH], "distance": PATCH, "aux": [4, 4], "parts": PATCH}
+
+
+def test_a_job_on_a_device_writes_the_outputs_of_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "net.py").write_text(TORCH_HEADS)
+    network = {
+        "runtime": "torch",
+        "type": "class",
+        "class_file": str(tmp_path / "net.py"),
+        "class_name": "Net",
+        "model_input_shape": [1, *PATCH],
+        "model_output_shape": SHAPES_OF_HEADS,
+        "max_batch_size": 32,
+    }
+    stored = {}
+    for device in ("cpu", "cuda"):
+        workspace = workspace_of(
+            tmp_path / device, model_config=network | {"device": device}, **SEVERAL
+        )
+        with monkeypatch.context() as patch:
+            if device == "cuda":
+                use_simulated_device(patch)
+            assert run_inline(workspace.job_file)[1]["missing"] == []
+        group = zarr.open_group(workspace.output, mode="r")
+        stored[device] = {
+            f"{name}/{level}": np.asarray(group[f"{name}/{level}"])
+            for name in SEVERAL["outputs"]
+            for level in range(3)
+        }
+    for name, values in stored["cpu"].items():
+        assert stored["cuda"][name].dtype == values.dtype
+        step = 2.0**-5 if values.dtype == np.float16 else 1e-6  # of values up to 32 and 1
+        np.testing.assert_allclose(stored["cuda"][name], values, rtol=0, atol=step, err_msg=name)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_heads_on_a_device_have_the_bytes_of_single_outputs(
+    monkeypatch: pytest.MonkeyPatch, resident: bool
+) -> None:
+    use_simulated_device(monkeypatch)
     volume = random_volume(SHAPE, "float32") / 100
 
     class Two(torch.nn.Module):
@@ -326,3 +478,49 @@ def test_a_run_prints_the_heads_and_writes_each_output(
     assert {name: group[f"{name}/0"].dtype for name in OUTPUTS} == {
         "tissue": np.uint8, "edge": np.float32, "distance": np.float16, "parts": np.uint8,
     }  # fmt: skip
+
+
+SIZES: dict[str, Any] = {
+    "outputs": {
+        "tissue": OUTPUTS["tissue"],
+        "sharded": OUTPUTS["edge"] | {"storage_shards": [16, 16]},
+        "distance": OUTPUTS["distance"],
+        "coarse": {"head": "aux", "scale": [2, 2], "storage_chunks": [8, 8]},
+        "doubt": {"head": "scores", "activation": "softmax", "combine": "std"},
+    },
+    "chunksize": [32, 32],
+    "storage_chunks": [8, 8],
+    "pyramid": {"levels": 2},
+}
+
+
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_the_plan_predicts_the_size_of_every_output_and_level(tmp_path: Path, codec: str) -> None:
+    workspace = workspace_of(tmp_path, codec=codec, **SIZES)
+    write_zarr(tmp_path / "in.zarr", random_volume((64, 64)), (8, 8), overwrite=True)
+    plan = json.loads(workspace.call("plan", workspace.job_file, "--json").ok().out)
+    run_all(workspace)
+    planned = {f"{one['name']}/0": one["bytes"] for one in plan["outputs"]}
+    planned |= {f"{one['output']}/{one['level']}": one["bytes"] for one in plan["pyramid"]}
+    assert len(planned) == 2 * len(SIZES["outputs"])
+    stored = {
+        name: sum(map(len, stored_objects(workspace.output / name).values())) for name in planned
+    }
+    if codec == "none":
+        for name, size in planned.items():
+            assert 0.9 * size < stored[name] < 1.1 * size, name
+    # Plans speak of voxels before compression.
+    assert sum(stored.values()) < 1.1 * sum(planned.values())
+
+
+def test_the_plan_predicts_the_size_of_files(tmp_path: Path) -> None:
+    outputs = {"tissue": OUTPUTS["tissue"], "distance": {"head": "distance"}}
+    workspace = workspace_of(
+        tmp_path, outputs=outputs, output="out.nii", chunksize=[32, 32], storage_chunks=[8, 8]
+    )
+    write_zarr(tmp_path / "in.zarr", random_volume((64, 64)), (8, 8), overwrite=True)
+    plan = json.loads(workspace.call("plan", workspace.job_file, "--json").ok().out)
+    run_all(workspace)
+    for one in plan["outputs"]:
+        size = (tmp_path / f"out.{one['name']}.nii").stat().st_size
+        assert one["bytes"] <= size < 1.1 * one["bytes"]

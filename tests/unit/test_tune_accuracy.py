@@ -1,13 +1,19 @@
 """The comparison of outputs by `chunkq tune`: values and labels."""
 
 from math import inf, nan
+from typing import Any
 
 import numpy as np
 import pytest
-from chunkq_worker.tune.accuracy import Accuracy, compare
+from chunkq_worker.tune.accuracy import Accuracy
+from chunkq_worker.tune.accuracy import compare as compare_heads
 
 REFERENCE = np.array([[[0.0, 1.0, 2.0, 3.0], [3.0, 2.0, 1.0, 0.0]]])
 """Outputs (n=1, C=2, Q=4)."""
+
+
+def compare(reference: np.ndarray, outputs: np.ndarray, activation: Any) -> Accuracy | None:
+    return compare_heads([reference], [outputs], [activation])
 
 
 def changed(index: tuple[int, ...], value: float) -> np.ndarray:
@@ -31,7 +37,7 @@ def test_a_single_channel_is_compared_with_a_half_after_its_activation(
 ) -> None:
     reference = np.array([[[threshold - 1, threshold + 1]]])
     above = np.array([[[threshold, threshold + 1]]])
-    assert compare(reference, above, activation) == Accuracy(0.5, 0.5)  # type: ignore[arg-type]
+    assert compare(reference, above, activation) == Accuracy(0.5, 0.5)
 
 
 def test_values_that_are_finite_in_one_of_both_differ_infinitely() -> None:
@@ -43,3 +49,12 @@ def test_values_that_are_finite_in_one_of_both_differ_infinitely() -> None:
 
 def test_outputs_of_other_patches_are_not_compared() -> None:
     assert compare(REFERENCE, REFERENCE[..., :2], "none") is None
+
+
+def test_the_worst_head_decides() -> None:
+    edge = np.array([[[0.0, 1.0]]])
+    heads = [REFERENCE, edge]
+    assert compare_heads(heads, [REFERENCE, edge + 0.75], ["none", "none"]) == Accuracy(0.75, 0.5)
+    first = [changed((0, 0, 1), 2.5), edge + 0.25]
+    assert compare_heads(heads, first, ["none", "none"]) == Accuracy(0.5, 0.75)
+    assert compare_heads(heads, [REFERENCE, edge[..., :1]], ["none", "none"]) is None

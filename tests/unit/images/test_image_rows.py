@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chunkq.errors import ErrorCode, JobError
+from chunkq.errors import ErrorCode, JobError, StoreError
 from chunkq.job.image_rows import ImageRows, find_rows, sample_paths
 from chunkq.job.job_file import Job, load_job
 from chunkq.job.row_plan import default_rows, row_plan
@@ -128,3 +128,19 @@ def test_chunks_are_whole_batches_and_cover_each_row_once(rows: int, batch: int)
     assert plan.costs.finalized_blocks == 0
     last = plan.chunk((plan.costs.chunks - 1,))
     assert (last.block.start[0], last.block.stop[0]) == (rows - last.patches, rows)
+
+
+def test_a_pattern_that_matches_the_output_of_the_last_run_names_the_same_rows(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "a.png").touch()
+    keys = {"input": str(tmp_path / "*"), "output": str(tmp_path / "out.csv")}
+    before = find_rows(job(tmp_path / "*", **keys))
+    (tmp_path / "out.csv").touch()
+    (tmp_path / "out.csv.chunkq").mkdir()
+    after = find_rows(job(tmp_path / "*", **keys))
+    assert before.source("").options == after.source("").options
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(StoreError) as caught:
+        find_rows(job(tmp_path / "*", **keys))
+    assert caught.value.code == ErrorCode.IMAGE_LIST_INVALID

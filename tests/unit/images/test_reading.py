@@ -43,6 +43,11 @@ def test_a_url_of_an_unknown_scheme_is_an_error_of_its_row() -> None:
         assert code_of(path) == ErrorCode.STORE_UNUSABLE
 
 
+def test_a_name_that_no_object_can_have_is_an_error_of_its_row() -> None:
+    for path in ("s3://Bad Bucket/a.png", "s3://bucket", "s3://"):
+        assert code_of(path) == ErrorCode.IMAGE_MISSING
+
+
 def test_messages_of_rows_do_not_depend_on_the_process(tmp_path: Path) -> None:
     def message() -> str:
         with pytest.raises(ImageError) as caught:

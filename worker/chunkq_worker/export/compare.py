@@ -12,20 +12,29 @@ import torch
 
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.job.job_file import Job
+from chunkq.job.output_shapes import head_names
+from chunkq.plan.outputs import HeadName
 from chunkq_worker.batch_layout import BatchLayout
-from chunkq_worker.runtimes.returned_values import prediction_in
+from chunkq_worker.runtimes.returned_values import HeadReader
 from chunkq_worker.runtimes.torch_files import LOADERS
 from chunkq_worker.runtimes.torch_reading import reason
 from chunkq_worker.steps import Steps
 
+Arrays = tuple[npt.NDArray[np.float64], ...]
+"""One array per head."""
+
 
 class Network:
-    """The network of a torch job on the CPU, with random batches as its input."""
+    """The network of a torch job on the CPU, with random batches as its input.
+
+    `heads` are those that the job's outputs name; None is the only array that it returns.
+    """
 
     def __init__(self, job: Job) -> None:
         model = job.model.model_copy(update={"device": "cpu"})
         self.model, self.steps = model, Steps.load(model.processing_steps)
-        self.module = LOADERS[model.type](model).module
+        self.module, self.heads = LOADERS[model.type](model).module, head_names(job)
+        self._reader = HeadReader(self.heads, torch.is_tensor, "tensor", has_step=False)
         self._item = BatchLayout.of(model, len(job.input)).item
         self._random = np.random.default_rng(0)
 
@@ -57,8 +66,8 @@ class Network:
         spread = float(self._random.choice([1.0, 255.0]))  # like normalized and raw images
         return (self._random.random(shape) * spread).astype(np.float32)
 
-    def __call__(self, batch: torch.Tensor) -> npt.NDArray[np.float64]:
-        """Return the network's output for a batch; raise ModelError if it fails."""
+    def __call__(self, batch: torch.Tensor) -> Arrays:
+        """Return what the network's heads return for a batch; raise ModelError if it fails."""
         try:
             with torch.inference_mode():
                 outputs = self.module(batch.clone())
@@ -67,37 +76,51 @@ class Network:
                 f"the network raised {type(error).__name__} on a batch of {list(batch.shape)}: "
                 f"{reason(error)}"
             ) from error
-        tensor = prediction_in(outputs, torch.is_tensor, "tensor", has_step=False)
-        values: npt.NDArray[np.float64] = tensor.double().numpy()
-        return values
+        return tuple(tensor.double().numpy() for tensor in self._reader.arrays(outputs))
 
 
 def difference(
     file: Path,
+    heads: Sequence[HeadName],
+    expected: Sequence[Arrays],
+    actual: Sequence[Arrays],
+    allowed: float,
+) -> tuple[float, float]:
+    """Return the largest absolute and the largest relative difference over all batches and heads.
+
+    A relative difference is divided by the range of its batch's `expected` values of the head.
+    Raise ModelError if the largest one exceeds `allowed`, or if shapes or non-finite values differ.
+    """
+    deviations = []
+    for number, head in enumerate(heads):
+        first, second = ([arrays[number] for arrays in batch] for batch in (expected, actual))
+        deviations.append(_difference(file, head, first, second, allowed))
+    return max(largest for largest, _ in deviations), max(relative for _, relative in deviations)
+
+
+def _difference(
+    file: Path,
+    head: HeadName,
     expected: Sequence[npt.NDArray[np.float64]],
     actual: Sequence[npt.NDArray[np.float64]],
     allowed: float,
 ) -> tuple[float, float]:
-    """Return the largest absolute and the largest relative difference over all batches.
-
-    A relative difference is divided by the range of its batch's `expected` values. Raise
-    ModelError if the largest one exceeds `allowed`, or if shapes or non-finite values differ.
-    """
+    where = "" if head is None else f" in head {head!r}"
     largest_deviation = relative = 0.0
     worst_batch = 0
     for reference, output in zip(expected, actual, strict=True):
         if reference.shape != output.shape:
             raise ModelError(
-                f"{file} returned shape {list(output.shape)}, expected {list(reference.shape)} as "
-                "from the network",
+                f"{file} returned shape {list(output.shape)}{where}, expected "
+                f"{list(reference.shape)} as from the network",
                 code=ErrorCode.EXPORT_DIFFERS,
             )
         finite = np.isfinite(reference)
         if not finite.any():
-            raise ModelError("the network returned no finite value for random input")
+            raise ModelError(f"the network returned no finite value{where} for random input")
         if not np.array_equal(finite, np.isfinite(output)):
             raise ModelError(
-                f"{file} returned NaN or infinity where the network does not",
+                f"{file} returned NaN or infinity{where} where the network does not",
                 code=ErrorCode.EXPORT_DIFFERS,
             )
         values = reference[finite]
@@ -108,9 +131,9 @@ def difference(
             relative, worst_batch = fraction, len(reference)
     if relative > allowed:
         raise ModelError(
-            f"{file} differs from the network by up to {largest_deviation:.2g}: {relative:.1g} of "
-            f"the range of its outputs in a batch of {worst_batch}, expected at most "
-            f"{allowed:.1g}; a network with state or random numbers cannot be exported",
+            f"{file} differs from the network{where} by up to {largest_deviation:.2g}: "
+            f"{relative:.1g} of the range of its outputs in a batch of {worst_batch}, expected at "
+            f"most {allowed:.1g}; a network with state or random numbers cannot be exported",
             code=ErrorCode.EXPORT_DIFFERS,
         )
     return largest_deviation, relative

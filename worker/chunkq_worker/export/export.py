@@ -18,6 +18,7 @@ from chunkq.job.model_config import HALF_PRECISIONS, ModelConfig
 from chunkq_worker.export import torch as export_torch
 from chunkq_worker.export.compare import Network, difference
 from chunkq_worker.runtimes.base import load_runtime
+from chunkq_worker.runtimes.item_shapes import ItemShapes
 from chunkq_worker.runtimes.torch_reading import reason
 from chunkq_worker.steps import Steps
 
@@ -136,17 +137,19 @@ def _write(
     sizes = (size,) * 3 if size else _sizes(network.model.max_batch_size)
     batches = [network.batch(n) for n in sizes]
     expected = [network(batch) for batch in batches]  # before an exporter touches the network
-    export_torch.write_file(network.module, batches[0], file, any_batch=size is None)
+    heads = network.heads
+    export_torch.write_file(network.module, batches[0], file, heads, any_batch=size is None)
     model = _check_file(network.model, batches[0], file, size)
-    runtime = load_runtime(model, Steps(), None)
+    shapes = ItemShapes.of(model, heads=heads, are_known=False)
+    runtime = load_runtime(model, Steps().for_heads(heads), None, shapes)
     outputs = []
     for batch in batches:
         host_batch = (
             batch.float() if batch.dtype == torch.bfloat16 else batch
         )  # NumPy has no such type
         try:
-            [output] = runtime(host_batch.numpy())
-            outputs.append(np.asarray(output, dtype=np.float64))
+            returned = runtime(host_batch.numpy())
+            outputs.append(tuple(np.asarray(output, dtype=np.float64) for output in returned))
         except ModelError:
             raise
         except Exception as error:
@@ -156,7 +159,7 @@ def _write(
     runtime.close()
     step = torch.finfo(batches[0].dtype).eps if batches[0].dtype.is_floating_point else 0.0
     allowed = max(TOLERANCE, ROUNDINGS * step)
-    return sizes, *difference(file, expected, outputs, allowed), allowed
+    return sizes, *difference(file, heads, expected, outputs, allowed), allowed
 
 
 def _sizes(max_batch_size: int) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ import torch
 
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.install_hint import install_command
+from chunkq.plan.outputs import HeadName
 from chunkq.units import si
+from chunkq_worker.runtimes.returned_values import HeadReader
 from chunkq_worker.runtimes.torch_reading import reason
 from chunkq_worker.runtimes.triton_import import hide_triton_after_tensorflow
 
@@ -37,11 +39,19 @@ def check_packages(suffix: str) -> None:
         )
 
 
-def write_file(module: Any, example: torch.Tensor, file: Path, *, any_batch: bool) -> None:
+def write_file(
+    module: Any,
+    example: torch.Tensor,
+    file: Path,
+    heads: Sequence[HeadName] = (None,),
+    *,
+    any_batch: bool,
+) -> None:
     """Write a module in inference mode to a .onnx or .pt2 file; its input is like `example`.
 
-    With `any_batch` the file takes batches of any size, and `example` needs two items or more.
-    Raise ModelError in one line if the module cannot be exported.
+    The file returns the `heads`, by the same names or numbers. With `any_batch` it takes batches of
+    any size, and `example` needs two items or more. Raise ModelError in one line if the module
+    cannot be exported.
     """
     hide_triton_after_tensorflow()  # torch.export imports triton
     scripted = isinstance(module, torch.jit.ScriptModule)
@@ -50,9 +60,14 @@ def write_file(module: Any, example: torch.Tensor, file: Path, *, any_batch: boo
     try:
         with _suppress_output():
             if scripted and file.suffix == ".onnx":
+                _check_one_array(heads)
                 _write_scripted(module, example, file, any_batch)
                 return
-            program = _program(_eager(module, example) if scripted else module, example, any_batch)
+            eager = _eager(module, example) if scripted else module
+            written = written_heads(heads)
+            if written != (None,):
+                eager = Heads(eager, written)
+            program = _program(eager, example, any_batch)
             if file.suffix == ".pt2":
                 torch.export.save(program, file)
             else:
@@ -63,14 +78,53 @@ def write_file(module: Any, example: torch.Tensor, file: Path, *, any_batch: boo
                     dynamo=True,
                     external_data=False,
                     verbose=False,
-                    input_names=[INPUT],
-                    output_names=[OUTPUT],
+                    input_names=[INPUT if INPUT not in written else f"{INPUT} of the network"],
+                    output_names=[OUTPUT if head is None else str(head) for head in written],
                 )
     except ModelError:
         raise
     except Exception as error:
         batches = " for batches of any size" if any_batch else ""
         raise ModelError(f"the network cannot be exported{batches}: {_explain(error)}") from error
+
+
+def written_heads(heads: Sequence[HeadName]) -> tuple[HeadName, ...]:
+    """Return the heads of a file in which `heads` keep their names, or their numbers.
+
+    Numbers are positions, so all before the largest one are written too. Raise ModelError if there
+    are names and numbers.
+    """
+    numbers = [head for head in heads if isinstance(head, int)]
+    if numbers and len(numbers) < len(heads):
+        raise ModelError(
+            "the outputs name heads by name and by number, which a file cannot keep; use names only"
+        )
+    return tuple(range(max(numbers) + 1)) if numbers else tuple(heads)
+
+
+def _check_one_array(heads: Sequence[HeadName]) -> None:
+    if tuple(heads) != (None,):
+        raise ModelError(
+            "a TorchScript file with several heads cannot be written as .onnx; write .pt2, or "
+            "export the class that it was made from"
+        )
+
+
+class Heads(torch.nn.Module):
+    """A module that returns heads of another one: a dict of names, or a tuple of numbers."""
+
+    def __init__(self, module: Any, heads: Sequence[HeadName]) -> None:
+        super().__init__()
+        self.module, self._heads = module, tuple(heads)
+        self.train(module.training)
+
+    def forward(self, batch: torch.Tensor) -> Any:
+        """Return the heads of a batch."""
+        reader = HeadReader(self._heads, torch.is_tensor, "tensor", has_step=False)
+        arrays = reader.arrays(self.module(batch))
+        if isinstance(self._heads[0], int):
+            return arrays
+        return dict(zip(self._heads, arrays, strict=True))
 
 
 def _program(module: Any, example: torch.Tensor, any_batch: bool) -> Any:

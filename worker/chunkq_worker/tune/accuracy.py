@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy.typing as npt
 from chunkq.plan.outputs import Activation
 
 Outputs = npt.NDArray[Any]
-"""Raw outputs of a network (n, C, *Q)."""
+"""Raw outputs of a head of a network (n, C, *Q)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +27,22 @@ class Accuracy:
     agreement: float
 
 
-def compare(reference: Outputs, outputs: Outputs, activation: Activation) -> Accuracy | None:
-    """Return the accuracy of raw outputs; None if their shapes differ, because the patches do."""
-    if reference.shape != outputs.shape:
+def compare(
+    reference: Sequence[Outputs], outputs: Sequence[Outputs], activations: Sequence[Activation]
+) -> Accuracy | None:
+    """Return the accuracy of the raw outputs of all heads: that of the worst head.
+
+    `activations` are those of the heads. None if shapes differ, because the patches do.
+    """
+    heads = list(zip(reference, outputs, activations, strict=True))
+    if any(expected.shape != actual.shape for expected, actual, _ in heads):
         return None
-    same = _labels(reference, activation) == _labels(outputs, activation)
-    return Accuracy(_difference(reference, outputs), float(np.mean(same)))
+    agreements = (
+        float(np.mean(_labels(expected, activation) == _labels(actual, activation)))
+        for expected, actual, activation in heads
+    )
+    differences = (_difference(expected, actual) for expected, actual, _ in heads)
+    return Accuracy(max(differences), min(agreements))
 
 
 def _labels(outputs: Outputs, activation: Activation) -> npt.NDArray[Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import psutil
 from typing_extensions import override
 
@@ -156,7 +157,7 @@ class Trials:
         until = time.monotonic() + max_seconds
         if stage == "network" and not self._count and setting != self._plain:
             self._load_plain(max_seconds)
-        sample = self._folder / f"{self._count}.npy"
+        sample = self._folder / f"{self._count}.npz"
         process = self._start(setting, stage, sample)
         try:
             self._load(process, until - time.monotonic())
@@ -171,7 +172,7 @@ class Trials:
 
     def _load_plain(self, max_seconds: float) -> None:
         """Keep the outputs of the setting `plain`, or note why there are none."""
-        sample = self._folder / "plain.npy"
+        sample = self._folder / "plain.npz"
         process = self._start(self._plain, "network", sample)
         try:
             self._load(process, max_seconds)
@@ -208,7 +209,13 @@ class Trials:
         """
         if self._reference is None:
             self._reference = sample
-        reference, outputs = np.load(self._reference), np.load(sample)
+        reference, outputs = read_sample(self._reference), read_sample(sample)
         if sample != self._reference:
             sample.unlink()
-        return compare(reference, outputs, self._space.activation)
+        return compare(reference, outputs, self._space.activations)
+
+
+def read_sample(path: Path) -> list[npt.NDArray[Any]]:
+    """Return the raw outputs of each head (n, C, *Q) that a trial has written."""
+    with np.load(path) as file:
+        return [file[f"arr_{number}"] for number in range(len(file.files))]

@@ -42,10 +42,13 @@ class SearchSpace:
         self._costs: dict[Setting, Cost | None] = {}
 
     @property
-    def activation(self) -> Activation:
-        """Return the activation of the network's raw outputs; `none` if they have several."""
-        activations = {output.activation for output in self._plan.outputs}
-        return activations.pop() if len(activations) == 1 else "none"
+    def activations(self) -> tuple[Activation, ...]:
+        """Return the activation of each head's raw outputs; `none` if a head has several."""
+        by_head = [
+            {output.activation for output in self._plan.outputs if output.head == head.name}
+            for head in self._plan.heads
+        ]
+        return tuple(kinds.pop() if len(kinds) == 1 else "none" for kinds in by_head)
 
     def start(self, depth: int) -> Setting:
         """Return the setting of the unchanged job with `depth` chunks in flight."""

@@ -205,7 +205,7 @@ class NetworkTrial(Trial):
             for array in record.largest_item.open()
         ]
         self._patches = list(islice(plan.patches(self._chunk), MAX_TIMED_PATCHES))
-        np.save(options.sample, self._sample())
+        np.savez(options.sample, *self._sample())
         self._is_warm = False
 
     @override
@@ -234,11 +234,8 @@ class NetworkTrial(Trial):
         super().release()
         self._is_warm = False
 
-    def _sample(self) -> npt.NDArray[Any]:
-        """Return the raw outputs of the first head for patches in the middle of the chunk.
-
-        The array is (n, C, *Q).
-        """
+    def _sample(self) -> list[npt.NDArray[Any]]:
+        """Return the raw outputs (n, C, *Q) of each head for patches in the middle of the chunk."""
         size, plan = self.engine.batcher.size, self.engine.plan
         number = SAMPLE_VALUES // sum(head.channels * prod(head.patch) for head in plan.heads)
         number = max(MIN_SAMPLE_PATCHES, min(MAX_SAMPLE_PATCHES, number))
@@ -249,8 +246,8 @@ class NetworkTrial(Trial):
             output = self.engine.batcher.raw(patches[first : first + size], self._halos, origin)
             if output is None:
                 raise TooLargeError(f"a batch of {size} does not fit")
-            outputs.append(output[0])
-        return np.concatenate(outputs)
+            outputs.append(output)
+        return [np.concatenate(batches) for batches in zip(*outputs, strict=True)]
 
 
 class ChunkTrial(Trial):
