@@ -9,8 +9,10 @@ DEMO := demo
 RESULTS := benchmarks/results
 # Duration of make prove PART=soak
 MINUTES := 30
-PROOFS := mutations dask files fleet frameworks images oldest ray slurm soak tune verify view
+PROOFS := mutations dashboards dask files fleet frameworks images oldest ray slurm soak tune verify view
 OLDEST := $(VENV)/oldest
+DASHBOARDS := $(VENV)/dashboards
+SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 
 # The tests import ONNX Runtime directly; chunkq also sets this variable.
 export ORT_DISABLE_TELEMETRY := 1
@@ -135,7 +137,16 @@ $(OLDEST)/installed: $(VENV)/made pyproject.toml constraints-oldest.txt
 	  onnx hypothesis pytest pytest-timeout pytest-xdist || $(NOT_INSTALLED)
 	@touch $@
 
-prove: $(VENV)/test-installed $(if $(filter oldest,$(PART)),$(OLDEST)/installed)
+# The pages of Dask and Ray with plots, beside the environment of the tests.
+$(DASHBOARDS)/installed: $(VENV)/test-installed
+	@echo "installing bokeh and ray[default] (94 MB on disk)"
+	@$(PYTHON) -m venv $(DASHBOARDS)
+	@$(BIN)/python -c '$(SITE)' > "$$($(DASHBOARDS)/bin/python -c '$(SITE)')/tests.pth"
+	@$(DASHBOARDS)/bin/python -m pip --disable-pip-version-check install --quiet \
+	  --constraint constraints.txt bokeh 'ray[default]' || $(NOT_INSTALLED)
+	@touch $@
+
+prove: $(VENV)/test-installed $(if $(filter dashboards,$(PART)),$(DASHBOARDS)/installed) $(if $(filter oldest,$(PART)),$(OLDEST)/installed)
 	@test -n "$(filter $(PART),$(PROOFS))" || { echo "make prove PART=NAME: $(PROOFS)"; exit 1; }
 	@if [ "$(PART)" = mutations ]; then \
 	  $(BIN)/python -m tests.prove.mutations --json $(RESULTS)/mutations.json; \
@@ -144,6 +155,9 @@ prove: $(VENV)/test-installed $(if $(filter oldest,$(PART)),$(OLDEST)/installed)
 	elif [ "$(PART)" = oldest ]; then \
 	  $(OLDEST)/bin/python -m pytest tests/integration/test_model_files.py \
 	    --durations-file=$(RESULTS)/proof_oldest.json; \
+	elif [ "$(PART)" = dashboards ]; then \
+	  $(DASHBOARDS)/bin/python -m pytest --proof=dashboards \
+	    --durations-file=$(RESULTS)/proof_dashboards.json; \
 	else \
 	  $(PYTEST) --proof=$(PART) --durations-file=$(RESULTS)/proof_$(PART).json; \
 	fi

@@ -44,6 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     os.environ["XDG_CONFIG_HOME"] = str(folder / "config")
     os.environ["KERAS_HOME"] = str(folder / "keras")
+    # Ray uses a token that it finds in the home folder for a new cluster, but not for its clients.
+    os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ["MPLCONFIGDIR"] = str(folder / "matplotlib")
     if os.environ.get("HYPOTHESIS_PROFILE") != "explore":  # that profile keeps its examples
         os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(folder / "hypothesis")

@@ -3,7 +3,7 @@
 import gc
 import sys
 
-from chunkq.cli import main
+from chunkq.system.interrupts import end_on_signals, raise_on_signals
 
 
 def run() -> int:
@@ -12,7 +12,17 @@ def run() -> int:
     Freezing all objects spares the interpreter's end a search for unreachable ones. It takes an
     eighth of the time of short commands.
     """
-    code = main()
+    raise_on_signals()
+    try:
+        from chunkq.cli import main  # after the handlers are set
+
+        code = main()
+    except KeyboardInterrupt:
+        from chunkq.errors import InterruptedCommandError
+
+        sys.stderr.write(f"chunkq: interrupted [{InterruptedCommandError.code}]\n")
+        code = InterruptedCommandError.exit_code
+    end_on_signals(code)
     gc.freeze()
     # If Ctrl-C came while Python executed a string, as it does to define a dataclass, it would end
     # `python -m` by a signal in place of the exit code. The next string makes it forget that.

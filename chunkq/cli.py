@@ -7,7 +7,6 @@ import io
 import json
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -16,7 +15,13 @@ import click
 from click.shell_completion import CompletionItem
 
 from chunkq import __version__
-from chunkq.errors import ChunkqError, ErrorCode, IncompleteError, suggestion
+from chunkq.errors import (
+    ChunkqError,
+    ErrorCode,
+    IncompleteError,
+    InterruptedCommandError,
+    suggestion,
+)
 from chunkq.install_hint import package_hint
 from chunkq.lazy_imports import COMMANDS, INTERNAL_COMMANDS, load
 from chunkq.system.framework_logs import hide_framework_logs
@@ -86,6 +91,14 @@ class LazyGroup(click.Group):
         ]
         return commands + click.Command.shell_complete(self, ctx, incomplete)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Call a command; report a signal that ends it as an error, with the command's name."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            where = f"{ctx.invoked_subcommand}: " if ctx.invoked_subcommand else ""
+            raise InterruptedCommandError(f"{where}interrupted") from None
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
@@ -116,9 +129,6 @@ def main() -> int:
     hide_framework_logs()
     # To find plugins, pydantic reads the metadata of all packages, a twentieth of short commands.
     os.environ.setdefault(PYDANTIC_PLUGINS, "__all__")
-    if os.getpid() == 1:
-        # The kernel ignores SIGTERM for the first process of a container without a handler.
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with results_of_command():
         return _run()
 
@@ -137,8 +147,8 @@ def _run() -> int:
         discard_results()
         return 1
     except (KeyboardInterrupt, click.Abort):
-        print_error("chunkq: interrupted")
-        return 130
+        print_error(f"chunkq: interrupted [{InterruptedCommandError.code}]")
+        return InterruptedCommandError.exit_code
     except Exception as error:
         reported = as_chunkq_error(error)
         for line in str(reported).splitlines():

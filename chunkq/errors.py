@@ -297,6 +297,13 @@ class PieceError(ChunkqError):
         self.sources = tuple(sources)
 
 
+class InterruptedCommandError(ChunkqError):
+    """A signal ended a command before it was done."""
+
+    exit_code = 130
+    code = ErrorCode.INTERRUPTED
+
+
 class IncompleteError(ChunkqError):
     """The job is not finished. `missing` has the names of the chunks that must be computed."""
 

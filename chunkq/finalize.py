@@ -53,12 +53,14 @@ def finalize_job(
     worker: str,
     allow_missing: bool = False,
     threads: int | None = None,
+    rerun: str | None = None,
     emit: Sink = ignore,
 ) -> dict[str, Any]:
     """Run every task that can be run without the network, seal the output, return the report.
 
     With `allow_missing`, blocks that need a missing chunk stay empty and the output is marked as
     incomplete. `threads` blocks are completed concurrently (default: `max_concurrent_blocks`).
+    `rerun` is what computes missing chunks, for messages.
 
     Raises IncompleteError with the missing chunks, unless `allow_missing`. Raises IncompleteError
     with the code RESULTS_LOST if pieces or commit records are damaged: all other blocks are
@@ -72,7 +74,7 @@ def finalize_job(
             "--allow-missing: the table of a job over images is written when all chunks are done; "
             "leave it out, and run `chunkq work` for those that are missing"
         )
-    completion = check_completion(job, allow_missing=allow_missing)
+    completion = check_completion(job, allow_missing=allow_missing, rerun=rerun)
     missing = completion.missing()
     warnings = _check_inputs(job)
     if job.record.job.model.stochastic:

@@ -154,6 +154,12 @@ class JobHandle:
         """The images of the job."""
         return tuple(ImageHandle(self, image) for image in self.record.images)
 
+    def sees_inputs(self) -> bool:
+        """Return whether at least one input exists, as seen from this machine."""
+        return any(
+            source.identity() is not None for image in self.images for source in image.image.sources
+        )
+
     @cached_property
     def rows(self) -> ImageRows:
         """The images of a job over images. Raises JobError if the record of them is damaged."""

@@ -123,10 +123,13 @@ def job_completion(job: JobHandle) -> JobCompletion:
     return JobCompletion(job, pending)
 
 
-def check_completion(job: JobHandle, *, allow_missing: bool = False) -> JobCompletion:
+def check_completion(
+    job: JobHandle, *, allow_missing: bool = False, rerun: str | None = None
+) -> JobCompletion:
     """Return the progress of a job before it is finalized.
 
-    Raises IncompleteError with the missing chunks, unless `allow_missing`.
+    Raises IncompleteError with the missing chunks, unless `allow_missing`. `rerun` is what computes
+    them, failed ones too; by default the message names the commands for a queue.
     """
     completion = job_completion(job)
     missing = names_of(completion.missing())
@@ -134,29 +137,26 @@ def check_completion(job: JobHandle, *, allow_missing: bool = False) -> JobCompl
         verb = "is" if len(missing) == 1 else "are"
         raise IncompleteError(
             f"{chunk_count(len(missing))} {verb} not computed yet: {shortened(missing)}; "
-            f"{_advice(job, missing)}",
+            f"{_advice(job, missing, rerun)}",
             missing,
         )
     return completion
 
 
-def _advice(job: JobHandle, missing: Collection[str]) -> str:
+def _advice(job: JobHandle, missing: Collection[str], rerun: str | None) -> str:
     """Return what to do about missing chunks, some of which may have failed."""
     failed_tasks, counted = failures(job), {stage.kind for stage in counted_stages()}
     output = argument(without_secret(job.folder.output))
+    remedy = f"run `chunkq status {output}` to see why, then " + (
+        rerun or f"`chunkq retry {output}` and `chunkq work`"
+    )
     if any(stage_of(failure.kind).is_temporary for failure in failed_tasks):
-        return (
-            f"an input could not be staged; run `chunkq status {output}` to see why, then `chunkq "
-            f"retry {output}` and `chunkq work`"
-        )
+        return f"an input could not be staged; {remedy}"
     names = {job.chunk_name(f.item, f.chunk) for f in failed_tasks if f.kind in counted}
     failed = len(names & {*missing})
     if not failed:
-        return "run `chunkq work`, or `chunkq run` again if the queue has none of them"
-    return (
-        f"{failed} failed; run `chunkq status {output}` to see why, then `chunkq retry {output}` "
-        "and `chunkq work`"
-    )
+        return rerun or "run `chunkq work`, or `chunkq run` again if the queue has none of them"
+    return f"{failed} failed; {remedy}"
 
 
 def failures(job: JobHandle) -> list[Failure]:

@@ -11,6 +11,9 @@ import subprocess
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 TOOL_SECONDS = 30.0
 """Time for the driver's tool to answer; a GPU that has failed can make it hang."""
+NO_DEVICES = "No devices were found"
+"""What the tool prints on a machine without GPUs."""
+MAX_PROBLEM = 200
 log = logging.getLogger("chunkq.system")
 
 
@@ -41,8 +44,15 @@ def _driver_gpus() -> list[str]:
     except OSError as error:
         problem = f"cannot be run: {error.strerror or error}"
     else:
-        lines = listing.stdout.decode(errors="replace").split("\n")
-        numbers = [line.strip() for line in lines]
-        return [n for n in numbers if re.fullmatch(r"[0-9]{1,4}", n)]
+        output = (listing.stdout + b"\n" + listing.stderr).decode(errors="replace")
+        lines = [line.strip() for line in output.split("\n") if line.strip()]
+        numbers = [line for line in lines if re.fullmatch(r"[0-9]{1,4}", line)]
+        problems = [line for line in lines if line not in numbers and NO_DEVICES not in line]
+        if numbers or not problems:
+            if problems:
+                used = ", ".join(numbers)
+                log.warning("nvidia-smi: %s; using GPU %s", problems[0][:MAX_PROBLEM], used)
+            return numbers
+        problem = f"failed: {problems[0][:MAX_PROBLEM]}"
     log.warning("nvidia-smi %s; no GPU is used, unless %s names some", problem, VISIBLE)
     return []

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from chunkq.system.interrupts import deferred
+
 PREFIX = "chunkq-"
 LOCK = ".owner"
 _own_folders: set[Path] = set()
@@ -29,14 +31,18 @@ def scratch_folder(kind: str, parent: Path | None = None) -> Iterator[Path]:
     """
     base = parent or Path(tempfile.gettempdir())
     delete_abandoned(base)
-    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{kind}-", dir=base))
-    lock = _lock(folder)
-    _own_folders.add(folder)
+    folder = lock = None
     try:
+        with deferred():
+            folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{kind}-", dir=base))
+            lock = _lock(folder)
+            _own_folders.add(folder)
         yield folder
     finally:
-        _remove(folder)
-        os.close(lock)
+        if folder is not None:
+            _remove(folder)
+        if lock is not None:
+            os.close(lock)
 
 
 def delete_abandoned(base: Path | None = None) -> None:

@@ -72,6 +72,7 @@ def run_steps(
         emit(Message(f"chunkq: {line}"))
     for line in checked.warnings:
         emit(Message(f"chunkq: warning: {line}"))
+    rerun = "run the same command" + (" without --overwrite" if overwrite else "")
     with cluster_for(job, engine, options.workers) as cluster:
         _check_before_writing(checked, engine, cluster, early, overwrite, emit)
         for recovery in range(MAX_RECOVERIES + 1):
@@ -81,11 +82,12 @@ def run_steps(
                 cluster,
                 options,
                 overwrite and is_first,
+                rerun,
                 early if is_first else None,
                 emit,
             )
             try:
-                report = finalize_job(handle, worker=socket.gethostname(), emit=emit)
+                report = finalize_job(handle, worker=socket.gethostname(), rerun=rerun, emit=emit)
             except IncompleteError as error:
                 is_last = recovery == MAX_RECOVERIES
                 _raise_unless_lost(error, failures, is_last=is_last, emit=emit)
@@ -144,6 +146,7 @@ def _compute(
     cluster: Cluster,
     options: RunOptions,
     overwrite: bool,
+    rerun: str,
     early: WorkerCommand | None,
     emit: Sink,
 ) -> tuple[JobHandle, Sequence[FailureGroup]]:
@@ -159,7 +162,6 @@ def _compute(
         if produced.done == produced.chunks:
             return produced.job, ()
         cluster.announce()
-        rerun = "run the same command" + (" without --overwrite" if overwrite else "")
         failures = run_workers(executor, produced.job, cluster, options, rerun, emit, early)
     for line in map(_failure_line, failures):
         emit(Message(line))

@@ -9,7 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from chunkq.errors import ChunkqError, ErrorCode, IncompleteError, QueueError
+from chunkq.errors import (
+    ChunkqError,
+    ErrorCode,
+    IncompleteError,
+    InterruptedCommandError,
+    QueueError,
+)
 from chunkq.job.events import Message, Sink
 from chunkq.job.job_handle import JobHandle
 from chunkq.queue.backends.hosted.hosted import HostedQueue
@@ -29,11 +35,8 @@ QUEUE_ABSENCE_SECONDS = 15.0
 """Time without the queue of a running cluster after which the run ends."""
 
 
-class InterruptedRunError(ChunkqError):
+class InterruptedRunError(InterruptedCommandError):
     """A signal stopped the run. Computed chunks are kept."""
-
-    exit_code = 130
-    code = ErrorCode.INTERRUPTED
 
 
 class ClusterWorkers(Workers):

@@ -455,6 +455,15 @@ def test_finalize_warns_about_a_missing_input(inferred: Workspace) -> None:
     assert code_of(inferred.job.check_inputs) == ErrorCode.INPUT_MISSING
 
 
+def test_a_node_without_the_mount_of_the_inputs_puts_the_job_aside(produced: Workspace) -> None:
+    (produced.folder / "in.zarr").rename(produced.folder / "hidden.zarr")
+    answer = produced.work("-q")
+    assert answer.code == 1
+    assert f"input: {produced.folder}/in.zarr " in answer.err
+    assert produced.failures() == []
+    assert set(produced.attempts()) == {0}
+
+
 # ------------------------------------------------------------------------ two producers
 
 

@@ -124,7 +124,12 @@ class Fleet:
 
     @contextmanager
     def reported(self, code: ErrorCode) -> Iterator[None]:
-        """Wait, at the end, until every node has reported a problem of the queue once more."""
+        """Wait, at the end, until every node has reported a problem of the queue once more.
+
+        A worker that starts while the queue is away does not wait for it, but is started again.
+        """
+        for node in self.nodes:
+            wait_until(lambda node=node: " done in " in node.command.output(), "each node works")
         before = {node.name: node.reports(code) for node in self.nodes}
         yield
         for node in self.nodes:

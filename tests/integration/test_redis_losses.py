@@ -177,10 +177,13 @@ def test_a_server_without_a_command_is_refused_with_the_remedy(
 
 @pytest.mark.parametrize("value", ["CERT_NONE", "CERT_REQUIRED", "CERT_OPTIONAL", "none"])
 def test_certificate_checks_can_be_written_as_for_other_clients(value: str) -> None:
-    client = connect(f"rediss://:pass@localhost:1/0?ssl_cert_reqs={value}&db=2")
+    client = connect(
+        f"rediss://:pass@localhost:1/0?ssl_cert_reqs={value}&db=2&decode_responses=True"
+    )
     settings = client.connection_pool.connection_kwargs
     assert settings["ssl_cert_reqs"] == value.removeprefix("CERT_").lower()
     assert settings["db"] == 2
+    assert not settings["decode_responses"]  # the scripts exchange bytes
 
 
 @pytest.mark.parametrize("option", ["ssl_cert_reqs=False", "protocol=x", "foo=1"])

@@ -11,6 +11,8 @@ from tests.harness.slurm_workspace import SlurmWorkspace
 from tests.harness.standard_job import StandardJob, StandardWorkspace
 from tests.harness.waiting import wait_until
 
+LONG = 300.0
+
 
 @pytest.fixture(scope="module")
 def slurm_of_module() -> Iterator[tuple[NetworkNamespace, SlurmCluster]]:
@@ -44,7 +46,7 @@ def test_a_job_starts_its_own_cluster_in_one_allocation(
         f"{engine}.sbatch",
         str(site.workspace.job_file),
         options=f"--nodes={len(NODES)} --gres=gpu:{GPUS}",
-        NET_SLEEP="0.2",
+        NET_SLEEP="0.2" if engine == "dask" else "1",  # a second node of Ray is slow to start
     )
     (slurm_job,) = site.slurm.wait_for_success(job)
     assert slurm_job.log.count("complete: ") == 1
@@ -73,7 +75,7 @@ def test_the_next_allocation_continues_a_cancelled_one(
     assert 5 <= len(done_at_cancel) < len(undisturbed.done())
 
     next_job = site.submit(*arguments, options=options)
-    site.slurm.wait_for_success(next_job)
+    site.slurm.wait_for_success(next_job, LONG)
     assert {name: workspace.done()[name] for name in done_at_cancel} == done_at_cancel
     assert workspace.stored() == undisturbed.stored()
     computed, patches = workspace.computed(), workspace.patches()

@@ -18,7 +18,7 @@ from redis.exceptions import ResponseError
 
 import chunkq
 from chunkq.queue import registry
-from chunkq.queue.backends.rq.connect import connect
+from chunkq.queue.backends.rq.connect import connect, outages_of
 from chunkq.system import gpus
 from tests.harness.documents import code_blocks, settled
 from tests.harness.workspace import Workspace
@@ -268,8 +268,20 @@ def refusing_redis(folder: Path) -> str:
         for error in refusals:
             raise error
 
-    retry = connect("redis://127.0.0.1:6379/0", patient=True).get_retry()
-    return logged(lambda: retry.call_with_retry(request, lambda error: None))
+    url = "redis://127.0.0.1:6379/0"
+    retry = connect(url, patient=True).get_retry()
+
+    def send() -> None:
+        with outages_of(url).request():
+            retry.call_with_retry(request, lambda error: None)
+
+    return logged(send)
+
+
+def interrupted(folder: Path) -> str:
+    workspace = workspace_with(folder)
+    with mock.patch("chunkq_producer.commands.run.run_job", side_effect=KeyboardInterrupt):
+        return workspace.call("run", workspace.job_file).err
 
 
 SCENARIOS: dict[str, Callable[[Path], str]] = {
@@ -290,6 +302,7 @@ SCENARIOS: dict[str, Callable[[Path], str]] = {
     "The job record is damaged": record_damaged,
     "Results are lost": results_lost,
     "Chunks are missing": incomplete,
+    "A command was interrupted": interrupted,
     "Redis does not answer, or refuses writes": refusing_redis,
     "The queue was lost": forgotten,
     "The input was replaced or is gone": input_changed,

@@ -40,6 +40,27 @@ def test_only_numbers_that_the_tool_lists_are_gpus(
     assert gpus.visible_gpus() == listed
 
 
+@pytest.mark.parametrize(
+    ("script", "warned"),
+    [
+        ("echo 'No devices were found'; exit 6", []),
+        ("echo 'NVIDIA-SMI has failed.'; exit 9", ["NVIDIA-SMI has failed."]),
+        ("echo 'Failed to initialize NVML' >&2; exit 18", ["Failed to initialize NVML"]),
+        ("echo 0; echo 'Unable to determine GPU 1'", ["Unable to determine GPU 1"]),
+        ("echo 0", []),
+    ],
+)
+def test_what_the_tool_reports_besides_numbers_is_a_warning(
+    tool: Path, caplog: pytest.LogCaptureFixture, script: str, warned: list[str]
+) -> None:
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    with caplog.at_level(logging.WARNING):
+        gpus.visible_gpus()
+    assert len(caplog.records) == len(warned)
+    assert all(text in r.getMessage() for text, r in zip(warned, caplog.records, strict=True))
+
+
 @pytest.mark.parametrize("content", ["#!/bin/sh\nexec sleep 100\n", "#!/missing/interpreter\n"])
 def test_a_tool_that_does_not_answer_means_no_gpu_and_a_warning(
     tool: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, content: str

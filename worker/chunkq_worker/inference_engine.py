@@ -50,8 +50,8 @@ class InferenceEngine:
         """
         if changed := record.changed_files():
             raise ModelError(
-                f"{', '.join(changed)}: the file has changed since the job was produced; restore "
-                "it, or produce the job again with --overwrite"
+                f"{', '.join(changed)}: the file is missing here or has changed since the job was "
+                "produced; restore it, or produce the job again with --overwrite"
             )
         share = os.environ.get(THREADS_VARIABLE, "")
         self._job = job = record.job

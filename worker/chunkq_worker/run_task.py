@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from chunkq.errors import (
     ChunkqError,
+    ChunkReadError,
     ErrorCode,
     FrameworkConflictError,
     GateClosedError,
@@ -54,7 +55,13 @@ def run_task(task: Task, attempt: Attempt, emit: Sink = write_log) -> TaskResult
         job = _open_job(task.job, task.epoch)
         if is_restricted():
             with_allowed_files(job.record.job, task.job)
-        result = _run(job, task, attempt)
+        try:
+            result = _run(job, task, attempt)
+        except ChunkReadError as error:
+            if error.code is ErrorCode.INPUT_MISSING and not job.sees_inputs():
+                # Another machine may see them: a file system is not mounted here.
+                raise JobError(str(error), code=error.code) from error
+            raise
     except (JobError, ModelError, FrameworkConflictError) as error:
         if error.code == ErrorCode.PATH_NOT_ALLOWED:
             raise  # its message names the job

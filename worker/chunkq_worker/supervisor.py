@@ -76,7 +76,7 @@ class _WorkerSlot:
     is_incomplete: bool = False
 
 
-@dataclass
+@dataclass(repr=False)  # Python makes a text of a signal handler's object; `queue` has a password
 class Supervisor:
     """Run worker processes until each one has finished; end them all before returning.
 

@@ -160,6 +160,7 @@ class WorkerOptions:
       such tasks wait and their job has neither queued nor running tasks.
     - `on_loading`: called with True before a network is loaded, and with False afterwards. No other
       thread of the process may run in the meantime.
+    - `on_success`: called with each task after which the network has run, when it is acknowledged.
     - `replaceable`: the supervisor starts a new process when this one ends with EXIT_RESTART.
     - `stop`: when set, the worker finishes the tasks in flight and reserves no more.
     - `settings`: default to those of the environment.
@@ -177,6 +178,7 @@ class WorkerOptions:
     is_waiting: Callable[[Task], bool] = lambda task: False
     check_gate: Callable[[JobId, str], GateState] = lambda job, kind: GateState.CLOSED
     on_loading: Callable[[bool], None] = lambda is_loading: None
+    on_success: Callable[[Task], None] = lambda task: None
     replaceable: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
     settings: WorkerSettings = field(default_factory=WorkerSettings.from_environment)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Self
 
 from chunkq.errors import JobError
+from chunkq.system.interrupts import SAME_SIGNAL_SECONDS
 
 SETTINGS_VARIABLE = "CHUNKQ_WORKER_SETTINGS"
 """A JSON object that overrides settings by name; worker processes inherit it."""
@@ -54,7 +55,7 @@ class WorkerSettings:
     restart_delay: float = 0.5
     longest_restart_delay: float = 30.0
     queue_absence: float = 600.0
-    same_signal: float = 0.5
+    same_signal: float = SAME_SIGNAL_SECONDS
 
     @classmethod
     def from_environment(cls) -> Self:

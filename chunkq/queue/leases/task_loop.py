@@ -296,6 +296,8 @@ class _TaskLoops:
                 history.record_success(time.time() - lease.since)
             self._queue.ack(lease)
             self._gates.reset(job)
+            if result.ran_network:
+                self._options.on_success(lease.task)
 
     def _continue(self, lease: Lease, result: TaskResult) -> None:
         """Run the tasks for which a task was the last one that they waited for, and so on."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 from typing_extensions import override
 
+from chunkq.errors import InterruptedCommandError
 from chunkq.system.standard_output import reserve
 from chunkq_producer.commands.options import (
     config_option,
@@ -76,23 +77,27 @@ def run(
     To continue an interrupted run, use the same command again.
     """
     reserve()
-    with early_start(engine, queue, workers) as start:
-        # Imported here, while the workers start.
-        from chunkq.job.job_file import load_job, select_job_file
-        from chunkq_producer.run_display import RunDisplay
-        from chunkq_producer.runner import run_job
-        from chunkq_producer.worker_command import RunOptions
+    try:
+        with early_start(engine, queue, workers) as start:
+            # Imported here, while the workers start.
+            from chunkq.job.job_file import load_job, select_job_file
+            from chunkq_producer.run_display import RunDisplay
+            from chunkq_producer.runner import run_job
+            from chunkq_producer.worker_command import RunOptions
 
-        with RunDisplay() as display:
-            result = run_job(
-                load_job(select_job_file(job, config), input=input_, output=output),
-                engine=engine,
-                queue=queue,
-                options=RunOptions(workers, gpus, depth),
-                overwrite=overwrite,
-                emit=display,
-                start=start,
-            )
+            with RunDisplay() as display:
+                result = run_job(
+                    load_job(select_job_file(job, config), input=input_, output=output),
+                    engine=engine,
+                    queue=queue,
+                    options=RunOptions(workers, gpus, depth),
+                    overwrite=overwrite,
+                    emit=display,
+                    start=start,
+                )
+    except KeyboardInterrupt:  # before the workers begin, or after they have ended
+        rerun = "the same command" + (" without --overwrite" if overwrite else "")
+        raise InterruptedCommandError(f"run: interrupted; run {rerun} to continue") from None
     if result.is_leader:
         from chunkq_producer.commands.finalize import print_result
 

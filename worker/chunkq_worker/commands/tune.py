@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import click
@@ -19,7 +17,14 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 
 from chunkq import __version__
-from chunkq.errors import ChunkqError, ErrorCode, JobError, ModelError, suggestion
+from chunkq.errors import (
+    ChunkqError,
+    ErrorCode,
+    InterruptedCommandError,
+    JobError,
+    ModelError,
+    suggestion,
+)
 from chunkq.job.allowed_paths import ALLOW_VARIABLE
 from chunkq.job.items import find_sources
 from chunkq.job.job_file import Job, load_job
@@ -69,13 +74,6 @@ TARGET_TRIALS = 100
 """A trial measures for `--max-time` divided by this number, with the turns of the reference, ..."""
 MIN_TRIAL_SECONDS, MAX_TRIAL_SECONDS = 0.2, 10.0
 """... but not less and not more than these seconds."""
-
-
-class InterruptedTuneError(ChunkqError):
-    """The user stopped the command."""
-
-    exit_code = 130
-    code = ErrorCode.INTERRUPTED
 
 
 @dataclass(frozen=True)
@@ -301,18 +299,11 @@ def _check_not_started(path: Path, record: JobRecord) -> None:
 
 @contextmanager
 def _interruptible(job: Path) -> Iterator[None]:
-    """Handle SIGTERM like Ctrl-C; turn both into an InterruptedTuneError."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    previous_handler = signal.signal(signal.SIGTERM, stop)
+    """Report a signal, and that the job file is unchanged."""
     try:
         yield
     except KeyboardInterrupt:
-        raise InterruptedTuneError(f"interrupted; {job} is unchanged") from None
-    finally:
-        signal.signal(signal.SIGTERM, previous_handler)
+        raise InterruptedCommandError(f"tune: interrupted; {job} is unchanged") from None
 
 
 def _search(

@@ -160,12 +160,15 @@ def work(
         raise IncompleteError(
             "the queue was lost in part: "
             + ", ".join(f"{chunk_count(n)} of {without_secret(out)}" for out, n in lost.items())
-            + " are neither done nor queued; run `chunkq produce --resume` with the job to queue "
+            + (" is" if [*lost.values()] == [1] else " are")
+            + " neither done nor queued; run `chunkq produce --resume` with the job to queue "
             "them again",
             [],
             code=ErrorCode.QUEUE_LOST,
         )
     if failed and code in (0, IncompleteError.exit_code):
+        if lifeline:  # the run that started this process names them
+            sys.exit(IncompleteError.exit_code)
         count = sum(failed.values())
         first, *others = map(argument, failed)
         more = f" (and of {', '.join(others)})" if others else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from html import escape
 from typing import Any
@@ -44,6 +45,21 @@ def add_pages(scheduler: Any, host: QueueHost) -> None:
     if dask.config.get("distributed.scheduler.http.routes"):
         pages = [(PAGE, _Page, {"host": host}), (JSON_PAGE, _JsonPage, {"host": host})]
         scheduler.http_application.add_handlers(".*$", pages)
+        _add_link(scheduler.http_application.applications)
+
+
+def _add_link(sites: Iterable[Any]) -> None:
+    """Add the page to the navigation of Dask's pages with plots, if bokeh is installed.
+
+    All these pages share one list of names, which Dask passes to the function of each page.
+    """
+    # Names of bokeh and Dask without a promise: without them there is no link.
+    with suppress(AttributeError, KeyError, TypeError, ValueError):
+        for context in [each for site in sites for each in site._applications.values()]:
+            for handler in context.application.handlers:
+                _, variables = handler._func.args
+                if (name := PAGE[1:]) not in variables["pages"]:
+                    variables["pages"].append(name)
 
 
 class _JsonPage(RequestHandler):

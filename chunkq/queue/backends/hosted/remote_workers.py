@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib.metadata import entry_points
 
 from chunkq.errors import ErrorCode, QueueError
+from chunkq.job.tasks import Task
 from chunkq.queue.backends.hosted.hosted import HostedQueue
 from chunkq.queue.backends.hosted.worker_group import RemoteWorkerOptions
 from chunkq.queue.contract.executor import Serve
@@ -30,9 +32,17 @@ def load_serve() -> Serve:
     )
 
 
-def run_remote_worker(queue: HostedQueue, group: str, worker: str, job: str, depth: int) -> None:
+def run_remote_worker(
+    queue: HostedQueue,
+    group: str,
+    worker: str,
+    job: str,
+    depth: int,
+    on_success: Callable[[Task], None] = lambda task: None,
+) -> None:
     """Run a worker of a group in this process of the cluster."""
     options = RemoteWorkerOptions(queue.table, group, worker, job, depth)
+    options.on_success = on_success
     status = load_serve()(queue, options)
     queue.table.record_exit(group, status.lines)
 

@@ -31,6 +31,7 @@ from chunkq.queue.backends.ray.connection import (
 )
 from chunkq.queue.backends.ray.errors import INSTALL_HINT, first_line, last_line, start_problem
 from chunkq.queue.backends.ray.launcher import room_for_workers
+from chunkq.queue.backends.ray.metrics import PatchCounter
 from chunkq.queue.backends.ray.queue_actor import queue_actor
 from chunkq.queue.backends.ray.workers import cores_per_worker, new_actor, resources_per_worker
 from chunkq.queue.contract.executor import (
@@ -126,7 +127,7 @@ class RayExecutor(HostedQueue):
             )
         return QueueError(
             f"queue: {self.url}: the Ray cluster is unreachable ({reason[:200]}); start one with "
-            "`ray start --head`, or check the address, and the token if it requires one"
+            "`ray start --head`, or check the address; for one with a token set RAY_AUTH_MODE=token"
         )
 
     def run_worker(self, serve: Serve, options: WorkerOptions) -> ExitStatus:
@@ -251,7 +252,11 @@ class ChunkqWorker:
         queue = RayExecutor(url)
         name = WorkerName.new(current_device()).name
         self._options = WorkerOptions(
-            name, replaceable=True, on_loading=queue.table.report_loading(name), **values
+            name,
+            replaceable=True,
+            on_loading=queue.table.report_loading(name),
+            on_success=PatchCounter().add,
+            **values,
         )
         queue.table.register_worker(self._options.worker, parent)
         code, lines = load_serve()(queue, self._options)
@@ -278,7 +283,7 @@ class ChunkqWorker:
         name = WorkerName.new(current_device()).name
         try:
             queue.table.register_worker(name, owner)
-            run_remote_worker(queue, group, name, job, depth)
+            run_remote_worker(queue, group, name, job, depth, PatchCounter().add)
         except Exception as error:
             with suppress(QueueError):
                 queue.table.record_exit(group, [f"{type(error).__name__}: {first_line(error)}"])

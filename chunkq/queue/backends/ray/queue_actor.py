@@ -11,6 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from chunkq.queue.backends.hosted.queue_host import QueueHost
 from chunkq.queue.backends.ray.connection import NAMESPACE
 from chunkq.queue.backends.ray.launcher import RemoteWorkerLauncher
+from chunkq.queue.backends.ray.metrics import QueueMetrics
 
 QUEUE_ACTOR = "queue"
 
@@ -26,10 +27,15 @@ class ChunkqQueue:
     def _launcher(self) -> RemoteWorkerLauncher:
         return RemoteWorkerLauncher(self._host)
 
+    @cached_property
+    def _metrics(self) -> QueueMetrics:
+        return QueueMetrics(self._host)
+
     async def answer(self, request: str) -> str:
         """Answer one request, see `QueueHost.answer`."""
         response = self._host.answer(request)
         self._launcher.start()
+        self._metrics.request_update()
         return response
 
     def __repr__(self) -> str:

@@ -47,7 +47,7 @@ def connect(url: str, *, patient: bool = False) -> Redis:
     settings: dict[str, Any] = {
         "socket_connect_timeout": ANSWER_SECONDS,
         "socket_timeout": worker.server_answer if patient else ANSWER_SECONDS,
-        "retry": PatientRetry(_outages(url), worker.lease) if patient else Retry(NoBackoff(), 0),
+        "retry": PatientRetry(outages_of(url), worker.lease) if patient else Retry(NoBackoff(), 0),
     }
     if not url.startswith("unix:"):
         settings["socket_keepalive"] = True
@@ -61,6 +61,8 @@ def connect(url: str, *, patient: bool = False) -> Redis:
         if file:
             values = client.connection_pool.connection_kwargs
             values["credential_provider"] = PasswordFile(file, values.pop("username", None))
+        # Celery's addresses can ask for texts. RQ and the scripts exchange bytes.
+        client.connection_pool.connection_kwargs["decode_responses"] = False
         client.connection_pool.make_connection()  # raises for unknown options
     except (ValueError, TypeError, redis_errors.RedisError):
         # The original message may contain a part of the password.
@@ -81,7 +83,9 @@ def connect(url: str, *, patient: bool = False) -> Redis:
 
 
 @lru_cache
-def _outages(url: str) -> Outages:
+def outages_of(url: str) -> Outages:
+    """Return the outages of a server, as the workers of this process see them."""
+
     def describe(error: Exception) -> tuple[ErrorCode, str]:
         return _diagnosis(error, url)
 

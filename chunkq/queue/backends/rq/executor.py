@@ -32,6 +32,7 @@ from chunkq.job.tasks import JobId, Task, encode_message
 from chunkq.queue.backends.rq.connect import (
     check_server,
     connect,
+    outages_of,
     server_risks,
     translated_errors,
 )
@@ -73,7 +74,7 @@ class RqExecutor(LeaseQueue):
     @cached_property
     def _retrying_scripts(self) -> Scripts:
         """Scripts on a connection that retries while the server is unreachable, for workers."""
-        return Scripts(connect(self.url, patient=True))
+        return Scripts(connect(self.url, patient=True), outages_of(self.url).request)
 
     def check_ready(self) -> None:
         """Raise QueueError for a replica, or a user who may not run scripts that write."""
@@ -286,6 +287,7 @@ class RqExecutor(LeaseQueue):
     @contextmanager
     def registered(self, options: WorkerOptions) -> Iterator[None]:
         """Register the worker in RQ while the context is open."""
+        outages_of(self.url).start(options.stop)
         with translated_errors(self.url):
             rq_worker = self._rq_worker = SimpleWorker(
                 [],

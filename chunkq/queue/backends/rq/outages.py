@@ -6,7 +6,8 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from redis.backoff import ExponentialBackoff
@@ -20,7 +21,11 @@ from chunkq.errors import ErrorCode
 log = logging.getLogger("chunkq.queue")
 
 PATIENCE = 300.0
-"""Time (s) for which requests are repeated, about."""
+"""Time (s) of an outage for which requests are repeated, about."""
+STOP_PATIENCE = 10.0
+"""The same for a worker that stops: its chunks in flight are committed without the queue."""
+UNLIMITED = -1
+"""Retries of redis-py: connections, and requests that need one, are nested."""
 LONGEST_PAUSE = 5.0
 """Longest time (s) between two tries, unless leases are short."""
 REFUSED = re.compile("READONLY|MASTERDOWN|MISCONF|NOREPLICAS|Errors writing to the AOF")
@@ -32,41 +37,67 @@ class _WriteRefusedError(RedisConnectionError):
 
 
 class Outages:
-    """Outages of one server, as all connections of this process see them."""
+    """Outages of one server, as all connections of this process see them.
+
+    An outage ends with a request that fails, is repeated and succeeds: a new connection, or a
+    request that only reads, says nothing of a write.
+    """
 
     def __init__(self, server: str, describe: Callable[[Exception], tuple[ErrorCode, str]]) -> None:
         self._server, self._describe = server, describe
         self._lock = threading.Lock()
         self._since: float | None = None
+        self._has_given_up = False
+        self._request = threading.local()
+        self._stop = threading.Event()
 
-    def begin(self, error: Exception) -> None:
-        """Log the first failure of an outage."""
+    def start(self, stop: threading.Event) -> None:
+        """Begin to wait for the server again, for a worker that ends after `stop` is set."""
         with self._lock:
-            is_new, self._since = self._since is None, self._since or time.monotonic()
-        if is_new:
-            code, reason = self._describe(_original(error))
-            log.warning(
-                "queue: %s: %s; waiting for it, for about five minutes [%s]",
-                self._server,
-                reason,
-                code,
-            )
+            self._stop, self._since, self._has_given_up = stop, None, False
 
-    def end(self) -> None:
-        """Log that the server answers again, unless another thread has logged it."""
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Run one request, with the connections that it needs; log the end of an outage."""
+        self._request.has_failed = False
+        yield
         with self._lock:
-            since, self._since = self._since, None
-        if since is not None:
+            since, has_given_up = self._since, self._has_given_up
+            if not (self._request.has_failed or has_given_up):
+                return
+            self._since, self._has_given_up = None, False
+        if since is not None and not has_given_up:
             log.warning(
                 "queue: %s: the server answers again, after %.0f s",
                 self._server,
                 time.monotonic() - since,
             )
 
-    def forget(self) -> None:
-        """End an outage without a word: whoever waited for it has given up."""
+    def report(self, error: Exception, *, is_first: bool) -> None:
+        """Log the first failure of an outage. Raise the error if the worker waits no longer.
+
+        A connection that the server closed while it was idle fails once, so the first failure of a
+        call says nothing.
+        """
+        self._request.has_failed = True
         with self._lock:
-            self._since = None
+            if is_first and self._since is None:
+                return
+            is_new, self._since = self._since is None, self._since or time.monotonic()
+            patience = STOP_PATIENCE if self._stop.is_set() else PATIENCE
+            if time.monotonic() - self._since >= patience:
+                self._has_given_up = True
+        if self._has_given_up:
+            raise error
+        if is_new:
+            code, reason = self._describe(_original(error))
+            log.warning(
+                "queue: %s: %s; waiting for it, for about %s [%s]",
+                self._server,
+                reason,
+                "five minutes" if patience == PATIENCE else f"{patience:g} s",
+                code,
+            )
 
 
 class PatientRetry(Retry):
@@ -79,7 +110,7 @@ class PatientRetry(Retry):
         renewal, which is due after a third of a lease, is not delayed by more than a sixth.
         """
         pause = min(LONGEST_PAUSE, lease / 8)
-        super().__init__(ExponentialBackoff(cap=pause, base=0.2), round(PATIENCE / pause))
+        super().__init__(ExponentialBackoff(cap=pause, base=0.2), UNLIMITED)
         self._outages, self._lease = outages, lease
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PatientRetry:
@@ -108,22 +139,13 @@ class PatientRetry(Retry):
         def report(error: Exception, *count: int) -> None:
             nonlocal has_failed
             fail(error, *count)
-            # A connection that the server closed while it was idle fails once.
-            if has_failed:
-                self._outages.begin(error)
-            has_failed = True
+            is_first, has_failed = not has_failed, True
+            self._outages.report(error, is_first=is_first)
 
         try:
-            result = super().call_with_retry(attempt, report, *arguments, **options)
-        except Exception as error:
-            if has_failed:
-                self._outages.forget()
-            if isinstance(error, _WriteRefusedError):
-                raise _original(error) from None
-            raise
-        if has_failed:  # a new connection, or a request that only reads, says nothing of a write
-            self._outages.end()
-        return result
+            return super().call_with_retry(attempt, report, *arguments, **options)
+        except _WriteRefusedError as error:
+            raise _original(error) from None
 
 
 def _original(error: Exception) -> Exception:

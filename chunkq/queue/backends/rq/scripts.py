@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -13,10 +15,12 @@ PRELUDE = "prelude"
 
 
 class Scripts:
-    """Run the scripts in `lua/` by name on one connection."""
+    """Run the scripts in `lua/` by name on one connection, each in a context of `request`."""
 
-    def __init__(self, connection: Redis) -> None:
-        self._connection = connection
+    def __init__(
+        self, connection: Redis, request: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
+        self._connection, self._request = connection, request
         self._scripts: dict[str, Script] = {}
 
     def __call__(self, name: str, *arguments: str | bytes | float) -> Any:
@@ -24,7 +28,8 @@ class Scripts:
         script = self._scripts.get(name)
         if script is None:
             script = self._scripts[name] = self._connection.register_script(_source(name))
-        return script(args=list(arguments))
+        with self._request():
+            return script(args=list(arguments))
 
     def close(self) -> None:
         """Close the connection."""

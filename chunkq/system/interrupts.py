@@ -1,0 +1,68 @@
+"""SIGINT and SIGTERM end a command by one exception, at any moment of its start.
+
+Without a handler, SIGTERM would end the process without a line, and Ctrl-C while Python imports the
+command would print a traceback. Commands that stop their workers in order replace the handlers.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAME_SIGNAL_SECONDS = 0.5
+"""Signals within this time count as one: a service manager sends it to all processes of a command,
+and some of them pass it on."""
+
+
+class _Received:
+    """The last signal that counted (s, monotonic), and how many contexts defer signals."""
+
+    last: float | None = None
+    deferrals = 0
+
+
+def raise_on_signals() -> None:
+    """Raise KeyboardInterrupt in the main thread for SIGINT and SIGTERM that are not ignored."""
+    _handle(_raise)
+
+
+def end_on_signals(code: int) -> None:
+    """End the process with `code` for SIGINT and SIGTERM: the command has ended already."""
+    _handle(lambda number, frame: os._exit(code))
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Raise for signals at the end of the context, when what is created in it has an owner."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = _Received.last
+    _Received.deferrals += 1
+    try:
+        yield
+    finally:
+        _Received.deferrals -= 1
+    if _Received.last != before and not _Received.deferrals:
+        raise KeyboardInterrupt
+
+
+def _handle(handler: Callable[[int, FrameType | None], object]) -> None:
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    now = time.monotonic()
+    if _Received.last is not None and now - _Received.last <= SAME_SIGNAL_SECONDS:
+        return
+    _Received.last = now
+    if not _Received.deferrals:
+        raise KeyboardInterrupt
