@@ -8,6 +8,7 @@ import numpy.typing as npt
 import onnx
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from chunkq.errors import ErrorCode
 from tests.harness.videos import HEIGHT, WIDTH, all_frames, write_video
@@ -137,3 +138,25 @@ def test_torch_and_onnx_give_the_keypoints_of_numpy(videos: Path, tmp_path: Path
         found = points_of(output)
         assert list(found) == list(expected)
         np.testing.assert_allclose(list(found.values()), list(expected.values()), atol=1e-4)
+
+
+def test_a_preview_shows_keypoints_in_a_picture_and_in_a_video(
+    videos: Path, tmp_path: Path
+) -> None:
+    run_inline(video_job(videos, tmp_path))
+    workspace = Workspace(tmp_path, {})
+    table = str(tmp_path / "out.parquet")
+    picture, video = tmp_path / "preview.png", tmp_path / "preview.mp4"
+    workspace.call("preview", table, "--rows", "0:4", "--to", str(picture)).ok()
+    with Image.open(picture) as image:
+        assert image.size == (2 * 320, 2 * round(320 * HEIGHT / WIDTH))
+    workspace.call("preview", table, "--rows", "3:20", "--to", str(video)).ok()
+    shown, expected = all_frames(video).astype(int), all_frames(videos / "a.mp4").astype(int)
+    assert len(shown) == 17
+    x, y, _ = points_of(tmp_path / "out.parquet")["a.mp4", 3]
+    difference = np.abs(shown[0] - expected[3]).sum(axis=2)
+    row, column = np.unravel_index(difference.argmax(), difference.shape)
+    assert abs(row - y) <= 4
+    assert abs(column - x) <= 4
+    for arguments in ((table, "--rows", "90:"), (table, "--to", "x.txt"), ("none.parquet",)):
+        assert workspace.call("preview", *arguments).code == 2
