@@ -13,6 +13,7 @@ PROOFS := mutations dashboards dask files fleet frameworks images oldest ray slu
 OLDEST := $(VENV)/oldest
 DASHBOARDS := $(VENV)/dashboards
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
+SLEAP := $(VENV)/parity/sleap-nn
 
 # The tests import ONNX Runtime directly; chunkq also sets this variable.
 export ORT_DISABLE_TELEMETRY := 1
@@ -32,7 +33,7 @@ help:
 	@echo "make test    install all requirements of the tests, check and test all (12 minutes)"
 	@echo "make prove PART=NAME  a longer proof: $(PROOFS)"
 	@echo "make fuzz    mutated job files and damaged jobs (10 minutes)"
-	@echo "make parity  write the inputs of other tools for the tests again, read outputs (2 minutes)"
+	@echo "make parity  write the inputs of other tools for the tests again, read outputs (10 minutes)"
 	@echo "make bench   run all benchmarks and write benchmarks/RESULTS.md (an hour)"
 	@echo "make containers  run a job in containers, if an engine has the images of deploy/compose"
 	@echo "make dist    build the wheel and the sdist, check them, run the demo with the wheel alone"
@@ -174,6 +175,13 @@ parity: $(VENV)/test-installed
 	  $(VENV)/parity/$$name/bin/python tests/fixtures/write_inputs.py $$name || exit 1; \
 	done
 	$(BIN)/python tests/fixtures/read_outputs.py $(VENV)/parity
+	@echo "installing sleap-nn, which needs Python below 3.14 (7 GB on disk), and training tiny models"
+	@$(PYTHON) -m venv $(SLEAP) && \
+	  $(SLEAP)/bin/python -m pip --disable-pip-version-check install --quiet 'sleap-nn[export]==0.3.5' \
+	  --editable '.[images,video]' || $(NOT_INSTALLED)
+	@for part in models fixture jobs; do \
+	  OMP_NUM_THREADS=1 $(SLEAP)/bin/python tests/parity/sleap_$$part.py $(VENV)/parity/sleap-models || exit 1; \
+	done
 
 containers: $(VENV)/test-installed
 	$(BIN)/python -m pytest tests/containers/test_compose_up.py

@@ -115,6 +115,8 @@ def startup(results: Values, folder: Path) -> list[str]:
         )
     heads = ("one chunk, 27 patches", "chunkq", "script", "ratio", "rounds", "at most", "")
     lines = table(heads, rows)
+    used = [f"{name} {seconds:.2f} s" for name, seconds in results["cpu_seconds"].items()]
+    lines += ["", f"CPU time of all processes: {', '.join(used)}."]
     for name, marks in results["marks"].items():
         lines += ["", f"Seconds since the start of the command, {name}:", ""]
         ordered = sorted(marks.items(), key=lambda mark: mark[1])

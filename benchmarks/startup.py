@@ -6,6 +6,8 @@ torch and tensorstore, reads the volume, loads the network, blends the same patc
 batches and writes the labels. Both run in turns, as whole commands, with the malloc settings of
 chunkq's workers. With `--tree`, chunkq of another checkout runs in turns with them.
 
+The CPU seconds are those of all processes of a command, which a busy machine changes least.
+
 The marks are seconds since the start of a command, by the start and end of its processes and the
 dates of what it writes. They are medians of runs of their own, because watching processes costs
 time. `status`, `plan` and `jobs` run on this small job, as whole commands.
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -44,11 +47,11 @@ COMMANDS = {
     "jobs": ("jobs",),
 }
 PROCESSES = {
-    "check": "check-model",
-    "supervisor": "work",
-    "worker process": "chunkq_worker.worker_process",
+    "check": {"check-model"},
+    "supervisor": {"work", "chunkq_worker.early_work"},
+    "worker process": {"chunkq_worker.worker_process"},
 }
-"""Process of a run -> an argument that only it has."""
+"""Process of a run -> arguments of which only it has one."""
 SCRIPT = f'''
 """A plain script: import, read, load, compute, write. Prints seconds since its start."""
 import json, sys, time
@@ -147,11 +150,15 @@ class Stage:
     def run(self, name: str) -> Figures:
         """Run the job as a whole command, with a new output; return its seconds."""
         self.clear()
-        before = time.perf_counter()
+        before, used = time.perf_counter(), children_seconds()
         out = finished(self.start(name, "run", "job.yaml", "--gpus", "none"), name)
         seconds = time.perf_counter() - before
         steps = json.loads(out.splitlines()[-1]) if name == "script" else {}
-        return {"seconds": seconds, "marks": steps | {"command ended": seconds}}
+        return {
+            "seconds": seconds,
+            "cpu_seconds": children_seconds() - used,
+            "marks": steps | {"command ended": seconds},
+        }
 
     def clear(self) -> None:
         """Delete the outputs."""
@@ -176,6 +183,12 @@ class Stage:
         return {mark: moment - start for mark, moment in sorted(seen.items(), key=lambda s: s[1])}
 
 
+def children_seconds() -> float:
+    """Return the CPU time (s) of all processes that have ended below this one."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def finished(process: subprocess.Popen[str], name: str) -> str:
     """Wait for a command and return its output. Raise SystemExit if it fails."""
     out = process.communicate()[0]
@@ -192,7 +205,7 @@ def watch_processes(pid: int) -> dict[str, float]:
         for child in run.children(recursive=True):
             with suppress(psutil.Error):
                 arguments = child.cmdline()
-                kinds = [kind for kind, argument in PROCESSES.items() if argument in arguments]
+                kinds = [kind for kind, names in PROCESSES.items() if names.intersection(arguments)]
                 for kind in kinds if child.status() != psutil.STATUS_ZOMBIE else ():
                     seen.setdefault(f"{kind} started", time.time())
                     seen[f"{kind} ended"] = time.time()
@@ -249,6 +262,10 @@ def main() -> None:
             "rounds": arguments.rounds,
             "seconds": {other: turns.median_seconds(results, other) for other in names},
             "ratios": {tree: turns.ratios(results, tree, "script") for tree in stage.trees},
+            "cpu_seconds": {
+                other: statistics.median(turn[other]["cpu_seconds"] for turn in results)
+                for other in names
+            },
             "target_ratio": TARGET_RATIO,
             "marks": {"script": medians([turn["script"]["marks"] for turn in results]), **watched},
             "commands": command_seconds(stage, arguments.rounds),

@@ -105,8 +105,10 @@ def check_job(
     """
     rows = None
     if job.is_image:
+        from chunkq.job.image_job import check_package
         from chunkq.job.image_rows import find_rows  # for such jobs only
 
+        check_package(job)
         rows = find_rows(job)
         sources = [rows.source(job.input_paths[0])]
     sources = find_sources(job) if sources is None else sources

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -27,6 +26,7 @@ EXTRAS = {
     "rq": "redis",
     "s3fs": "s3",
     "sleap_io": "slp",
+    "sleap_nn": "sleap",
     "starlette": "view",
     "tensorflow": "tensorflow",
     "tifffile": "tiff",
@@ -67,6 +67,8 @@ def _origin() -> tuple[str, bool]:
 
     PEP 610: the file direct_url.json exists unless chunkq came from a package index.
     """
+    from importlib.metadata import PackageNotFoundError, distribution  # a quarter of `--help`
+
     try:
         record = distribution(PACKAGE).read_text("direct_url.json")
     except PackageNotFoundError:

@@ -1,15 +1,20 @@
 """Lines that a run sends to workers that start before its job exists.
 
 The run starts `chunkq work` at once, so that the workers load their libraries and the network while
-the job is checked. It writes these lines to the standard input of that process, which passes them
-on to each worker process. The first worker process checks the network and writes a `CheckReport` to
-a pipe of its own, because a user's network may print.
+the job is read and checked. It writes these lines to the standard input of that process. The first
+one has the arguments of the command. The others are passed on to each worker process. The first
+worker process checks the network and writes a `CheckReport` to a pipe of its own, because a user's
+network may print.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from enum import StrEnum, auto
+
+EARLY_WORK = "chunkq_worker.early_work"
+"""The module that a run starts before it has read the job file."""
 
 
 class Step(StrEnum):
@@ -32,3 +37,14 @@ def decode_line(line: bytes) -> tuple[Step, str]:
     """Return the step of a line, and its argument."""
     step, argument = json.loads(line)
     return Step(step), argument
+
+
+def encode_arguments(arguments: Sequence[str], environment: Mapping[str, str]) -> bytes:
+    """Return the line with the arguments of `chunkq work`, and variables of its environment."""
+    return json.dumps([list(arguments), dict(environment)]).encode() + b"\n"
+
+
+def decode_arguments(line: bytes) -> tuple[list[str], dict[str, str]]:
+    """Return the arguments and the variables of a line."""
+    arguments, environment = json.loads(line)
+    return arguments, environment

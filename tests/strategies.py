@@ -10,6 +10,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from chunkq.blend.weights import Weights
+from chunkq.images.poses import Poses
 from chunkq.job.job_file import Job, parse_job
 from chunkq.job.resolve import resolve
 from chunkq.job.user_code import load_blend_weights
@@ -165,3 +166,18 @@ def without_margin(
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Return the kept part of an array of the shape of an output patch."""
     return array[tuple(slice(m, n - m) for n, m in zip(array.shape, margin, strict=True))]
+
+
+@st.composite
+def poses(draw: st.DrawFn, keypoints: int = 3) -> Poses:
+    """Draw the poses of an image: any number of animals, each keypoint found or not."""
+    animals = draw(st.integers(0, 3))
+    numbers = st.floats(-9, 999, width=32)
+    points = np.full((animals, keypoints, 2), np.nan, np.float32)
+    point_scores = np.full((animals, keypoints), np.nan, np.float32)
+    for at in np.ndindex(animals, keypoints):
+        if draw(st.booleans()):
+            points[at] = draw(numbers), draw(numbers)
+            point_scores[at] = draw(numbers)
+    scores = np.array([draw(numbers) for _ in range(animals)], np.float32)
+    return Poses(points, point_scores, scores)

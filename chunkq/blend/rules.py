@@ -72,19 +72,23 @@ class CombineRule(ABC):
         """Return output values ([C,] *S) in the output's dtype from a result of `reduce`.
 
         The result is (C, *S) here, of as many channels as are stored, and labels (*S) for `soft`
-        and `hard`. Voxels that are not `inside` (*S) have the fill value. Raises PredictionError if
-        float16 cannot hold a value.
+        and `hard`. A device may have converted it to the integers of a range. Voxels that are not
+        `inside` (*S) have the fill value. Raises PredictionError if float16 cannot hold a value.
         """
+        outside: Any = self.output.outside
+        if self.output.value_range is not None and result.dtype.kind in "iu":
+            result = result.view(self.output.dtype)  # a device sends uint16 as int16
+            outside = self.output.fill
         if inside is not None:
             result = result if result.flags.writeable else result.copy()
-            result[:, ~inside] = self.output.outside  # before values beyond the range are refused
+            result[:, ~inside] = outside  # before values beyond the range are refused
         values = self._cast(result)
         return values if self.output.channel_axis else values[0]
 
     def _cast(self, result: Voxels) -> Voxels:
-        if self.output.value_range is not None:
-            return self.output.value_range.stored(result)
         dtype = self.output.dtype
+        if self.output.value_range is not None and result.dtype != dtype:
+            return self.output.value_range.stored(result)
         with np.errstate(over="ignore"):
             values = result if result.dtype == dtype else buffers.cast(result, dtype)
         if dtype == np.float16 and not np.isfinite(values).all():

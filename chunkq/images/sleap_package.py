@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -47,23 +48,30 @@ class SleapPackage:
                the one of the crops
     is_export  whether it is an export to ONNX, in which thresholds and refinement are fixed
     skeleton   names of the keypoints and the edges between them
+    channels   number of channels that an export takes; 0 for trained models, which convert frames
     """
 
     kind: PackageKind
     folders: tuple[str, ...]
     is_export: bool
     skeleton: Skeleton
+    channels: int = 0
 
-    @property
-    def files(self) -> dict[str, str]:
-        """The files that determine the predictions: key in messages -> path."""
-        names = (METADATA, GRAPH) if self.is_export else (CONFIG, CHECKPOINT)
-        keys = [KEY] if len(self.folders) == 1 else [f"{KEY}[{n}]" for n in range(2)]
-        return {
-            f"{key}/{name}": os.path.join(folder, name)
-            for key, folder in zip(keys, self.folders, strict=True)
-            for name in names
-        }
+
+def package_files(folders: Sequence[str]) -> dict[str, str]:
+    """Return the files of folders that determine the predictions: `package[0]/NAME` -> path."""
+    return {
+        f"package[{number}]/{name}": path
+        for number, folder in enumerate(folders)
+        for name in (CONFIG, CHECKPOINT, METADATA, GRAPH)
+        if os.path.isfile(path := os.path.join(folder, name))
+    }
+
+
+def folder_of(key: str) -> int | None:
+    """Return the number of the folder of a key of `package_files`, None for another key."""
+    match = re.fullmatch(r"package\[(\d)\]/.+", key)
+    return match and int(match[1])
 
 
 def read_package(folders: Sequence[str]) -> SleapPackage:
@@ -109,12 +117,13 @@ def _export(folder: str) -> SleapPackage:
     try:
         names = tuple(str(name) for name in metadata["node_names"])
         edges = tuple((int(a), int(b)) for a, b in metadata["edge_inds"])
-        skeleton = Skeleton(names, edges)
+        skeleton, channels = Skeleton(names, edges), int(metadata["input_channels"])
     except (KeyError, TypeError, ValueError) as error:
         raise _refused(
-            f"{path} has no valid `node_names` and `edge_inds`: {error}; export the model again"
+            f"{path} has no valid `node_names`, `edge_inds` and `input_channels`: {error}; export "
+            "the model again"
         ) from None
-    return SleapPackage(EXPORTED[model_type], (folder,), True, skeleton)
+    return SleapPackage(EXPORTED[model_type], (folder,), True, skeleton, channels)
 
 
 def _trained(folders: Sequence[str]) -> SleapPackage:

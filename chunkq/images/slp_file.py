@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chunkq.errors import ErrorCode, StoreError
 from chunkq.images.poses import Poses
 from chunkq.images.skeleton import Skeleton
-from chunkq.install_hint import install_command
+from chunkq.images.slp_packages import check_slp_packages
 
 PREDICTED = 1
 """Number of predicted instances in `.slp` files, beside 0 for those that a user has drawn."""
@@ -45,6 +44,26 @@ class SlpFrame:
     poses: Poses
 
 
+def places_of(
+    paths: Sequence[str], frames: Sequence[int | None]
+) -> tuple[list[SlpVideo], npt.NDArray[np.int64]]:
+    """Return the videos of the rows of a list, and the place (n, 2) of each: video and frame.
+
+    `frames` has the number of the frame of each row of a video, None for images. All images are
+    one video, in which they have the order of the list. Videos are in the order of their first row.
+    """
+    images = tuple(path for path, frame in zip(paths, frames, strict=True) if frame is None)
+    numbers: dict[str | None, int] = {}
+    places = np.zeros((len(paths), 2), np.int64)
+    image = 0
+    for row, (path, frame) in enumerate(zip(paths, frames, strict=True)):
+        video = numbers.setdefault(None if frame is None else path, len(numbers))
+        places[row] = video, image if frame is None else frame
+        image += frame is None
+    videos = [SlpVideo(images if path is None else path) for path in numbers]
+    return videos, places
+
+
 def write_slp(
     path: str,
     skeleton: Skeleton,
@@ -59,7 +78,10 @@ def write_slp(
 
     Raises StoreError if sleap-io is missing, and OSError.
     """
-    h5py, sio = _packages()
+    check_slp_packages()
+    import h5py
+    import sleap_io as sio
+
     skeletons = [_skeleton(skeleton, sio)]
     labels = sio.Labels(
         videos=[_video(video, sio) for video in videos],
@@ -145,19 +167,6 @@ class _Table:
             self._dataset.resize((self.count,))
             self._dataset[self._written :] = np.concatenate(self._waiting)
         self._waiting, self._written = [], self.count
-
-
-def _packages() -> tuple[Any, Any]:
-    try:
-        import h5py
-        import sleap_io
-    except ImportError as error:
-        raise StoreError(
-            f"output: .slp files need packages that are missing ({error}); run "
-            f"`{install_command('slp')}`",
-            code=ErrorCode.PACKAGE_MISSING,
-        ) from None
-    return h5py, sleap_io
 
 
 def _skeleton(skeleton: Skeleton, sio: Any) -> Any:

@@ -9,6 +9,7 @@ from chunkq.errors import JobError
 from chunkq.job.items import Image
 from chunkq.job.job_path import job_folder_of
 from chunkq.job.output import output_axes
+from chunkq.job.output_name import SLP, table_suffix
 from chunkq.job.record import JobRecord
 from chunkq.paths import join
 from chunkq.writers.base import ExportWriter, ImageToWrite, StoredValues, WriterOptions
@@ -113,6 +114,10 @@ def check_exports(record: JobRecord) -> tuple[str, ...]:
             "pyramid: unsupported for an output that is a file; remove it, or use a Zarr output"
         )
     if record.job.is_image:
+        if table_suffix(record.job.output) == SLP:
+            from chunkq.images.slp_packages import check_slp_packages  # for such outputs only
+
+            check_slp_packages()
         return ()
     files = tuple(exported_files(record))
     return tuple(

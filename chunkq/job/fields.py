@@ -168,6 +168,11 @@ def printed_bounds(bounds: Bounds) -> str:
 Offsets = Annotated[tuple[tuple[Offset, ...], ...], BeforeValidator(_as_nested_tuple)]
 
 
+Folders = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...],
+    Field(min_length=1, max_length=2),
+    BeforeValidator(_as_tuple_of_names, json_schema_input_type=str | tuple[str, ...]),
+]
 Names = Annotated[
     tuple[str, ...],
     Field(min_length=1),

@@ -213,8 +213,9 @@ def meant_key(
     only resemble the name do not count.
     """
     paths = {_path(one, key): (one, key) for one, keys in names.items() for key in keys}
-    choices = [path for path, (_, key) in paths.items() if folded(key) == folded(name)]
-    choices.append(KEY_WORDS.get(folded(name), ""))
+    equal = [path for path, (_, key) in paths.items() if folded(key) == folded(name)]
+    same = [path for path in equal if paths[path][0] == section]
+    choices = [*same, KEY_WORDS.get(folded(name), ""), *equal]
     if not exact:
         sections = (section, *(one for one in names if one != section))
         choices += [

@@ -224,6 +224,11 @@ class PeaksConfig(Section):
         ),
     ] = False
 
+    @property
+    def is_changed(self) -> bool:
+        """Whether a key has another value than its default."""
+        return self != PeaksConfig()
+
 
 class TruthConfig(Section):
     """Where the true label of each image is: in its path, or in a column of the list."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from chunkq.errors import JobError
 from chunkq.images.image_spec import ImageSpec
-from chunkq.job.output_name import table_suffix
+from chunkq.job.model_config import SLEAP
+from chunkq.job.output_name import SLP, table_suffix
 from chunkq.paths import without_secret
 
 if TYPE_CHECKING:
@@ -23,6 +26,15 @@ SHARED_KEYS = frozenset(
     }
 )  # fmt: skip
 """Keys that have a meaning in both kinds of jobs."""
+PACKAGE_MODEL = MappingProxyType(
+    {
+        "runtime": SLEAP,
+        "type": "package",
+        "model_input_shape": [3, 256, 256],
+        "max_batch_size": 4,
+    }
+)
+"""Keys of `model_config` beside `package`: frames of any size, and sleap-nn's own batch size."""
 VOLUME_MODEL_KEYS = ("lost_dim", "join_dim")
 """Keys of `model_config` that only jobs over volumes have."""
 VOLUME_INPUT_KEYS = ("axes", "level", "channels", "time", "order", "orientation")
@@ -38,8 +50,15 @@ def with_image_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(values)
     if values.get("inference_type") != IMAGE:
         return result
-    result.setdefault("activation", "softmax" if values.get("peaks") is None else "none")
     model, image = values.get("model_config"), values.get("image", {})
+    has_package = isinstance(model, Mapping) and model.get("package") is not None
+    has_scores = values.get("peaks") is None and not has_package
+    result.setdefault("activation", "softmax" if has_scores else "none")
+    if isinstance(model, Mapping) and has_package:
+        if not {"runtime", "type"} & model.keys():
+            result["model_config"] = {**PACKAGE_MODEL, **model}
+        result.setdefault("peaks", {})
+        return result
     if isinstance(model, Mapping) and "model_input_shape" not in model:
         shape = _input_shape(image)
         if shape is not None:
@@ -65,17 +84,23 @@ def kind_problems(job: Job) -> list[str]:
     """Return one line per key that belongs to the other kind of job."""
     fields = type(job).model_fields
     if job.inference_type != IMAGE:
-        return [
+        problems = [
             f"{key}: unsupported for inference_type {job.inference_type}; remove it, or use "
             f"inference_type {IMAGE}"
             for key in sorted(IMAGE_KEYS)
             if getattr(job, key) != fields[key].default
-        ] + [
-            f"input.frames: unsupported for inference_type {job.inference_type}; use time, or "
-            f"inference_type {IMAGE}"
-            for config in job.inputs
-            if config.frames is not None
-        ][:1]
+        ]
+        if job.model.package is not None:
+            problems.append(
+                f"model_config.package: unsupported for inference_type {job.inference_type}; use "
+                f"inference_type {IMAGE}"
+            )
+        if any(config.frames is not None for config in job.inputs):
+            problems.append(
+                f"input.frames: unsupported for inference_type {job.inference_type}; use time, or "
+                f"inference_type {IMAGE}"
+            )
+        return problems
     problems = [
         f"{fields[key].alias or key}: unsupported for inference_type {IMAGE}, whose images are not "
         "cut into patches; remove it"
@@ -119,7 +144,17 @@ def image_problems(job: Job) -> list[str]:
     if job.is_precomputed or table_suffix(job.output) is None:
         problems.append(
             f"output: {without_secret(job.output)} is no table; use a name that ends in .parquet, "
-            ".csv or .jsonl"
+            ".csv or .jsonl, or in .slp for keypoints"
+        )
+    elif table_suffix(job.output) == SLP and job.peaks is None:
+        problems.append(
+            f"output: {without_secret(job.output)} holds keypoints, which this job does not have; "
+            "set peaks, or use a name that ends in .parquet, .csv or .jsonl"
+        )
+    elif table_suffix(job.output) == SLP and job.classes is None and job.model.package is None:
+        problems.append(
+            "classes: missing for an output in .slp, whose keypoints have names; set it to a list "
+            "of them"
         )
     if job.keep == "features":
         used = {"classes": job.classes, "truth": job.truth}
@@ -131,6 +166,8 @@ def image_problems(job: Job) -> list[str]:
         ]
     if job.peaks is not None:
         problems += _peak_problems(job)
+    if job.model.package is not None:
+        return problems + _package_problems(job)
     if not problems:
         problems += _shape_problems(job, job.image_spec)
     return problems
@@ -151,6 +188,36 @@ def _peak_problems(job: Job) -> list[str]:
             "of logits"
         )
     return problems
+
+
+def _package_problems(job: Job) -> list[str]:
+    """Return one line per key that a network of sleap-nn has itself."""
+    used = {
+        "image": job.image is not None,
+        "classes": job.classes is not None,
+        "activation": job.activation not in ("none", "softmax"),
+        "peaks.stride": job.peaks is not None and job.peaks.stride is not None,
+        "peaks.multiple": job.peaks is not None and job.peaks.multiple,
+    }
+    return [
+        f"{key}: unsupported beside model_config.package, whose network defines it; remove it"
+        for key, is_used in used.items()
+        if is_used
+    ]
+
+
+def check_package(job: Job) -> None:
+    """Raise JobError in one line if the folders of a job are no network of sleap-nn."""
+    if job.model.package is None:
+        return
+    from chunkq.images.sleap_package import read_package  # for such jobs only
+
+    package, peaks = read_package(job.model.package), job.peaks
+    if package.is_export and peaks is not None and peaks.is_changed:
+        raise JobError(
+            "peaks: an export of sleap-nn has a fixed threshold and no refinement; remove peaks, "
+            "or use the folder of the trained model"
+        )
 
 
 def _shape_problems(job: Job, spec: ImageSpec) -> list[str]:

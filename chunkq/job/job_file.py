@@ -23,6 +23,7 @@ from chunkq.errors import ArgumentError, ErrorCode, JobError
 from chunkq.geometry.grids import Edge
 from chunkq.geometry.padding import PadMode
 from chunkq.images.image_spec import ImageSpec
+from chunkq.images.sleap_package import folder_of
 from chunkq.job.class_names import with_class_names
 from chunkq.job.fields import (
     BY_HEAD,
@@ -782,7 +783,17 @@ class Job(Section):
     def with_files(self, paths: Mapping[str, str]) -> Job:
         """Return a copy of the job with the paths of some `files` replaced, by key path."""
         section = "model_config."
-        model = {k.removeprefix(section): p for k, p in paths.items() if k.startswith(section)}
+        model: dict[str, Any] = {}
+        package = [*(self.model.package or ())]
+        for key, path in paths.items():
+            name = key.removeprefix(section)
+            number = folder_of(name)
+            if number is not None:
+                package[number] = os.path.dirname(path)
+            elif name != key:
+                model[name] = path
+        if package:
+            model["package"] = tuple(package)
         update: dict[str, Any] = {"model": self.model.model_copy(update=model)}
         if "weight_function" in paths:
             update["weight_function"] = (paths["weight_function"], *self.weight_function[1:])
@@ -1083,6 +1094,17 @@ def _make_absolute(values: dict[str, Any], base: Path) -> None:
             else value
             for key, value in model.items()
         }
+        if (package := model.get("package")) is not None:
+            values["model_config"]["package"] = _absolute_folders(package, base)
+
+
+def _absolute_folders(value: object, base: Path) -> object:
+    """Return one folder, or a list of folders, with absolute paths; other values as they are."""
+    if isinstance(value, str):
+        return [absolute(value, base)] if value else value
+    if isinstance(value, (list, tuple)):
+        return [absolute(v, base) if isinstance(v, str) and v else v for v in value]
+    return value
 
 
 def _absolute_input(value: object, base: Path) -> object:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+from chunkq.images.sleap_package import package_files
 from chunkq.job.fields import (
     Dtype,
+    Folders,
     NonNegative,
     OutputShape,
     Positive,
@@ -22,6 +24,14 @@ HALF_PRECISIONS = ("bfloat16", "float16")
 TENSORRT_PRECISIONS = ("tf32", "float16")
 """Precisions that ONNX Runtime can request of TensorRT, which has TF32 on by itself."""
 
+SLEAP = "sleap"
+"""Runtime of the networks of sleap-nn."""
+PACKAGE_KEYS = frozenset(
+    {"runtime", "type", "package", "model_input_shape", "max_batch_size", "device", "trusted"}
+    | {"precision"}
+)
+"""Keys that have a meaning beside `package`."""
+
 _FLOATING_DTYPES = ("float16", "bfloat16", "float64")
 """Dtypes of networks with floating-point weights other than float32."""
 
@@ -30,22 +40,23 @@ class ModelConfig(Section):
     """The network: its files, its input and output shapes, and how to run it."""
 
     runtime: Annotated[
-        Literal["torch", "tensorflow", "onnx", "numpy"],
+        Literal["torch", "tensorflow", "onnx", "numpy", "sleap"],
         key_doc(
             "Network",
-            "Framework that runs the network.",
+            "Framework that runs the network. With `package` it is `sleap`.",
             example="torch",
             unit=None,
             see="guides/models.md",
         ),
     ]
     type: Annotated[
-        Literal["class", "file", "torchscript", "exported", "json"],
+        Literal["class", "file", "torchscript", "exported", "json", "package"],
         key_doc(
             "Network",
             "Kind of the files that hold the network: `class`, a Python class or function, with a "
             "checkpoint where it needs one; `file`, a model file of the runtime; `torchscript`, a "
-            "TorchScript file; `exported`, a torch.export program; `json`, Keras JSON.",
+            "TorchScript file; `exported`, a torch.export program; `json`, Keras JSON; `package`, "
+            "the folders of `package`.",
             example="class",
             unit=None,
             see="guides/models.md",
@@ -211,6 +222,20 @@ class ModelConfig(Section):
             omitted="none; required for type `json`",
         ),
     ] = None
+    package: Annotated[
+        Folders | None,
+        key_doc(
+            "Network",
+            "Folder of a network of sleap-nn: of a trained model, or of an export to ONNX. A list "
+            "of two folders is a top-down model: the one of the centers, then the one of the "
+            "crops. `runtime`, `type` and `model_input_shape` follow from it. Only for "
+            "`inference_type` `image`.",
+            example=["models/centroid", "models/centered_instance"],
+            unit=None,
+            omitted="the network is in the files that `type` names",
+            see="guides/images.md#networks-of-sleap-nn",
+        ),
+    ] = None
     trusted: Annotated[
         bool,
         key_doc(
@@ -297,7 +322,7 @@ class ModelConfig(Section):
             return self.precision
         if self.dtype in _FLOATING_DTYPES:
             return self.dtype
-        is_torch_on_gpu = self.runtime == "torch" and self.device == "cuda"
+        is_torch_on_gpu = self.runtime in ("torch", SLEAP) and self.device == "cuda"
         return "tf32" if is_torch_on_gpu or self.provider == "tensorrt" else "float32"
 
     @property
@@ -320,7 +345,8 @@ class ModelConfig(Section):
             "json_file",
             "processing_steps",
         )
-        return {key: path for key in keys if (path := getattr(self, key)) is not None}
+        files = {key: path for key in keys if (path := getattr(self, key)) is not None}
+        return files | package_files(self.package or ())
 
     @property
     def class_package(self) -> str | None:
@@ -369,6 +395,7 @@ _REQUIRED_KEYS = {
     "file": ("model_file",),
     "exported": ("model_file",),
     "json": ("json_file",),
+    "package": ("package",),
 }
 
 
@@ -383,6 +410,7 @@ _TYPES = {
     "tensorflow": ("class", "file", "json"),
     "onnx": ("file",),
     "numpy": ("class",),
+    SLEAP: ("package",),
 }
 
 
@@ -423,7 +451,22 @@ def model_problems(model: ModelConfig) -> list[str]:
         problems += _provider_problems(model)
     if runtime == "numpy":
         problems += _numpy_problems(model)
+    if model.package is not None:
+        problems += _package_problems(model)
     return problems + precision_problems(model)
+
+
+def _package_problems(model: ModelConfig) -> list[str]:
+    """Return one line per key that does not fit `package`."""
+    if model.runtime != SLEAP or model.type != "package":
+        return ["model_config.package: found runtime and type beside it; remove these two keys"]
+    fields = ModelConfig.model_fields
+    return [
+        f"model_config.{key}: unsupported beside package, whose folders define the network; "
+        "remove it"
+        for key in fields
+        if key not in {*PACKAGE_KEYS, *_TORCH_ONLY} and getattr(model, key) != fields[key].default
+    ]
 
 
 def precision_problems(model: ModelConfig) -> list[str]:

@@ -65,7 +65,9 @@ WRITTEN = MappingProxyType(
     }
 )
 """Suffix of a file that can be written -> format of its writer."""
-TABLES = (".parquet", ".csv", ".jsonl")
+SLP = ".slp"
+"""Suffix of SLEAP's files of keypoints."""
+TABLES = (".parquet", ".csv", ".jsonl", SLP)
 """Suffixes of the tables that jobs over images write."""
 
 

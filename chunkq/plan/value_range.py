@@ -32,12 +32,12 @@ class ValueRange:
     @property
     def scale(self) -> float:
         """Difference of the values of two neighboring integers."""
-        return (self.high - self.low) / self._steps
+        return (self.high - self.low) / self.steps
 
     @property
     def offset(self) -> float:
         """Value of the integer 0, which can lie outside of the range."""
-        return self.low - self._smallest * self.scale
+        return self.low - self.smallest * self.scale
 
     @property
     def text(self) -> str:
@@ -61,21 +61,22 @@ class ValueRange:
     def _convert(self, values: npt.NDArray[Any], target: npt.NDArray[Any]) -> None:
         # In this order, `low`, `high` and values halfway between two integers are exact.
         steps = np.subtract(values, self.low, dtype=np.float64)
-        steps *= self._steps
+        steps *= self.steps
         steps /= self.high - self.low
-        np.clip(steps, 0, self._steps, out=steps)
+        np.clip(steps, 0, self.steps, out=steps)
         np.rint(steps, out=steps)
-        steps += self._smallest
+        steps += self.smallest
         np.copyto(target, steps, casting="unsafe")
 
     @property
-    def _smallest(self) -> int:
+    def smallest(self) -> int:
+        """The smallest integer, that of `low`."""
         return int(np.iinfo(self.dtype).min)
 
     @property
-    def _steps(self) -> int:
+    def steps(self) -> int:
         """Steps between the smallest and the largest integer."""
-        return int(np.iinfo(self.dtype).max) - self._smallest
+        return int(np.iinfo(self.dtype).max) - self.smallest
 
 
 def _parts(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -12,7 +13,7 @@ from chunkq.errors import ErrorCode, IncompleteError, PieceError
 from chunkq.images.result_table import write_table
 from chunkq.job.exports import ERRORS_NUMBER, ExportedFile, exported_files
 from chunkq.job.job_handle import ItemHandle, JobHandle
-from chunkq.job.output_name import table_suffix
+from chunkq.job.output_name import SLP, table_suffix
 from chunkq.paths import without_secret
 from chunkq.plan.plan import Index
 
@@ -42,12 +43,38 @@ def write_file(
     suffix = table_suffix(file.path)
     if suffix is None:
         raise ValueError("the output of the job is no table")
+    if suffix == SLP and number == 0:
+        from chunkq.stages.slp import write_keypoints  # for such outputs only
+
+        write_keypoints(item, path, _pairs(item, report))
+        return
     with open(path, "wb") as target:
         write_table(_parts(item, number, report), suffix, target)
 
 
 def _parts(item: ItemHandle, number: int, report: Callable[[int, int], None]) -> Iterator[pa.Table]:
     """Yield a table of each chunk in the order of the list."""
+    for tables in _tables(item, report):
+        yield read_table(tables[number])
+
+
+def _pairs(
+    item: ItemHandle, report: Callable[[int, int], None]
+) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """Yield the tables of results and of errors of each chunk in the order of the list."""
+    for tables in _tables(item, report):
+        yield read_table(tables[0]), read_table(tables[1])
+
+
+def read_table(content: npt.NDArray[np.uint8]) -> pa.Table:
+    """Return a table of `put_results`."""
+    return pq.read_table(pa.BufferReader(content.tobytes()))
+
+
+def _tables(
+    item: ItemHandle, report: Callable[[int, int], None]
+) -> Iterator[Sequence[npt.NDArray[np.uint8]]]:
+    """Yield what `put_results` has stored of each chunk, in the order of the list."""
     chunks, problems = list(item.tasks.chunks()), dict[Index, PieceError]()
     for done, chunk in enumerate(chunks):
         try:
@@ -56,7 +83,7 @@ def _parts(item: ItemHandle, number: int, report: Callable[[int, int], None]) ->
             problems[chunk] = error
             continue
         if not problems:
-            yield pq.read_table(pa.BufferReader(arrays[number].tobytes()))
+            yield arrays
         report(done + 1, len(chunks))
     if problems:
         item.ledger.delete_commits("infer", problems)

@@ -14,7 +14,8 @@ from chunkq.queue.registry import load_backend, queue_url
 from chunkq.system.cores import available_cores
 from chunkq.system.private_files import write_private
 from chunkq.system.scratch import scratch_folder
-from chunkq_producer.engine import CLUSTERS, Engine, is_cpu_only, ray_url
+from chunkq_producer.engine import Engine, is_cpu_only, ray_url
+from chunkq_producer.engine_names import CLUSTERS
 from chunkq_producer.slurm import Announcement, announce
 
 log = logging.getLogger("chunkq.run")

@@ -12,19 +12,14 @@ from chunkq.job.job_file import DaskConfig, Job, RayConfig
 from chunkq.paths import without_secret
 from chunkq.queue.registry import BACKENDS, QUEUE_VARIABLE, checked_scheme, queue_url
 from chunkq.system.gpus import visible_gpus
+from chunkq_producer.engine_names import CLUSTERS, ENGINES, WITH_PROCESSES
 from chunkq_producer.slurm import OUTSIDE_SLURM, Step
 
-ENGINES: MappingProxyType[str, str] = MappingProxyType(
-    {"sqlite": "sqlite", "inprocess": "inprocess", "rq": "redis", "dask": "dask", "ray": "ray"}
-)
-"""Value of --executor -> scheme of the queue URL."""
 DEFAULT_QUEUES = MappingProxyType(
     {"rq": "redis://127.0.0.1:6379/0", "inprocess": "inprocess://run"}
 )
 ADDRESS_SCHEMES = MappingProxyType({"dask": ("", "tcp", "tls", "ucx"), "ray": ("",)})
 """Schemes of the addresses of running clusters, besides those of queues."""
-CLUSTERS = ("dask", "ray")
-"""Engines that start their own cluster or use the workers of a running one."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,7 @@ class Engine:
     def starts_early(self) -> bool:
         """Whether workers are a process of this machine, on a queue that the run does not start."""
         scheme = (self.url or "").partition("://")[0]
-        return self.name in ("sqlite", "rq") and scheme in BACKENDS
+        return self.name in WITH_PROCESSES and scheme in BACKENDS
 
 
 def select_engine(

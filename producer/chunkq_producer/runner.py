@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from chunkq.job.events import Sink
 from chunkq.job.job_file import Job
+from chunkq_producer.early_process import EarlyStart
 from chunkq_producer.engine import select_engine
 from chunkq_producer.worker_command import RunOptions, early_workers
 
@@ -21,19 +22,24 @@ def run_job(
     options: RunOptions,
     overwrite: bool = False,
     emit: Sink,
+    start: EarlyStart | None = None,
 ) -> RunResult:
     """Produce, compute and finalize a job. An interrupted run continues with the same call.
+
+    The workers use the process of `start`, if it is not None.
 
     Raises the errors of checking, producing and finalizing a job, ModelError if the network fails
     its check, ChunkqError if workers end with an error, and InterruptedRunError after a signal.
     Error lines of workers are notes of the raised error.
     """
     selected = select_engine(job, engine, queue, options.workers)
+    if start is not None and not selected.starts_early:
+        start.end()
     if selected.step is not None and selected.step.rank > 0:
         from chunkq_producer.run_steps import follow
 
         return follow(job, selected.name, selected.step, options, emit)
-    with early_workers(job, selected, options, emit) as early:
+    with early_workers(job, selected, options, emit, start) as early:
         # Imported here, while the workers import their libraries.
         from chunkq_producer.run_steps import run_steps
 

@@ -19,14 +19,13 @@ from chunkq.job.job_file import Job
 from chunkq.model_check import CheckReport, ModelCheck
 from chunkq.queue.registry import QUEUE_VARIABLE
 from chunkq.system.python_process import python_module
-from chunkq.worker_start import Step, encode_line
+from chunkq.worker_start import Step, encode_arguments, encode_line
+from chunkq_producer.early_process import END_SECONDS, EarlyProcess, EarlyStart
 from chunkq_producer.engine import Engine, is_cpu_only
 
 if TYPE_CHECKING:
     from chunkq.job.record import JobRecord
 
-END_SECONDS = 10.0
-"""Time to end processes whose work has not begun, before they are killed."""
 MAX_LINES = 1000
 """Lines of the workers that are kept. The user's code can print any number of them."""
 
@@ -70,8 +69,9 @@ class Workers(ABC):
 class WorkerCommand(Workers):
     """A `chunkq work` process on this machine.
 
-    With `is_early`, it starts before its job exists: call `import_runtime`, `start_check`, `check`
-    and `begin` in this order, or `end`. Until `begin`, what it writes to standard error is kept.
+    With an `early` process, it starts before its job exists: call `import_runtime`, `start_check`,
+    `check` and `begin` in this order, or `end`. Until `begin`, what it writes to standard error is
+    kept.
 
     The queue URL, which may contain a password, is passed in the environment because all users
     can read command lines.
@@ -82,24 +82,23 @@ class WorkerCommand(Workers):
         options: Sequence[str],
         environment: Mapping[str, str],
         emit: Sink,
-        *,
-        is_early: bool = False,
+        early: EarlyProcess | None = None,
     ) -> None:
-        read, write = os.pipe() if is_early else (None, None)
-        lifeline = ["--lifeline", *([] if write is None else ["--early", str(write)])]
-        self._process = subprocess.Popen(
-            python_module("chunkq", "work", "--burst", "--quiet", *lifeline, *options),
-            env={**os.environ, **environment},
-            stdin=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-            pass_fds=() if write is None else (write,),
-        )
-        if write is not None:
-            os.close(write)
-        self._report = read
+        arguments = ["--burst", "--quiet", "--lifeline", *options]
+        self._report: int | None = None
+        if early is None:
+            self._process = subprocess.Popen(
+                python_module("chunkq", "work", *arguments),
+                env={**os.environ, **environment},
+                stdin=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        else:
+            self._process, self._report = early.process, early.report
+            self._write(encode_arguments(arguments, environment))
         self._emit = emit
-        self._has_begun = not is_early
+        self._has_begun = early is None
         self._lock = threading.Lock()
         self._lines = deque[str](maxlen=MAX_LINES)
         self._reader = threading.Thread(target=self._forward_stderr, daemon=True)
@@ -181,10 +180,14 @@ class WorkerCommand(Workers):
                 self._process.stdin.close()
 
     def _send(self, step: Step, argument: str = "") -> None:
+        """Write a line with a step."""
+        self._write(encode_line(step, argument))
+
+    def _write(self, line: bytes) -> None:
         """Write a line; do nothing if the process has ended."""
         if self._process.stdin is not None:
             with suppress(BrokenPipeError):
-                self._process.stdin.write(encode_line(step, argument))
+                self._process.stdin.write(line)
                 self._process.stdin.flush()
 
     def _wait(self) -> None:
@@ -212,18 +215,20 @@ class WorkerCommand(Workers):
 
 @contextmanager
 def early_workers(
-    job: Job, engine: Engine, options: RunOptions, emit: Sink
+    job: Job, engine: Engine, options: RunOptions, emit: Sink, start: EarlyStart | None
 ) -> Iterator[WorkerCommand | None]:
     """Yield workers that load the libraries of a job while the job is checked.
 
-    Yields None if the engine starts its workers in another way. Workers whose work has not begun
-    end with the context.
+    The process of `start` is used, if it is not None. Yields None if the engine starts its workers
+    in another way. Workers whose work has not begun end with the context.
     """
     if engine.url is None or not engine.starts_early:
         yield None
         return
-    arguments = work_options(job, options)
-    workers = WorkerCommand(arguments, {QUEUE_VARIABLE: engine.url}, emit, is_early=True)
+    process = None if start is None else start.take()
+    process = process or EarlyProcess.start(options.workers)
+    variables = {QUEUE_VARIABLE: engine.url}
+    workers = WorkerCommand(work_options(job, options), variables, emit, process)
     try:
         workers.import_runtime(job.model.runtime)
         yield workers

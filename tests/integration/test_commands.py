@@ -326,7 +326,8 @@ def test_every_command_has_a_help_text(workspace: Workspace, command: str) -> No
 
 def test_help_imports_no_large_package() -> None:
     packages = (
-        "torch zarr tensorstore redis numpy pydantic fsspec s3fs chunkq_worker chunkq_producer"
+        "torch zarr tensorstore redis numpy pydantic fsspec s3fs importlib.metadata asyncio "
+        "chunkq_worker chunkq_producer"
     )
     code = (
         "import sys\n"
@@ -345,21 +346,33 @@ def test_help_imports_no_large_package() -> None:
 
 
 NOT_FOR_STATUS = (
-    "chunkq_worker PIL chunkq.images.decoding chunkq.writers.base chunkq.writers.zarr chunkq.job.exports "
-    "chunkq.storage.formats.zarr chunkq.storage.formats.nifti chunkq.storage.formats.tiff"
+    "chunkq_worker PIL chunkq.images.image_list chunkq.images.decoding chunkq.writers.base "
+    "chunkq.writers.zarr chunkq.job.exports chunkq.storage.formats.zarr "
+    "chunkq.storage.formats.nifti chunkq.storage.formats.tiff"
 )
 
 
 @pytest.mark.parametrize(
     ("line", "packages"),
     [
-        ("plan job.json", "torch zarr redis chunkq_worker rich"),
+        (
+            "plan job.json",
+            "torch zarr redis rich s3fs tifffile nibabel h5py array_api_compat pyarrow PIL "
+            "chunkq_worker chunkq.writers.zarr",
+        ),
         (
             "status out.zarr",
             f"torch zarr tensorstore redis array_api_compat pyarrow {NOT_FOR_STATUS}",
         ),
-        ("jobs", "torch zarr tensorstore redis numpy pydantic chunkq_worker"),
-        ("work --burst --gpus none", "torch zarr tensorstore redis numpy pydantic chunkq_producer"),
+        (
+            "jobs",
+            "torch zarr tensorstore redis numpy pydantic importlib.metadata asyncio chunkq_worker",
+        ),
+        (
+            "work --burst --gpus none",
+            "torch zarr tensorstore redis numpy pydantic importlib.metadata asyncio "
+            "chunkq_producer",
+        ),
     ],
 )
 def test_a_command_imports_no_large_package_that_it_does_not_need(

@@ -105,7 +105,7 @@ def test_a_killed_worker_and_a_killed_run_change_no_byte_and_lose_no_chunk(
         os.kill(workspace.wait_until_stopped(run), signal.SIGKILL)
         workspace.stop_at("export")
         assert workspace.wait_until_stopped(run) == run.pid
-        assert not workspace.output.exists()
+        assert not (workspace.epoch_folder / "sealed.json").exists()
         run.kill()
     before = workspace.computed()
     workspace.run("run", workspace.job_file, "-w", "1", "--gpus", "none").ok()
@@ -205,6 +205,7 @@ STEPS = ("load", "forward", "piece", "commit")
 
 
 @pytest.mark.proof("images")
+@pytest.mark.timeout(4 * TIME)
 @pytest.mark.parametrize("queue", ["sqlite", "redis"])
 @pytest.mark.parametrize("workers", [1, 3])
 def test_any_number_of_workers_writes_the_same_bytes(
@@ -221,6 +222,7 @@ def test_any_number_of_workers_writes_the_same_bytes(
 
 
 @pytest.mark.proof("images")
+@pytest.mark.timeout(4 * TIME)
 @pytest.mark.parametrize("queue", ["sqlite", "redis"])
 @pytest.mark.parametrize("victim", ["worker", "supervisor", "run"])
 def test_kills_at_each_step_change_no_byte_and_lose_no_chunk(

@@ -10,21 +10,26 @@ import torch
 from chunkq_worker.batching import Batcher
 from chunkq_worker.chunk_pipeline import ChunkPipeline, HostPipeline
 from chunkq_worker.device_pipeline import DevicePipeline
+from chunkq_worker.runtimes.device_chunk import as_integers
 from chunkq_worker.runtimes.torch import TorchRuntime
 from chunkq_worker.runtimes.torch_files import LoadedNetwork
 from chunkq_worker.steps import Steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chunkq.blend.combine import to_numpy
 from chunkq.blend.patch_weights import PatchWeights
+from chunkq.blend.rules import RULES as COMBINE_RULES
 from chunkq.blend.streaming import OutputStream, regions
 from chunkq.blend.sums import Contribution
 from chunkq.blend.weights import ArrayWeights, Weights
 from chunkq.errors import ErrorCode, ModelError, PredictionError
 from chunkq.job.job_file import parse_job
+from chunkq.job.user_code import load_blend_weights
 from chunkq.plan.footprint import extra_device_bytes
 from chunkq.plan.patch_selection import PatchSelection
-from chunkq.plan.plan import Chunk, Volume
+from chunkq.plan.plan import Chunk, Plan, Volume
+from chunkq.plan.value_range import ValueRange
 from tests import reference as ref
 from tests.harness.memory_run import window
 from tests.simulated_device import Counts, SimulatedDevice
@@ -96,9 +101,16 @@ def pipeline_for(
         plan,
         runtime,
         batcher,
-        [PatchWeights(plan, weights or plan.blend_weights(), runtime.to_device)],
+        [
+            PatchWeights(view, weights or blend_weights(plan, view), runtime.to_device)
+            for view in plan.views
+        ],
         device,
     )
+
+
+def blend_weights(plan: JobPlan, view: Plan) -> Weights:
+    return load_blend_weights(plan.job.weight_function, view)
 
 
 def host_pipeline_for(
@@ -246,14 +258,48 @@ def test_every_rule_gives_the_output_of_the_host(keys: dict[str, str]) -> None:
         assert np.abs(output.astype(np.float64) - host).max() < tolerance
 
 
-def test_integers_of_a_device_differ_by_at_most_one_step_from_those_of_the_host() -> None:
-    plan = half_overlap(output_dtype="uint16", range=[0, 7])
+INTEGERS = ("uint8", "int8", "uint16", "int16")
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_integers_of_a_device_differ_by_at_most_one_step_from_those_of_the_host(
+    dtype: str,
+) -> None:
+    plan = half_overlap(output_dtype=dtype, range=[0, 7])
     volume = random_volume(plan)
     host = output_of(host_pipeline_for(plan), plan, volume)
     output = output_of(pipeline_for(plan, SimulatedDevice()), plan, volume)
-    assert output.dtype == np.uint16
-    assert len(np.unique(output)) > 1000
+    assert output.dtype == dtype
+    assert len(np.unique(output)) > 100
     assert np.abs(output.astype(int) - host).max() <= 1
+
+
+@given(st.lists(st.floats(-9, 9, width=32), min_size=1, max_size=30), st.sampled_from(INTEGERS))
+def test_a_device_converts_values_to_the_integers_of_the_host(
+    values: list[float], dtype: str
+) -> None:
+    value_range = ValueRange(-1.7, 6.1, dtype)
+    edges = [value_range.low, value_range.high, (value_range.low + value_range.high) / 2]
+    array = np.array([[*values, *edges]], np.float32)
+    device = SimulatedDevice()
+    on_device = device.to_device(torch.from_numpy(array))
+    result = to_numpy(as_integers(on_device, value_range, device))
+    assert np.array_equal(result.view(dtype), value_range.stored(array))
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_voxels_outside_a_mask_have_the_fill_value_as_integers_of_a_device(dtype: str) -> None:
+    plan = half_overlap(output_dtype=dtype, range=[0, 7], fill_value=7)
+    chunk = plan.chunk((0, 0, 0))
+    inside = np.random.default_rng(1).random(chunk.region.shape) < 0.5
+    selection = PatchSelection(tuple(plan.patches(chunk)), (), (inside,))
+    halos = [window(plan, random_volume(plan), chunk.halo)]
+    result = pipeline_for(plan, SimulatedDevice()).start(chunk, halos, selection)()
+    assert result is not None
+    [part] = result
+    outside = ~inside[chunk.core.slices(chunk.region.start)]
+    assert (part.core[:, outside] == np.iinfo(dtype).max).all()
+    assert len(np.unique(part.core)) > 100
 
 
 def as_arrays(results: Sequence[Contribution] | None) -> list[Array]:
@@ -371,23 +417,41 @@ def test_channels_give_the_results_of_the_host_and_of_numpy(
 
 
 class Repeated(torch.nn.Module):
-    """Return the input as every channel, as a view: no operation of the device."""
+    """Return every voxel, or every second one, as each channel: no operation of the device."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, scale: int = 1) -> None:
         super().__init__()
-        self._channels = channels
+        self._channels, self._scale = channels, scale
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        batch = batch[..., :: self._scale, :: self._scale]
         return batch.expand(-1, self._channels, *batch.shape[2:])
 
 
 def repeated(channels: int = 1, **more: Any) -> tuple[DevicePipeline, JobPlan, Counts]:
     """Return the pipeline of a network without operations, for chunks of 8 x 8 patches."""
     keys: dict[str, Any] = {"dtype": "uint16", "chunksize": [64, 64]} | more
-    keys["model"] = keys.pop("model", {}) | {"model_input_shape": [1, 16, 16]}
+    outputs = keys.get("outputs", {}).values()
+    scale = max((output.get("scale", [1])[0] for output in outputs), default=1)
+    shapes = {
+        "model_input_shape": [1, 16, 16],
+        "model_output_shape": [channels, 16 // scale, 16 // scale],
+    }
+    keys["model"] = keys.pop("model", {}) | shapes
     plan = half_overlap(keys.pop("volume", (128, 112)), 16, channels, **keys)
     device = SimulatedDevice()
-    return pipeline_for(plan, device, network=Repeated(channels)), plan, device.counts
+    return pipeline_for(plan, device, network=Repeated(channels, scale)), plan, device.counts
+
+
+SEVERAL = {
+    "seg": {"channels": [0, 1], "activation": "softmax", "combine": "soft"},
+    "votes": {"channels": [0, 1], "combine": "hard"},
+    "last": {"channels": [2], "output_dtype": "float16"},
+    "stored": {"channels": [2], "output_dtype": "uint8", "range": [0, 6]},
+    "spread": {"channels": [0, 2], "combine": "std"},
+    "doubt": {"channels": [0, 1, 2], "activation": "softmax", "combine": "entropy"},
+}
+"""An output of each rule and of small dtypes."""
 
 
 @pytest.mark.parametrize(
@@ -400,6 +464,14 @@ def repeated(channels: int = 1, **more: Any) -> tuple[DevicePipeline, JobPlan, C
         # In one chunk: the sums of bands of so many channels would hide the size of the labels.
         (257, {"combine": "soft", "volume": (224, 224), "chunksize": [224, 224]}),
         (4, {"combine": "hard"}),
+        (2, {"combine": "std"}),
+        (2, {"combine": "entropy", "activation": "softmax"}),
+        *(
+            (2, {"output_dtype": dtype, "range": [0, 6], "chunksize": [128, 112]})
+            for dtype in INTEGERS
+        ),
+        (3, {"outputs": SEVERAL}),
+        (3, {"outputs": {name: keys | {"scale": [2, 2]} for name, keys in SEVERAL.items()}}),
     ],
     ids=str,
 )
@@ -407,21 +479,30 @@ def test_inputs_and_results_are_copied_once(channels: int, keys: dict[str, Any])
     pipeline, plan, counts = repeated(channels, **keys)
     chunks = [chunk for chunk in map(plan.chunk, plan.indices()) if chunk.is_active]
     inputs = sum(chunk.halo.size for chunk in chunks) * plan.volume.voxel_bytes
-    results = 0
-    for _, contributions in compute(pipeline, plan, random_volume(plan)):
-        for result in contributions or ():
-            own = result.own_block
-            stored = () if own is None else (*own.band, *own.rest)
-            arrays = [result.core, *stored, *(sums for _, sums in result.pieces)]
-            results += sum(array.nbytes for array in arrays)
+    for _ in range(2):  # the first time the blend weights are copied, too
+        counts.uploaded = counts.downloaded = results = 0
+        for _, contributions in compute(pipeline, plan, random_volume(plan)):
+            for result in contributions or ():
+                own = result.own_block
+                stored = () if own is None else (*own.band, *own.rest)
+                arrays = [result.core, *stored, *(sums for _, sums in result.pieces)]
+                results += sum(array.nbytes for array in arrays)
     assert inputs <= counts.uploaded <= 1.05 * inputs
     assert results <= counts.downloaded <= 1.05 * results
 
 
+KEYS_OF_RULES: list[dict[str, Any]] = [
+    *({"combine": rule, "activation": "softmax"} for rule in COMBINE_RULES),
+    {"output_dtype": "uint8", "range": [0, 6]},
+    {"outputs": SEVERAL},
+    {"outputs": {name: keys | {"scale": [2, 2]} for name, keys in SEVERAL.items()}},
+]
+
+
 @pytest.mark.parametrize("nan", ["fail", "zero"])
-@pytest.mark.parametrize("combine", ["weighted_avg", "soft", "hard"])
-def test_nothing_waits_for_the_device_within_a_chunk(combine: str, nan: str) -> None:
-    pipeline, plan, counts = repeated(3, combine=combine, nan=nan, activation="softmax")
+@pytest.mark.parametrize("keys", KEYS_OF_RULES, ids=str)
+def test_nothing_waits_for_the_device_within_a_chunk(keys: dict[str, Any], nan: str) -> None:
+    pipeline, plan, counts = repeated(3, nan=nan, **keys)
     chunk = plan.chunk((0, 0))
     finish = pipeline.start(chunk, [window(plan, random_volume(plan), chunk.halo)])
     assert counts.launches > 0
@@ -430,12 +511,25 @@ def test_nothing_waits_for_the_device_within_a_chunk(combine: str, nan: str) -> 
     assert (counts.synchronizations, counts.waits) == (0, 1)
 
 
-def test_few_operations_are_launched_per_patch() -> None:
-    pipeline, plan, counts = repeated(model={"max_batch_size": 8})
+@pytest.mark.parametrize(
+    ("channels", "keys", "most"),
+    [
+        (1, {}, 1.5),
+        (1, {"output_dtype": "uint8", "range": [0, 6]}, 1.5),
+        (2, {"combine": "std"}, 4),
+        (2, {"combine": "entropy", "activation": "softmax"}, 1.5),
+        (3, {"outputs": SEVERAL}, 8),
+    ],
+    ids=str,
+)
+def test_few_operations_are_launched_per_patch(
+    channels: int, keys: dict[str, Any], most: float
+) -> None:
+    pipeline, plan, counts = repeated(channels, model={"max_batch_size": 8}, **keys)
     chunk = plan.chunk((0, 0))
     assert chunk.patches == 64
     pipeline.start(chunk, [window(plan, random_volume(plan), chunk.halo)])
-    assert counts.launches <= 1.5 * chunk.patches
+    assert counts.launches <= most * chunk.patches
 
 
 # --------------------------------------------------------------------------------- memory

@@ -4,11 +4,13 @@ import json
 import os
 import signal
 from collections.abc import Iterable
+from math import ceil
 from pathlib import Path
 
 import pytest
 
 from chunkq.errors import ErrorCode
+from chunkq.system.cores import available_cores
 from tests.harness.files import everything_below
 from tests.harness.networks import toy_model
 from tests.harness.processes import is_alive
@@ -38,7 +40,8 @@ sys.stderr.write("a warning of the network\\n")
 
 def trace(event):
     with open(os.environ["NET_TRACE"], "a") as file:
-        file.write(f"{event} {os.getpid()}\\n")
+        file.write(f"{event} {os.getpid()} {os.environ.get('CHUNKQ_THREADS')}")
+        file.write(f" visible:{os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
 
 
 class Net:
@@ -64,7 +67,7 @@ def workspace(tmp_path: Path) -> Workspace:
     """The small job with a network that records its loads and calls, and prints."""
     workspace = small_workspace(tmp_path / "job")
     (workspace.folder / "net.py").write_text(NETWORK)
-    model = {
+    workspace.values["model_config"] = {
         "runtime": "numpy",
         "type": "class",
         "class_file": "net.py",
@@ -73,16 +76,21 @@ def workspace(tmp_path: Path) -> Workspace:
         "model_output_shape": [2, 8, 8],
         "max_batch_size": 4,
     }
-    workspace.write_job(model_config=model)
+    workspace.write_job()
     workspace.environment["NET_TRACE"] = str(tmp_path / "trace")
     return workspace
 
 
-def traced(workspace: Workspace, event: str) -> list[str]:
-    """Return the ids of the processes of an event, in its order."""
+def traced_fields(workspace: Workspace, event: str) -> list[list[str]]:
+    """Return for each event the id of its process, its threads and the GPUs that are visible."""
     path = Path(workspace.environment["NET_TRACE"])
     lines = path.read_text().splitlines() if path.exists() else []
-    return [line.split()[1] for line in lines if line.split()[0] == event]
+    return [line.split()[1:] for line in lines if line.split()[0] == event]
+
+
+def traced(workspace: Workspace, event: str) -> list[str]:
+    """Return the ids of the processes of an event, in its order."""
+    return [process for process, *_ in traced_fields(workspace, event)]
 
 
 def wait_for_end(pids: Iterable[str]) -> None:
@@ -93,13 +101,29 @@ def wait_for_end(pids: Iterable[str]) -> None:
 def test_each_worker_loads_the_network_once_and_computes_with_it(
     workspace: Workspace, workers: int
 ) -> None:
-    result = workspace.run("run", "job.json", "--gpus", "none", "-w", str(workers)).ok()
+    arguments = ("run", "job.json", "--gpus", "none", "-w", str(workers))
+    result = workspace.run(*arguments, CUDA_VISIBLE_DEVICES="0").ok()
+    threads = os.environ.get("OMP_NUM_THREADS") or max(1, available_cores() // workers)
+    assert {tuple(fields[1:]) for fields in traced_fields(workspace, "load")} == {
+        (str(threads), "visible:")
+    }
     loads = traced(workspace, "load")
     assert len(loads) == len(set(loads)) == workers
     assert set(traced(workspace, "call")) <= set(loads)
     assert len(workspace.commits()) == len(CHUNKS)
     assert "complete: " in result.out
     assert result.err.count("a warning of the network") == workers
+
+
+def test_a_chunk_uses_the_outputs_of_the_batch_of_the_check(workspace: Workspace) -> None:
+    workspace.write_job(chunksize=[32, 24])
+    workspace.run("run", "job.json", "--gpus", "none").ok()
+    [commit] = workspace.commits()
+    stored, calls = workspace.stored(), len(traced(workspace, "call"))
+    batches = ceil(commit.patches / 4)
+    assert calls == batches + 1  # the check repeats a patch
+    workspace.run("run", "job.json", "--queue", "inprocess://run", "--overwrite").ok()
+    assert workspace.stored() == stored
 
 
 def test_the_framework_is_imported_in_one_process(tmp_path: Path) -> None:

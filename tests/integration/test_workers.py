@@ -152,7 +152,8 @@ def test_worker_processes_get_the_options_and_unique_names(fake_workers: FakeWor
     expected = {"queue": fake_workers.queue_url, "depth": 2, "burst": True, "job": JOB.path}
     expected |= {"deadline": None, "time_limit": None, "quiet": False}
     assert all(value.pop("loading") > 2 for value in options)
-    assert options == [{**expected, "is_early": False, "report": None}] * 2
+    expected |= {"is_early": False, "report": None, "environment": {}}
+    assert options == [expected] * 2
 
 
 def test_a_crashed_worker_process_is_restarted_and_its_chunks_are_requeued_at_once(

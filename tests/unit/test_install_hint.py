@@ -2,13 +2,13 @@
 
 import json
 import shlex
+from importlib import metadata
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from chunkq import install_hint
 from chunkq.install_hint import install_command, package_hint, remote_hint
 
 
@@ -16,7 +16,7 @@ def install_from(monkeypatch: pytest.MonkeyPatch, record: dict[str, object] | No
     """Let pip have recorded `record` (PEP 610), or nothing, as after an index."""
     text = None if record is None else json.dumps(record)
     installed = SimpleNamespace(read_text=lambda name: text)
-    monkeypatch.setattr(install_hint, "distribution", lambda name: installed)
+    monkeypatch.setattr(metadata, "distribution", lambda name: installed)
 
 
 def test_a_checkout_is_named_by_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +43,7 @@ def test_a_source_tree_that_is_not_installed_is_named(monkeypatch: pytest.Monkey
     def missing(name: str) -> None:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(install_hint, "distribution", missing)
+    monkeypatch.setattr(metadata, "distribution", missing)
     root = Path(__file__).parents[2]
     assert shlex.split(install_command("s3")) == ["pip", "install", "-e", f"{root}[s3]"]
 

@@ -24,6 +24,7 @@ from chunkq.plan.outputs import OutputSpec
 from chunkq.plan.plan import Patch, Plan
 from chunkq_worker.batch_layout import BatchLayout
 from chunkq_worker.cancellation import check_stopped
+from chunkq_worker.checked_batch import CheckedBatch
 from chunkq_worker.network_heads import head_names, head_of, network_heads, source_of_output
 from chunkq_worker.output_checks import OutputChecks
 from chunkq_worker.output_predictions import OutputPredictions, format_box
@@ -86,6 +87,8 @@ class Batcher:
         self.has_run = False
         self._watch: ValueWatch | None = None
         self._output_dtypes: tuple[str, ...] = ()
+        self._keeps_batch = False
+        self._checked_batch: CheckedBatch | None = None
 
     @property
     def is_resident(self) -> bool:
@@ -114,6 +117,19 @@ class Batcher:
                 yield
         finally:
             self._watch = None
+
+    @contextmanager
+    def keeping_batch(self) -> Iterator[None]:
+        """Keep the outputs of a batch that is computed in host memory inside a `with` block.
+
+        The first chunk afterwards uses them if the patches of its first batch read the same voxels.
+        Then they are released. Nothing is kept of a network whose outputs may differ.
+        """
+        self._keeps_batch = self._runtime.accelerator is None and not self.model.stochastic
+        try:
+            yield
+        finally:
+            self._keeps_batch = False
 
     def warm_up(self) -> None:
         """Run one batch of zeros; raise ModelError if the network fails or returns other shapes."""
@@ -164,18 +180,24 @@ class Batcher:
         promoted to float32.
         """
         done, sent = 0, None
+        checked, self._checked_batch = self._checked_batch, None
         while done < len(patches):
             check_stopped()
             batch = patches[done : done + self.size]
             checks = None if self.checks is None or self.checks.are_done else self.checks
             if checks is not None:
                 checks.begin()
-            outputs = self._outputs(batch, halos, origin, uploaded, sent)
+            outputs = None if checked is None else checked.outputs_of(batch, halos, origin)
+            checked = None
+            if outputs is None:
+                outputs = self._outputs(batch, halos, origin, uploaded, sent)
             sent = None
             if outputs is None:
                 continue
             if checks is not None:
                 self._examine(checks, outputs, batch, halos, origin, uploaded)
+            if self._keeps_batch:
+                self._checked_batch = CheckedBatch.of(batch, halos, origin, outputs)
             done += len(batch)
             if uploaded is None:  # the checks below can wait for the device
                 sent = self._send_ahead(patches[done : done + self.size], halos, origin)

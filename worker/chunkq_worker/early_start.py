@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 
@@ -23,7 +24,7 @@ def prepare(receive: Callable[[], bytes], report: int | None) -> None:
         elif step is Step.CHECK and report is not None:
             from chunkq_worker.model_check import report_check
 
-            report_check(argument.encode()).write(report)
+            report_check(argument.encode(), keeps_batch=True).write(report)
             os.close(report)
         elif step is Step.CHECK:
             _load(argument)
@@ -36,6 +37,7 @@ def _import_libraries(runtime: str) -> None:
         from chunkq_worker.runtimes.base import import_runtime
 
         get_device().run(lambda: import_runtime(runtime)).exception()
+        gc.freeze()  # a first collection would search a framework for garbage
 
 
 def _load(record: str) -> None:

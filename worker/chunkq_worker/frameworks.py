@@ -11,7 +11,7 @@ from types import MappingProxyType
 from chunkq.errors import FrameworkConflictError
 from chunkq.job.model_config import ModelConfig
 
-BY_RUNTIME = MappingProxyType({"torch": "torch", "tensorflow": "tensorflow"})
+BY_RUNTIME = MappingProxyType({"torch": "torch", "tensorflow": "tensorflow", "sleap": "torch"})
 """Runtime -> framework; the other runtimes need no framework."""
 
 

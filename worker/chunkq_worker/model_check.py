@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from statistics import median
 from typing import Any, BinaryIO
@@ -66,11 +67,16 @@ def check_model(
 
 
 def report_check(
-    record: bytes, depth: int | None = None, job_folder: str | None = None
+    record: bytes,
+    depth: int | None = None,
+    job_folder: str | None = None,
+    *,
+    keeps_batch: bool = False,
 ) -> CheckReport:
     """Check the network of a job record; return the result or the error. See `run_check`."""
     try:
-        return CheckReport(run_check(JobRecord.from_json(record), depth, job_folder))
+        decoded = JobRecord.from_json(record)
+        return CheckReport(run_check(decoded, depth, job_folder, keeps_batch=keeps_batch))
     except Exception as error:
         known = as_chunkq_error(error)
         return CheckReport(error=str(known), code=known.code)
@@ -89,12 +95,17 @@ def report_shapes(record: bytes) -> CheckReport:
 
 
 def run_check(
-    record: JobRecord, depth: int | None = None, job_folder: str | None = None
+    record: JobRecord,
+    depth: int | None = None,
+    job_folder: str | None = None,
+    *,
+    keeps_batch: bool = False,
 ) -> ModelCheck:
     """Load and run the network; raise ChunkqError if it cannot be used.
 
     With `depth`, also run patches, and compute chunks of the job in `job_folder`, `depth` in
-    flight. That job is a copy of the record's job with an empty output.
+    flight. That job is a copy of the record's job with an empty output. With `keeps_batch`, the
+    outputs of the batch are kept for the chunk that has it.
     """
     if record.job.is_image:
         from chunkq_worker.images.image_check import check_images  # for such jobs only
@@ -111,7 +122,8 @@ def run_check(
         memory = _measure_memory(engine, open_job(job_folder), depth)
     before = time.perf_counter()
     engine.checks.repeats = REPEATS
-    values = on_device(lambda: _run_batches(engine, record)).result()
+    with engine.batcher.keeping_batch() if keeps_batch else nullcontext():
+        values = on_device(lambda: _run_batches(engine, record)).result()
     load_seconds += time.perf_counter() - before
     patches = None
     if depth is not None:

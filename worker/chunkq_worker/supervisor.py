@@ -32,11 +32,11 @@ from chunkq.queue.contract.executor import (
 from chunkq.queue.contract.settings import WorkerSettings
 from chunkq.system.cores import available_cores
 from chunkq.system.gpus import VISIBLE
-from chunkq.system.python_process import python_module
 from chunkq.system.scratch import delete_abandoned
 from chunkq.terminal import columns, wrapped
 from chunkq.worker_start import Step, encode_line
 from chunkq_worker.child_env import child_env
+from chunkq_worker.child_process import ChildProcess, waiting
 from chunkq_worker.devices import Slot
 from chunkq_worker.worker_process import LOADING, WorkerProcessOptions
 
@@ -114,14 +114,16 @@ class Supervisor:
     def start_early(self, report: int) -> bool:
         """Start the worker processes before their job exists; return whether the work begins.
 
-        They get the lines of the run, the last one by `run`. The first process writes the result of
-        its check to the descriptor `report`. If it ends before it can do that, its exit code is
-        reported. A signal ends all processes.
+        Those that wait for options are used. They get the lines of the run, the last one by `run`.
+        The first process writes the result of its check to the descriptor `report`. If it ends
+        before it can do that, its exit code is reported. A signal ends all processes.
         """
         self._handle_signals()
         first = self._slots[0]
         for slot in self._slots:
             self._start(slot, is_early=True, report=report if slot is first else None)
+        while waiting:  # more than slots
+            waiting.pop().kill()
         is_reported = False
         while not self._signals and (line := self._wakes.get()) != WORK:
             for slot in self._slots:
@@ -305,7 +307,13 @@ class Supervisor:
     ) -> None:
         slot.worker = WorkerName.new(slot.device.gpu or "cpu").name
         slot.started, slot.loading_since = time.time(), None
-        reports, loading = os.pipe()
+        env = {**os.environ, **child_env(max(1, available_cores() // len(self.slots)))}
+        if slot.device.gpu is not None or self.hide_gpus:
+            env[VISIBLE] = slot.device.gpu or ""
+        if is_early and waiting and waiting[0].report == report:
+            child = waiting.pop(0)
+        else:
+            child = ChildProcess.start(env, report)
         options = WorkerProcessOptions(
             queue=self.queue,
             worker=slot.worker,
@@ -317,21 +325,13 @@ class Supervisor:
             quiet=self.quiet,
             is_early=is_early,
             report=report,
-            loading=loading,
+            loading=child.loading,
+            environment=child.changes(env),
         )
-        env = {**os.environ, **child_env(max(1, available_cores() // len(self.slots)))}
-        if slot.device.gpu is not None or self.hide_gpus:
-            env[VISIBLE] = slot.device.gpu or ""
-        # A new session, so that Ctrl-C reaches only the supervisor, which forwards it.
-        slot.process = subprocess.Popen(
-            python_module("chunkq_worker.worker_process"),
-            stdin=subprocess.PIPE,
-            env=env,
-            start_new_session=True,
-            pass_fds=(loading,) if report is None else (loading, report),
+        slot.process = child.process
+        slot.watch = threading.Thread(
+            target=_watch_loading, args=[slot, child.reports], daemon=True
         )
-        os.close(loading)
-        slot.watch = threading.Thread(target=_watch_loading, args=[slot, reports], daemon=True)
         slot.watch.start()
         _send(slot, json.dumps(asdict(options)).encode() + b"\n")
         threading.Thread(target=self._wake_at_end, args=[slot.process], daemon=True).start()

@@ -1,8 +1,8 @@
 """Run one worker process of a supervisor.
 
 The supervisor starts `python -m chunkq_worker.worker_process`, writes one line of JSON to its
-standard input and keeps the pipe open. Before the job exists, it passes on the lines of a run. When
-the supervisor ends, the pipe closes and this process ends too.
+standard input, if it is early some time later, and keeps the pipe open. Before the job exists, it
+passes on the lines of a run. When the supervisor ends, the pipe closes and this process ends too.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib import import_module
 from queue import SimpleQueue
 from types import FrameType
 
 from typing_extensions import override
 
 from chunkq.errors import ChunkqError, QueueError
+from chunkq.lazy_imports import without_collection
 from chunkq.queue.contract.executor import Executor, ExitStatus, WorkerOptions
 from chunkq.queue.registry import open_executor
 from chunkq.system.framework_logs import hide_framework_logs
@@ -44,7 +46,8 @@ class WorkerProcessOptions:
 
     A process that `is_early` starts before its job exists. It writes the result of the check of the
     network to the descriptor `report`, unless that is None. It writes LOADING to the descriptor
-    `loading` before it loads a network, and LOADED afterwards.
+    `loading` before it loads a network, and LOADED afterwards. It sets the variables `environment`;
+    None removes one.
     """
 
     queue: str
@@ -58,6 +61,7 @@ class WorkerProcessOptions:
     is_early: bool = False
     report: int | None = None
     loading: int | None = None
+    environment: Mapping[str, str | None] = field(default_factory=dict)
 
 
 def main() -> int:
@@ -68,7 +72,12 @@ def main() -> int:
     to_standard_error()
     lines: SimpleQueue[bytes] = SimpleQueue()
     when_parent_ends(_abort, lines.put)
+    with without_collection():
+        import_module(
+            "chunkq_worker.device"
+        )  # before the options are known, if the process is early
     process_options = json_values.decode(WorkerProcessOptions, lines.get())
+    _set_environment(process_options.environment)
     # INFO for chunkq only: clients of object stores log the source of their credentials.
     logging.getLogger("chunkq").setLevel(logging.WARNING if process_options.quiet else logging.INFO)
     handler = logging.StreamHandler(sys.stderr)
@@ -101,6 +110,14 @@ def main() -> int:
     for line in status.lines:
         sys.stderr.write(wrapped(f"chunkq: {line}", columns(sys.stderr)) + "\n")
     return status.code
+
+
+def _set_environment(changes: Mapping[str, str | None]) -> None:
+    for name, value in changes.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _loading_reporter(descriptor: int | None) -> Callable[[bool], None]:

@@ -9,7 +9,6 @@ import click
 from typing_extensions import override
 
 from chunkq.errors import InterruptedCommandError
-from chunkq.job.job_file import load_job, select_job_file
 from chunkq.system.standard_output import reserve
 from chunkq_producer.commands.options import (
     config_option,
@@ -18,10 +17,8 @@ from chunkq_producer.commands.options import (
     output_option,
     queue_option,
 )
-from chunkq_producer.engine import ENGINES
-from chunkq_producer.run_display import RunDisplay
-from chunkq_producer.runner import run_job
-from chunkq_producer.worker_command import RunOptions
+from chunkq_producer.early_process import early_start
+from chunkq_producer.engine_names import ENGINES
 
 if TYPE_CHECKING:
     Choice = click.Choice[str]
@@ -81,15 +78,23 @@ def run(
     """
     reserve()
     try:
-        with RunDisplay() as display:
-            result = run_job(
-                load_job(select_job_file(job, config), input=input_, output=output),
-                engine=engine,
-                queue=queue,
-                options=RunOptions(workers, gpus, depth),
-                overwrite=overwrite,
-                emit=display,
-            )
+        with early_start(engine, queue, workers) as start:
+            # Imported here, while the workers start.
+            from chunkq.job.job_file import load_job, select_job_file
+            from chunkq_producer.run_display import RunDisplay
+            from chunkq_producer.runner import run_job
+            from chunkq_producer.worker_command import RunOptions
+
+            with RunDisplay() as display:
+                result = run_job(
+                    load_job(select_job_file(job, config), input=input_, output=output),
+                    engine=engine,
+                    queue=queue,
+                    options=RunOptions(workers, gpus, depth),
+                    overwrite=overwrite,
+                    emit=display,
+                    start=start,
+                )
     except KeyboardInterrupt:  # before the workers begin, or after they have ended
         rerun = "the same command" + (" without --overwrite" if overwrite else "")
         raise InterruptedCommandError(f"run: interrupted; run {rerun} to continue") from None

@@ -219,9 +219,17 @@ FAULTS = (
         ("tests/unit/test_value_range.py",),
     ),
     Fault(
+        "device-rounds-integers-in-float32",
+        "worker/chunkq_worker/runtimes/device_chunk.py",
+        "steps = values[part].to(torch.float64)",
+        "steps = values[part].to(torch.float32)",
+        "a GPU stores other integers than the CPU",
+        named("tests/integration/test_device_chunks.py", "converts"),
+    ),
+    Fault(
         "values-beyond-the-range-wrap",
         "chunkq/plan/value_range.py",
-        "np.clip(steps, 0, self._steps, out=steps)",
+        "np.clip(steps, 0, self.steps, out=steps)",
         "pass",
         "a value above the range is stored as a small one",
         ("tests/unit/test_value_range.py",),

@@ -49,7 +49,7 @@ FAULTS = (
     Fault(
         "mask-does-not-fill",
         "chunkq/blend/rules.py",
-        "result[:, ~inside] = self.output.outside",
+        "result[:, ~inside] = outside",
         "pass",
         "predictions stand outside of the mask",
         named(SPACE, "any_cut and mask"),

@@ -1,6 +1,6 @@
 """Faults in the choice of settings by `chunkq tune`."""
 
-from tests.prove.fault import Fault
+from tests.prove.fault import Fault, named
 
 TURNS, SEARCH = "tests/unit/test_tune_turns.py", "tests/unit/test_tune_search.py"
 
@@ -28,5 +28,13 @@ FAULTS = (
         "return inf",
         "a precision that changes results is chosen without a request",
         (SEARCH,),
+    ),
+    Fault(
+        "the-best-head-decides",
+        "worker/chunkq_worker/tune/accuracy.py",
+        "Accuracy(max(differences), min(agreements))",
+        "Accuracy(min(differences), max(agreements))",
+        "a setting that changes one of several heads is chosen",
+        named("tests/unit/test_tune_accuracy.py", "worst_head"),
     ),
 )

@@ -26,6 +26,22 @@ FAULTS = (
         named(RANDOM, "values"),
     ),
     Fault(
+        "early-process-without-its-variables",
+        "worker/chunkq_worker/supervisor.py",
+        "environment=child.changes(env),",
+        "environment={},",
+        "a worker uses the GPUs and the cores of all workers",
+        named(EARLY, "loads_the_network_once"),
+    ),
+    Fault(
+        "batch-of-the-check-used-for-other-voxels",
+        "worker/chunkq_worker/checked_batch.py",
+        "return self.outputs if self.digests == _digests(patches, halos, origin) else None",
+        "return self.outputs",
+        "a chunk whose input has changed since the check gets predictions of other voxels",
+        named("tests/unit/test_checked_batch.py", "one_voxel"),
+    ),
+    Fault(
         "first-batch-not-repeated",
         BATCHING,
         "            lambda: self._attempt(batch, halos, origin, uploaded),\n",
@@ -293,7 +309,7 @@ FAULTS = (
     Fault(
         "warnings-before-a-refusal-are-printed",
         "producer/chunkq_producer/worker_command.py",
-        "self._has_begun = not is_early",
+        "self._has_begun = early is None",
         "self._has_begun = True",
         "the line that says what is wrong is among those of the network",
         named(EARLY, "refused_in_one_line and killed"),

@@ -11,24 +11,10 @@ from hypothesis import strategies as st
 
 from chunkq.images.peaks import Peaks
 from chunkq.images.poses import COLUMN_TYPES, Poses, pose_columns, poses_of_peaks, read_poses
+from tests.strategies import poses
 
 NAMES = ("head", "thorax", "tail")
 NAN = float("nan")
-
-
-@st.composite
-def poses(draw: st.DrawFn, keypoints: int = len(NAMES)) -> Poses:
-    """Draw the poses of an image: any number of animals, each keypoint found or not."""
-    animals = draw(st.integers(0, 3))
-    numbers = st.floats(-9, 999, width=32)
-    points = np.full((animals, keypoints, 2), np.nan, np.float32)
-    point_scores = np.full((animals, keypoints), np.nan, np.float32)
-    for at in np.ndindex(animals, keypoints):
-        if draw(st.booleans()):
-            points[at] = draw(numbers), draw(numbers)
-            point_scores[at] = draw(numbers)
-    scores = np.array([draw(numbers) for _ in range(animals)], np.float32)
-    return Poses(points, point_scores, scores)
 
 
 @settings(max_examples=30)

@@ -2,48 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from chunkq.errors import ErrorCode, JobError
 from chunkq.images.skeleton import Skeleton
-from chunkq.images.sleap_package import read_package
-
-NAMES = ["head", "thorax", "tail"]
-HEADS = ("single_instance", "centroid", "centered_instance", "bottomup", "multi_class_topdown")
-SKELETON = Skeleton(tuple(NAMES), ((0, 1), (1, 2)), "fly")
-
-
-def config(head: str) -> dict[str, Any]:
-    """The keys of a training_config.yaml that count, as sleap-nn 0.3.5 writes them."""
-    edges = [{"source": {"name": a}, "destination": {"name": b}} for a, b in pairwise(NAMES)]
-    skeleton = {"nodes": [{"name": n} for n in NAMES], "edges": edges, "name": "fly"}
-    return {
-        "data_config": {"skeletons": [skeleton]},
-        "model_config": {"head_configs": {h: {} if h == head else None for h in HEADS}},
-    }
-
-
-def trained(folder: Path, head: str, name: str = "") -> str:
-    path = folder / (name or head)
-    path.mkdir()
-    (path / "training_config.yaml").write_text(yaml.safe_dump(config(head)))
-    (path / "best.ckpt").write_bytes(b"weights")
-    return str(path)
-
-
-def exported(folder: Path, model_type: str) -> str:
-    path = folder / f"export-{model_type}"
-    path.mkdir()
-    metadata = {"model_type": model_type, "node_names": NAMES, "edge_inds": [[0, 1], [1, 2]]}
-    (path / "export_metadata.json").write_text(json.dumps(metadata))
-    (path / "model.onnx").write_bytes(b"graph")
-    return str(path)
+from chunkq.images.sleap_package import package_files, read_package
+from tests.harness.sleap_folders import SKELETON, config, exported, trained
 
 
 def problem(*folders: str) -> str:
@@ -62,9 +29,9 @@ def test_a_trained_model_has_its_kind_and_skeleton(tmp_path: Path) -> None:
         package = read_package([folder])
         assert (package.kind, package.is_export) == (kind, False)
         assert package.skeleton == SKELETON
-        assert package.files == {
-            "model_config.package/training_config.yaml": f"{folder}/training_config.yaml",
-            "model_config.package/best.ckpt": f"{folder}/best.ckpt",
+        assert package_files([folder]) == {
+            "package[0]/training_config.yaml": f"{folder}/training_config.yaml",
+            "package[0]/best.ckpt": f"{folder}/best.ckpt",
         }
 
 
@@ -72,8 +39,9 @@ def test_centers_and_crops_are_one_network(tmp_path: Path) -> None:
     folders = [trained(tmp_path, "centroid"), trained(tmp_path, "centered_instance")]
     package = read_package(folders)
     assert (package.kind, package.folders) == ("top-down", tuple(folders))
-    assert len(package.files) == 4
-    assert package.files["model_config.package[1]/best.ckpt"] == f"{folders[1]}/best.ckpt"
+    files = package_files(folders)
+    assert len(files) == 4
+    assert files["package[1]/best.ckpt"] == f"{folders[1]}/best.ckpt"
 
 
 @pytest.mark.parametrize(
@@ -81,12 +49,13 @@ def test_centers_and_crops_are_one_network(tmp_path: Path) -> None:
     [("single_instance", "single"), ("bottomup", "bottom-up"), ("topdown", "top-down")],
 )
 def test_an_export_has_its_kind_and_skeleton(tmp_path: Path, model_type: str, kind: str) -> None:
-    package = read_package([exported(tmp_path, model_type)])
-    assert (package.kind, package.is_export) == (kind, True)
+    folder = exported(tmp_path, model_type)
+    package = read_package([folder])
+    assert (package.kind, package.is_export, package.channels) == (kind, True, 1)
     assert package.skeleton == Skeleton(SKELETON.names, SKELETON.edges)
-    assert [path.rpartition("/")[2] for path in package.files.values()] == [
-        "export_metadata.json",
-        "model.onnx",
+    assert list(package_files([folder])) == [
+        "package[0]/export_metadata.json",
+        "package[0]/model.onnx",
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +10,10 @@ import pytest
 import sleap_io
 
 from chunkq.errors import ErrorCode, StoreError
+from chunkq.images import slp_packages
 from chunkq.images.poses import Poses
 from chunkq.images.skeleton import Skeleton
-from chunkq.images.slp_file import ROWS, SlpFrame, SlpVideo, write_slp
+from chunkq.images.slp_file import ROWS, SlpFrame, SlpVideo, places_of, write_slp
 
 SKELETON = Skeleton(("head", "thorax", "tail"), ((0, 1), (1, 2)), "fly")
 VIDEOS = [
@@ -98,7 +98,14 @@ def _one(number: int) -> Poses:
 def test_a_missing_package_is_named_with_its_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "sleap_io", None)
+    monkeypatch.setattr(slp_packages, "find_spec", lambda name: None)
     with pytest.raises(StoreError, match=r"slp") as error:
         write(tmp_path / "all.slp")
     assert error.value.code == ErrorCode.PACKAGE_MISSING
+
+
+def test_videos_keep_their_frames_and_images_are_one_video() -> None:
+    paths = ["a.mp4", "x.png", "a.mp4", "b.mp4", "y.png"]
+    videos, places = places_of(paths, [3, None, 7, 0, None])
+    assert [video.path for video in videos] == ["a.mp4", ("x.png", "y.png"), "b.mp4"]
+    assert places.tolist() == [[0, 3], [1, 0], [0, 7], [2, 0], [1, 1]]

@@ -20,10 +20,17 @@ from chunkq.job.model_config import ModelConfig
 from chunkq.job.record import JobRecord
 from chunkq.job.user_modules import UserModules
 from chunkq_worker.created_values import check_created_values
+from chunkq_worker.images.instances import joined
 from chunkq_worker.images.rows import Values
 from chunkq_worker.network_loading import check_files, thread_count
 from chunkq_worker.output_checks import MAX_DIFFERENCE, relative_difference
-from chunkq_worker.runtimes.base import BatchFeed, Runtime, load_runtime, real_numbers
+from chunkq_worker.runtimes.base import (
+    BatchFeed,
+    Runtime,
+    import_runtime,
+    load_runtime,
+    real_numbers,
+)
 from chunkq_worker.runtimes.item_shapes import ItemShapes
 from chunkq_worker.steps import KEY, Steps, after_step
 from chunkq_worker.user_errors import source_of
@@ -61,8 +68,12 @@ class ImageEngine:
         with self._modules.collect():
             loaded = Steps.load(job.model.processing_steps) if steps is None else steps
             self._steps = loaded.for_heads(self._shapes.names)
-            self.runtime: Runtime = load_runtime(
-                job.model, self._steps, thread_count(job), self._shapes, network=network
+            self.runtime: Runtime = (
+                load_runtime(
+                    job.model, self._steps, thread_count(job), self._shapes, network=network
+                )
+                if job.model.package is None
+                else import_runtime(job.model.runtime)(job.model, job.peaks, thread_count(job))
             )
             check_created_values(self.runtime, job.model)
 
@@ -85,7 +96,7 @@ class ImageEngine:
                 done += len(batch)
         if len(parts) == 1:
             return parts[0]
-        return tuple(np.concatenate(head) for head in zip(*parts, strict=True))
+        return tuple(joined(head) for head in zip(*parts, strict=True))
 
     def close(self) -> None:
         """Release the network, the user's modules and the device's memory."""

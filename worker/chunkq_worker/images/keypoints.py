@@ -12,6 +12,8 @@ from chunkq.images.poses import Poses, poses_of_peaks
 from chunkq.images.transform import Placement
 from chunkq.job.image_config import PeaksConfig
 from chunkq.job.job_file import Job
+from chunkq.job.keypoints import skeleton_of
+from chunkq_worker.images.instances import poses_of_values
 from chunkq_worker.images.rows import RowOutput
 
 KEY = "peaks"
@@ -23,6 +25,8 @@ def poses_of(job: Job, output: RowOutput) -> Poses:
     What the maps have in the padding of the input is left out. Raises ModelError if the network
     returns no maps, another number than `classes`, or maps that `peaks.stride` does not fit.
     """
+    if job.model.package is not None:
+        return poses_of_values(output.values)
     config, [maps] = job.peaks or PeaksConfig(), output.values
     if maps.ndim != 3:
         raise ModelError(
@@ -42,20 +46,20 @@ def poses_of(job: Job, output: RowOutput) -> Poses:
 
 
 def keypoint_names(job: Job, maps: int | None = None) -> tuple[str, ...]:
-    """Return the names of the keypoints: those in `classes`, or the numbers of the maps.
+    """Return the names of the keypoints: those of the job, or the numbers of the maps.
 
     Raises ModelError if there is another number of maps.
     """
-    classes = job.classes
-    count = len(classes) if isinstance(classes, tuple) else classes
-    if maps is not None and count is not None and maps != count:
+    skeleton = skeleton_of(job)
+    if skeleton is None:
+        return tuple(map(str, range(maps or 0)))
+    count = len(skeleton.names)
+    if maps is not None and maps != count:
         raise ModelError(
             f"classes: found {count} keypoints, but the network returns {maps} maps; fix one of "
             "them"
         )
-    if isinstance(classes, tuple):
-        return classes
-    return tuple(map(str, range(maps or count or 0)))
+    return skeleton.names
 
 
 def _stride(stride: float | None, maps: Maps, job: Job, placement: Placement) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from chunkq.blend.combine import Array
 from chunkq.casts import REAL
 from chunkq.errors import ModelError
 from chunkq.install_hint import install_command
-from chunkq.job.model_config import ModelConfig
+from chunkq.job.model_config import SLEAP, ModelConfig
 from chunkq.plan.outputs import HeadName
 from chunkq_worker.runtimes.item_shapes import ItemShapes
 from chunkq_worker.steps import Steps
@@ -155,10 +156,16 @@ RUNTIMES: MappingProxyType[str, str] = MappingProxyType(
         "tensorflow": "chunkq_worker.runtimes.tensorflow:load",
         "onnx": "chunkq_worker.runtimes.onnx:load",
         "numpy": "chunkq_worker.runtimes.numpy:load",
+        "sleap": "chunkq_worker.runtimes.sleap:load",
     }
 )
-"""Name -> loader, `(ModelConfig, Steps, threads or None, ItemShapes[, network=]) -> Runtime`."""
+"""Name -> loader, `(ModelConfig, Steps, threads or None, ItemShapes[, network=]) -> Runtime`.
+
+That of `sleap` takes `(ModelConfig, PeaksConfig, threads or None)`.
+"""
 Loader = Callable[..., Runtime]
+SLEAP_PYTHON = (3, 14)
+"""The first version of Python that sleap-nn does not support."""
 
 
 def load_runtime(
@@ -189,6 +196,8 @@ def import_runtime(runtime: str) -> Loader:
     except ImportError as error:
         # Runtime numpy has no extra: its packages are dependencies of chunkq.
         command = install_command("" if runtime == "numpy" else runtime)
+        if runtime == SLEAP and sys.version_info >= SLEAP_PYTHON:
+            command += "` with Python below 3.14, and start the worker with it: `chunkq work"
         raise ModelError(
             f"model_config.runtime: {runtime} is not installed ({error}); run `{command}`"
         ) from None

@@ -25,10 +25,13 @@ from chunkq.blend.weights import Neighbors
 from chunkq.geometry.box import Box
 from chunkq.job.model_config import ModelConfig
 from chunkq.plan.plan import Chunk, Patch, Plan
+from chunkq.plan.value_range import ValueRange
 from chunkq_worker.batch_layout import BatchLayout
 from chunkq_worker.patch_runs import PatchRun, patch_runs
 from chunkq_worker.runtimes.staging import SIGNED_DTYPES, Accelerator, Slot, Stream, as_signed
 
+INTEGERS_AT_A_TIME = 1 << 22
+"""Values that are converted to integers at a time, in float64."""
 TABLES_CACHED = 1 << 10
 """Tables of profiles on the device; most chunks share theirs."""
 
@@ -274,6 +277,8 @@ class DeviceSums:
         output = self.plan.output
         if output.dtype == np.float16:
             interior = interior.to(torch.float16)
+        elif output.value_range is not None:
+            interior = as_integers(interior, output.value_range, self._accelerator)
         elif output.has_labels and output.dtype == np.uint16:
             interior = interior.to(torch.int16)  # keeps the lowest 16 bits
         return [interior, *sums]
@@ -309,6 +314,27 @@ class DeviceSums:
 
     def _view(self, box: Box) -> torch.Tensor:
         return self._sums[(slice(None), *box.slices(self._box.start))]
+
+
+def as_integers(
+    values: torch.Tensor, value_range: ValueRange, accelerator: Accelerator
+) -> torch.Tensor:
+    """Return finite values (C, *S) as `ValueRange.stored` does, bit by bit; uint16 as int16.
+
+    It has the operations of float64 in the same order, which IEEE 754 rounds alike everywhere.
+    """
+    wraps = value_range.dtype == "uint16"
+    dtype: torch.dtype = torch.int16 if wraps else getattr(torch, value_range.dtype)
+    result = accelerator.empty(tuple(values.shape), dtype)
+    rows = max(1, INTEGERS_AT_A_TIME * values.shape[1] // max(1, values.numel()))
+    for first in range(0, values.shape[1], rows):
+        part = (slice(None), slice(first, first + rows))
+        steps = values[part].to(torch.float64)
+        steps = (steps - value_range.low) * value_range.steps
+        steps = steps / (value_range.high - value_range.low)
+        steps = steps.clamp(0, value_range.steps).round() + value_range.smallest
+        result[part].copy_(steps.to(torch.int32) if wraps else steps)
+    return result
 
 
 def _shared(near: tuple[Neighbors, ...]) -> tuple[Neighbors, ...]:
