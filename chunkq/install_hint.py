@@ -26,6 +26,7 @@ EXTRAS = {
     "redis": "redis",
     "rq": "redis",
     "s3fs": "s3",
+    "sleap_io": "slp",
     "starlette": "view",
     "tensorflow": "tensorflow",
     "tifffile": "tiff",

@@ -39,6 +39,10 @@ COMMANDS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
             "chunkq_producer.commands.view:view",
             "Show an output and its input in Neuroglancer.",
         ),
+        "preview": (
+            "chunkq_worker.commands.preview:preview",
+            "Draw images with their labels or keypoints.",
+        ),
         "run": ("chunkq_producer.commands.run:run", "Run a whole job on this machine."),
         "convert": (
             "chunkq_producer.commands.convert:convert",

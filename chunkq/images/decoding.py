@@ -88,14 +88,33 @@ def _decode(content: bytes, mode: Mode) -> Pixels:
     with image:
         if image.format == "TIFF" and _is_deep_color(image):
             return _to_mode(_tiff(content), mode)
-        turned = ImageOps.exif_transpose(image)
-        if turned.mode[0] in DEEP_MODES:
-            pixels = np.asarray(turned)
-            return _to_mode(pixels.astype(pixels.dtype.newbyteorder("="))[..., None], mode)
-        if turned.mode == "P" and "transparency" in turned.info:
-            turned = turned.convert("RGBA")
-        pixels = np.asarray(turned.convert(mode))
+        return of_pillow(ImageOps.exif_transpose(image), mode)
+
+
+def of_pillow(image: Image.Image, mode: Mode) -> Pixels:
+    """Return the pixels (H, W, C) of an image of Pillow with the channels of `mode`, see `decode`.
+
+    The image is not turned.
+    """
+    if image.mode[0] in DEEP_MODES:
+        pixels = np.asarray(image)
+        return _to_mode(pixels.astype(pixels.dtype.newbyteorder("="))[..., None], mode)
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    pixels = np.asarray(image.convert(mode))
     return pixels.reshape(*pixels.shape[:2], CHANNELS[mode])
+
+
+def of_array(pixels: Pixels, mode: Mode) -> Pixels:
+    """Return an image (H, W) or (H, W, 1 to 4) with the channels of `mode`, as of a decoded file.
+
+    Raises ImageError for other shapes, and for values that are no numbers.
+    """
+    pixels = _with_channels(pixels)
+    if pixels.dtype != np.uint8:
+        return _to_mode(pixels, mode)
+    channels = pixels.shape[2]
+    return of_pillow(Image.fromarray(pixels[..., 0] if channels == 1 else pixels), mode)
 
 
 def _open(content: bytes) -> Image.Image:

@@ -25,6 +25,10 @@ SUFFIXES = (
     ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp",
 )  # fmt: skip
 """Suffixes of the files of a folder that are images."""
+VIDEO_SUFFIXES = (
+    ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm", ".wmv",
+)  # fmt: skip
+"""Suffixes of files whose frames are images."""
 TABLES = (".csv", ".parquet", ".txt")
 """Suffixes of files that list images."""
 PATH = "path"
@@ -56,9 +60,9 @@ def find_images(path: str, access: Access = DEFAULT_ACCESS) -> ImageList:
     """Return the images that a path names: a pattern, a folder, a table or one file.
 
     Files of patterns and folders are sorted by their paths, and those of folders are found in
-    folders below too. A table is CSV or Parquet with a column `path`, or text with one path per
-    line, without the spaces around it; its rows stay in their order, and relative paths start at
-    the table's folder.
+    folders below too: images, or videos if there are no images. A table is CSV or Parquet with a
+    column `path`, or text with one path per line, without the spaces around it; its rows stay in
+    their order, and relative paths start at the table's folder.
 
     Raises StoreError if nothing is found, and for a table that cannot be read.
     """
@@ -102,7 +106,7 @@ def _files(path: str, access: Access) -> list[str]:
         found = filesystem.glob(inner, detail=True)
         files = [name for name, info in found.items() if info["type"] == "file"]
     elif scheme not in ("http", "https") and filesystem.isdir(inner):
-        files = [name for name in filesystem.find(inner) if _is_image(name)]
+        files = _images_or_videos([str(name) for name in filesystem.find(inner)])
     else:
         return [path]
     names = (str(name) for name in files)
@@ -111,8 +115,8 @@ def _files(path: str, access: Access) -> list[str]:
 
 def _local_files(path: str) -> list[str]:
     if os.path.isdir(path):
-        walk = ((top, name) for top, _, names in os.walk(path) for name in names)
-        files = [os.path.join(top, name) for top, name in walk if _is_image(name)]
+        walk = (os.path.join(top, name) for top, _, names in os.walk(path) for name in names)
+        files = _images_or_videos(list(walk))
     elif has_magic(path) and not os.path.exists(path):
         files = [name for name in glob(path, recursive=True) if not os.path.isdir(name)]
     else:
@@ -128,8 +132,15 @@ def _as_text(name: str) -> str:
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in SUFFIXES
+def _images_or_videos(names: Sequence[str]) -> list[str]:
+    """Return the names of images, or of videos if there are no images."""
+    images = [name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
+    return images or [name for name in names if is_video(name)]
+
+
+def is_video(path: str) -> bool:
+    """Return whether a path is that of a video, by its suffix."""
+    return os.path.splitext(path)[1].lower() in VIDEO_SUFFIXES
 
 
 def _read_table(path: str, suffix: str, access: Access) -> pa.Table:

@@ -20,6 +20,7 @@ class ImageSpec:
     scale   divisor of the pixels
     mean    subtracted from each channel of the divided pixels
     std     divisor of each channel after that
+    multiple  height and width are padded at the end with black pixels to a multiple of it
     """
 
     mode: Mode = "RGB"
@@ -28,6 +29,7 @@ class ImageSpec:
     scale: float = 1.0
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    multiple: int = 1
 
     @property
     def channels(self) -> int:
@@ -36,7 +38,11 @@ class ImageSpec:
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Height and width that every image has after resizing and cropping; None if they vary."""
-        if self.crop is not None:
-            return self.crop
-        return self.resize if isinstance(self.resize, tuple) else None
+        """Height and width of every input of the network; None if they vary."""
+        size = self.crop or (self.resize if isinstance(self.resize, tuple) else None)
+        return None if size is None else self.padded(size)
+
+    def padded(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return a height and a width after padding."""
+        height, width = (-(-n // self.multiple) * self.multiple for n in size)
+        return height, width

@@ -33,12 +33,8 @@ class ScoreSpec:
         output it is 1 where the score is at least 0.5, else 0, and the score is the output's.
         """
         scores = activate_rows(np.asarray(outputs, np.float32), self.activation)
-        count = scores.shape[1]
-        if count == 1:
-            predictions, best = (scores[:, 0] >= 0.5).astype(np.int32), scores[:, 0]
-        else:
-            predictions = scores.argmax(axis=1).astype(np.int32)
-            best = scores[np.arange(len(scores)), predictions]
+        count, predictions = scores.shape[1], predicted_classes(scores)
+        best = scores[np.arange(len(scores)), predictions] if count > 1 else scores[:, 0]
         # A stable sort of the negated scores: equal scores stay in the order of the classes.
         order = np.argsort(-scores, axis=1, kind="stable")[:, : min(self.top_k, count)]
         top = np.take_along_axis(scores, order, axis=1)
@@ -56,6 +52,14 @@ class ScoreSpec:
         if not self.names:
             return pa.array([str(n) for n in numbers], pa.string())
         return pa.array(self.names, pa.string()).take(pa.array(numbers))
+
+
+def predicted_classes(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
+    """Return the class of each row of scores (n, C), see `ScoreSpec.columns`."""
+    if scores.shape[1] == 1:
+        return (scores[:, 0] >= 0.5).astype(np.int32)
+    best: npt.NDArray[np.int32] = scores.argmax(axis=1).astype(np.int32)
+    return best
 
 
 def activate_rows(outputs: npt.NDArray[np.float32], activation: Activation) -> Any:

@@ -24,11 +24,13 @@ class Placement:
     shape    height and width of the image, in pixels
     resized  height and width after resizing
     origin   first row and column of the resized image that the input has
+    size     height and width of the input without padding, which is at its end
     """
 
     shape: tuple[int, int]
     resized: tuple[int, int]
     origin: tuple[int, int]
+    size: tuple[int, int]
 
     def to_image(self, points: Floats) -> Floats:
         """Return points (…, 2) of the input, as (x, y), in pixels of the image.
@@ -65,13 +67,17 @@ def transform(pixels: Pixels, spec: ImageSpec) -> tuple[npt.NDArray[np.float32],
         top, left = (round((n - c) / 2) for n, c in zip(resized, spec.crop, strict=True))
         origin = (top, left)
         pixels = pixels[top : top + spec.crop[0], left : left + spec.crop[1]]
+    size = pixels.shape[:2]
+    padding = [(0, p - n) for n, p in zip(size, spec.padded(size), strict=True)]
+    if any(after for _, after in padding):
+        pixels = np.pad(pixels, (*padding, (0, 0)))
     values = np.ascontiguousarray(np.moveaxis(pixels, 2, 0), np.float32)
     if spec.scale != 1:
         values = values / np.float32(spec.scale)
     for terms, apply in ((spec.mean, np.subtract), (spec.std, np.divide)):
         if terms:
             values = apply(values, np.array(terms, np.float32)[:, None, None])
-    return values, Placement((height, width), resized, origin)
+    return values, Placement((height, width), resized, origin, size)
 
 
 def _resized_shape(shape: tuple[int, int], resize: int | tuple[int, int] | None) -> tuple[int, int]:

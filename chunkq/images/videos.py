@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import IO, Any
 
 import av
@@ -19,6 +20,10 @@ from chunkq.images.image_spec import Mode
 
 FORMATS: dict[str, str] = {"L": "gray", "RGB": "rgb24", "RGBA": "rgba"}
 """Mode -> pixel format of FFmpeg."""
+CONTAINERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,ogg,asf,flv,h264,hevc,m4v,gif"
+)
+"""Formats of FFmpeg that are opened. Playlists are none: they would read other files."""
 
 
 @dataclass(frozen=True)
@@ -57,23 +62,27 @@ def index_video(file: str | IO[bytes]) -> VideoIndex:
 
 
 def read_frames(
-    file: str | IO[bytes], index: VideoIndex, numbers: range, mode: Mode
+    file: str | IO[bytes], index: VideoIndex, numbers: Sequence[int], mode: Mode
 ) -> Iterator[tuple[int, Pixels | ImageError]]:
-    """Yield the frames `numbers`, ascending, each with its number: pixels (H, W, C), uint8.
+    """Yield the frames `numbers` in this order, ascending, each with its number.
 
-    Decoding starts at the last keyframe before the first number, and goes on to the last one. A
-    frame that cannot be decoded is an ImageError. Raises ImageError if the file cannot be opened.
+    A frame is pixels (H, W, C), uint8, or an ImageError if it cannot be decoded. Decoding starts at
+    the last keyframe before the first number, and goes on to the last one. Raises ImageError if the
+    file cannot be opened.
     """
     wanted = {int(index.times[n]): n for n in numbers}
     if not wanted:
         return
     end = max(wanted)
+    missing = "the frame is missing in the stream"
     with _opened(file) as (container, stream):
         container.seek(min(wanted), stream=stream, backward=True)
         try:
             for frame in container.decode(stream):
                 number = wanted.pop(frame.pts, None) if frame.pts is not None else None
                 if number is not None:
+                    for time in list(takewhile(frame.pts.__gt__, wanted)):
+                        yield _failed(wanted.pop(time), missing)
                     yield (
                         number,
                         frame.to_ndarray(format=FORMATS[mode]).reshape(
@@ -82,18 +91,24 @@ def read_frames(
                     )
                 if not wanted or (frame.pts is not None and frame.pts > end):
                     break
-            reason = "the frame is missing in the stream"
+            reason = missing
         except FFmpegError as error:
             reason = f"damaged: {error.strerror}"
-    for number in sorted(wanted.values()):
-        yield number, ImageError("decode", f"{reason}; convert the video again")
+    for number in wanted.values():
+        yield _failed(number, reason)
+
+
+def _failed(number: int, reason: str) -> tuple[int, ImageError]:
+    return number, ImageError(
+        "decode", f"frame {number}: {reason}; convert the video again", code=ErrorCode.IMAGE_DAMAGED
+    )
 
 
 @contextmanager
 def _opened(file: str | IO[bytes]) -> Iterator[tuple[Any, Any]]:
     """Open a video and its first video stream. Raises ImageError."""
     try:
-        with av.open(file) as container:
+        with av.open(file, options={"format_whitelist": CONTAINERS}) as container:
             if not container.streams.video:
                 raise ImageError("read", "the file has no video stream; fix the path")
             stream = container.streams.video[0]

@@ -324,6 +324,18 @@ class InputConfig(Section):
             see="guides/nifti.md",
         ),
     ] = None
+    frames: Annotated[
+        Picks | None,
+        key_doc(
+            "Input and output",
+            "Frames of each video: a list of numbers, one number, or a half-open range with an "
+            "optional step. Only for `inference_type` `image`.",
+            example="0:10000:5",
+            unit=None,
+            omitted="all",
+            see="guides/images.md",
+        ),
+    ] = None
     anonymous: Annotated[
         bool,
         key_doc(

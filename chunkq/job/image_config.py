@@ -123,12 +123,24 @@ class ImageConfig(Section):
         ),
     ] = None
 
+    pad_to_multiple: Annotated[
+        Side,
+        key_doc(
+            "Images",
+            "Height and width are padded at the bottom and the right with black pixels to a "
+            "multiple of this, for networks that halve images several times.",
+            example=32,
+            unit="pixels",
+            see=GUIDE,
+        ),
+    ] = 1
+
     def spec(self) -> ImageSpec:
         """Return the steps from pixels to the input of the network."""
         crop = (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
         channels = ImageSpec(self.mode).channels
         mean, std = (_per_channel(values, channels) for values in (self.mean, self.std))
-        return ImageSpec(self.mode, self.resize, crop, self.scale, mean, std)
+        return ImageSpec(self.mode, self.resize, crop, self.scale, mean, std, self.pad_to_multiple)
 
     def problems(self) -> list[str]:
         """Return one line per mistake in the combination of the keys."""
@@ -162,6 +174,55 @@ def _per_channel(values: tuple[float, ...] | None, channels: int) -> tuple[float
     if values is None:
         return ()
     return values * channels if len(values) == 1 else values
+
+
+class PeaksConfig(Section):
+    """How the keypoints of an image are found in the maps that the network returns."""
+
+    threshold: Annotated[
+        Number,
+        key_doc(
+            "Images",
+            "Smallest value of a map at a keypoint.",
+            example=0.3,
+            unit="value of a map",
+            see=GUIDE,
+        ),
+    ] = 0.2
+    refinement: Annotated[
+        Literal["integral", "none"],
+        key_doc(
+            "Images",
+            "How a keypoint is placed between pixels of a map: `integral`, the center of mass of "
+            "the 5 x 5 pixels around the largest one; `none`, on that pixel.",
+            example="none",
+            unit=None,
+            see=GUIDE,
+        ),
+    ] = "integral"
+    stride: Annotated[
+        float | None,
+        Field(gt=0, allow_inf_nan=False),
+        key_doc(
+            "Images",
+            "Pixels of the network's input per pixel of a map.",
+            example=4,
+            unit="pixels",
+            omitted="the size of the input divided by that of the maps",
+            see=GUIDE,
+        ),
+    ] = None
+    multiple: Annotated[
+        bool,
+        key_doc(
+            "Images",
+            "Whether a map can have several keypoints, one per animal: all local maxima, instead "
+            "of the largest value.",
+            example=True,
+            unit=None,
+            see=GUIDE,
+        ),
+    ] = False
 
 
 class TruthConfig(Section):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 IMAGE = "image"
 """The inference type of jobs whose network sees each image whole."""
-IMAGE_KEYS = frozenset({"image", "truth", "top_k", "keep", "max_errors"})
+IMAGE_KEYS = frozenset({"image", "truth", "top_k", "keep", "max_errors", "peaks"})
 """Keys that only these jobs have."""
 SHARED_KEYS = frozenset(
     {
@@ -38,7 +38,7 @@ def with_image_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(values)
     if values.get("inference_type") != IMAGE:
         return result
-    result.setdefault("activation", "softmax")
+    result.setdefault("activation", "softmax" if values.get("peaks") is None else "none")
     model, image = values.get("model_config"), values.get("image", {})
     if isinstance(model, Mapping) and "model_input_shape" not in model:
         shape = _input_shape(image)
@@ -70,7 +70,12 @@ def kind_problems(job: Job) -> list[str]:
             f"inference_type {IMAGE}"
             for key in sorted(IMAGE_KEYS)
             if getattr(job, key) != fields[key].default
-        ]
+        ] + [
+            f"input.frames: unsupported for inference_type {job.inference_type}; use time, or "
+            f"inference_type {IMAGE}"
+            for config in job.inputs
+            if config.frames is not None
+        ][:1]
     problems = [
         f"{fields[key].alias or key}: unsupported for inference_type {IMAGE}, whose images are not "
         "cut into patches; remove it"
@@ -96,6 +101,11 @@ def image_problems(job: Job) -> list[str]:
     problems = [] if job.image is None else job.image.problems()
     if job.truth is not None:
         problems += job.truth.problems()
+    for config in job.inputs:
+        frames = config.frames if isinstance(config.frames, tuple) else (config.frames,)
+        is_list = isinstance(config.frames, tuple)
+        if names := [n for n in frames if isinstance(n, str) and (is_list or ":" not in n)]:
+            problems.append(f"input.frames: found {names[0]!r}; expected numbers, or a range")
     if job.chunksize is not None and len(job.chunksize) != 1:
         problems.append(
             f"chunksize: found {len(job.chunksize)} entries; expected 1, the number of images of "
@@ -119,8 +129,27 @@ def image_problems(job: Job) -> list[str]:
             for key, value in used.items()
             if value is not None
         ]
+    if job.peaks is not None:
+        problems += _peak_problems(job)
     if not problems:
         problems += _shape_problems(job, job.image_spec)
+    return problems
+
+
+def _peak_problems(job: Job) -> list[str]:
+    """Return one line per key that jobs with keypoints do not have."""
+    used = {"truth": job.truth, "top_k": job.top_k, "keep": job.keep}
+    problems = [
+        f"{key}: unsupported beside peaks, whose table has keypoints and no classes; remove one of "
+        "them"
+        for key, value in used.items()
+        if value not in (None, "none")
+    ]
+    if job.activation == "softmax":
+        problems.append(
+            "activation: unsupported value 'softmax' beside peaks; use none, or sigmoid for maps "
+            "of logits"
+        )
     return problems
 
 

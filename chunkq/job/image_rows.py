@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from chunkq.errors import ErrorCode, JobError, StoreError
 from chunkq.geometry.axes import Axis
+from chunkq.images.frame_list import FRAME, with_frames
 from chunkq.images.image_list import PATH, ImageList, find_images, join_lists
 from chunkq.images.scores import ScoreSpec
 from chunkq.job.image_config import TruthConfig
@@ -25,7 +26,7 @@ from chunkq.storage.images import DIGEST, IMAGE_LIST, ImageSource
 TRUTH = "chunkq:truth"
 """Column of the stored table with the true label of each row; absent without `truth`."""
 SAMPLE = "sample"
-"""Option of the source: paths of a few rows as JSON, on which the network is checked."""
+"""Option of the source: path and frame of a few rows as JSON, on which the network is checked."""
 SAMPLE_ROWS = 16
 NAMES_SHOWN = 6
 DEFAULT_TOP_K = 5
@@ -44,6 +45,15 @@ class ImageRows:
     def paths(self) -> list[str]:
         """The path of each row; empty where the list has none."""
         return [path or "" for path in self.table.column(PATH).to_pylist()]
+
+    @property
+    def frames(self) -> list[int | None]:
+        """The number of the frame of each row of a video; None for images."""
+        names = self.table.column_names
+        if FRAME not in names or not pa.types.is_integer(self.table.schema.field(FRAME).type):
+            return [None] * len(self)
+        frames: list[int | None] = self.table.column(FRAME).to_pylist()
+        return frames
 
     @property
     def listed(self) -> pa.Table:
@@ -68,8 +78,9 @@ class ImageRows:
         """Return the list, which has this path, as the source of a job."""
         count = len(self)
         picks = sorted({round(n * (count - 1) / SAMPLE_ROWS) for n in range(SAMPLE_ROWS + 1)})
-        paths = self.table.column(PATH).take(pa.array(picks, pa.int64())).to_pylist()
-        sample = json.dumps([path for path in paths if path])
+        picked = ImageRows(self.table.take(pa.array(picks, pa.int64())))
+        pairs = zip(picked.paths, picked.frames, strict=True)
+        sample = json.dumps([[path, frame] for path, frame in pairs if path])
         options = {DIGEST: self._digest(), SAMPLE: sample}
         axes = (Axis("row", "space", count),)
         return ImageSource(IMAGE_LIST, path, axes, "uint8", options, named_by="the list")
@@ -101,7 +112,12 @@ def find_rows(job: Job) -> ImageRows:
     Raises StoreError if a list cannot be read or names no image, and JobError if `truth` does not
     fit it.
     """
-    images = join_lists([find_images(config.path, config.access) for config in job.inputs])
+    images = join_lists(
+        [
+            with_frames(find_images(config.path, config.access), config.frames, config.access)
+            for config in job.inputs
+        ]
+    )
     # A pattern can match the output of the job's last run, which would make it another job.
     images = images.without(job.output)
     if not len(images):
@@ -116,10 +132,9 @@ def find_rows(job: Job) -> ImageRows:
     return ImageRows(images.table.append_column(TRUTH, truth))
 
 
-def sample_paths(source: ImageSource) -> list[str]:
-    """Return the paths of a few rows of a list, spread over it."""
-    paths: list[str] = json.loads(str(source.options[SAMPLE]))
-    return paths
+def sample_rows(source: ImageSource) -> list[tuple[str, int | None]]:
+    """Return the path and the frame of a few rows of a list, spread over it."""
+    return [(path, frame) for path, frame in json.loads(str(source.options[SAMPLE]))]
 
 
 def score_spec(job: Job) -> ScoreSpec:

@@ -44,7 +44,7 @@ from chunkq.job.fields import (
     Widths,
     key_doc,
 )
-from chunkq.job.image_config import GUIDE, ImageConfig, Keep, TruthConfig
+from chunkq.job.image_config import GUIDE, ImageConfig, Keep, PeaksConfig, TruthConfig
 from chunkq.job.image_job import IMAGE, image_problems, kind_problems, with_image_defaults
 from chunkq.job.job_path import canonical
 from chunkq.job.model_config import ModelConfig, model_problems
@@ -616,6 +616,19 @@ class Job(Section):
             example="logits",
             unit=None,
             omitted="`none`",
+            see=GUIDE,
+        ),
+    ] = None
+    peaks: Annotated[
+        PeaksConfig | None,
+        key_doc(
+            "Images",
+            "The network returns one map per keypoint, and the table has the coordinates of "
+            "keypoints. `classes` has their names. `{}` stands for the defaults. Only for "
+            "`inference_type` `image`.",
+            example={"threshold": 0.3, "multiple": True},
+            unit=None,
+            omitted="the network returns scores of classes",
             see=GUIDE,
         ),
     ] = None

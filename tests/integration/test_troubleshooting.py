@@ -17,11 +17,15 @@ import pytest
 from redis.exceptions import ResponseError
 
 import chunkq
+from chunkq.create import check_job, create_job
+from chunkq.finalize import finalize_job
+from chunkq.job.job_file import load_job
 from chunkq.queue import registry
 from chunkq.queue.backends.rq.connect import connect, outages_of
 from chunkq.system import gpus
 from tests.harness.documents import code_blocks, settled
-from tests.harness.workspace import Workspace
+from tests.harness.photos import photo_job, write_photos
+from tests.harness.workspace import Workspace, run_tasks
 
 PAGE = "docs/troubleshooting.md"
 QUICK = json.dumps({"early_deaths": 1, "restart_delay": 0})
@@ -179,6 +183,14 @@ def results_lost(folder: Path) -> str:
     return workspace.finalize().err.replace(workspace.epoch_folder.name, "c74214dc")
 
 
+def images_failed(folder: Path) -> str:
+    write_photos(folder)
+    job = create_job(check_job(load_job(photo_job(folder, max_errors=2))))
+    run_tasks(job)
+    message = in_python(lambda: finalize_job(job, worker="inline"))
+    return message.replace(job.record.epoch, "c74214dc")
+
+
 def incomplete(folder: Path) -> str:
     workspace = workspace_with(folder)
     workspace.produce()
@@ -301,6 +313,7 @@ SCENARIOS: dict[str, Callable[[Path], str]] = {
     "The output belongs to another job": other_job,
     "The job record is damaged": record_damaged,
     "Results are lost": results_lost,
+    "Images have no result": images_failed,
     "Chunks are missing": incomplete,
     "A command was interrupted": interrupted,
     "Redis does not answer, or refuses writes": refusing_redis,

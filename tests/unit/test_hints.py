@@ -268,7 +268,7 @@ def test_words_of_other_tools_stand_for_keys_and_values_that_exist() -> None:
     [
         ("patch_size", "model_config.model_input_shape"),
         ("gpu", "model_config.device"),
-        ("Stride", "strides"),
+        ("Strides", "strides"),
         ("model_config.strides", "strides"),
         ("batchSize", "model_config.max_batch_size"),
     ],

@@ -136,7 +136,7 @@ def test_a_key_is_found_by_its_path_or_a_unique_name(name: str, path: str) -> No
 @pytest.mark.parametrize(
     ("name", "nearest"),
     [
-        ("stride", ["strides"]),
+        ("strids", ["strides"]),
         ("model_config.dtpye", ["model_config.dtype"]),
         ("adress", ["dask_config.address", "ray_config.address"]),
         ("address", ["dask_config.address", "ray_config.address"]),  # two keys have this name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from copy import copy
@@ -12,7 +11,6 @@ import numpy as np
 
 from chunkq.blend.patch_weights import PatchWeights
 from chunkq.blend.sums import Contribution
-from chunkq.errors import ModelError
 from chunkq.geometry.grid_spec import GridSpec
 from chunkq.job.axis_order import channels_first, input_channels
 from chunkq.job.record import JobRecord
@@ -21,10 +19,10 @@ from chunkq.job.user_modules import UserModules
 from chunkq.plan.patch_selection import PatchSelection
 from chunkq.plan.plan import Chunk, Plan
 from chunkq_worker.batching import Batcher, Halos
-from chunkq_worker.child_env import THREADS_VARIABLE
 from chunkq_worker.chunk_pipeline import ChunkPipeline, Finish, HostPipeline
 from chunkq_worker.created_values import check_created_values
 from chunkq_worker.network_heads import head_names
+from chunkq_worker.network_loading import check_files, thread_count
 from chunkq_worker.output_checks import OutputChecks
 from chunkq_worker.runtimes.base import Runtime, load_runtime
 from chunkq_worker.runtimes.item_shapes import ItemShapes
@@ -48,14 +46,8 @@ class InferenceEngine:
 
         The objects `network` and `steps` replace those that the job names, if they are not None.
         """
-        if changed := record.changed_files():
-            raise ModelError(
-                f"{', '.join(changed)}: the file is missing here or has changed since the job was "
-                "produced; restore it, or produce the job again with --overwrite"
-            )
-        share = os.environ.get(THREADS_VARIABLE, "")
+        check_files(record)
         self._job = job = record.job
-        threads = job.threads or (int(share) if share.isdecimal() else None)
         self._network_key = _network_key(record, plan)
         channels = input_channels(job.model, plan.volume)
         self._model = channels_first(job.model, plan.rank, channels)
@@ -66,7 +58,7 @@ class InferenceEngine:
             loaded = Steps.load(job.model.processing_steps) if steps is None else steps
             self._steps = loaded.for_heads(heads)
             self.runtime: Runtime = load_runtime(
-                job.model, self._steps, threads, shapes, network=network
+                job.model, self._steps, thread_count(job), shapes, network=network
             )
             self.checks = OutputChecks(plan.outputs, is_stochastic=job.model.stochastic)
             self._allocate(plan)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
@@ -19,7 +18,7 @@ from chunkq.job.user_modules import UserModules
 from chunkq.plan.outputs import HeadName
 from chunkq.plan.plan import Volume
 from chunkq_worker.batch_layout import BatchLayout
-from chunkq_worker.child_env import THREADS_VARIABLE
+from chunkq_worker.network_loading import thread_count
 from chunkq_worker.runtimes.base import Runtime, load_runtime
 from chunkq_worker.runtimes.item_shapes import ItemShapes
 from chunkq_worker.steps import Steps, after_step
@@ -42,8 +41,7 @@ def find_output_shapes(
     channels = input_channels(job.model, volume)
     shapes = ItemShapes.of(job.model, rank, channels, volume.inputs, heads, are_known=False)
     item = BatchLayout.of(channels_first(job.model, rank, channels), volume.inputs).item
-    share = os.environ.get(THREADS_VARIABLE, "")
-    threads = job.threads or (int(share) if share.isdecimal() else None)
+    threads = thread_count(job)
     modules = UserModules()
     try:
         with modules.collect():

@@ -14,7 +14,7 @@ from itertools import count
 from pathlib import Path
 from threading import Event
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from chunkq.errors import ArgumentError, ChunkqError, JobError, ModelError
 from chunkq.finalize import finalize_job
 from chunkq.geometry.axes import plain_axes
 from chunkq.job.events import Sink, StageProgress
+from chunkq.job.image_job import IMAGE
 from chunkq.job.items import Image, images_of
 from chunkq.job.job_file import Job, job_values, load_job, parse_job
 from chunkq.job.known_empty import MISSING
@@ -67,6 +68,10 @@ from chunkq_worker.steps import Step, Steps
 from chunkq_worker.user_errors import UserErrors
 from chunkq_worker.user_warnings import UserWarnings
 from chunkq_worker.value_watch import ChunkWatch
+
+if TYPE_CHECKING:
+    from chunkq_worker.images.outputs import Outputs
+    from chunkq_worker.images.predictor import ImagePredictor
 
 Regions = Generator[Any, None, None]
 """Yields regions of the output as slices, with their final values: (region, values). With the key
@@ -131,6 +136,12 @@ class Predictor:
         self._file_hashes = JobRecord.create(job, ()).file_hashes
         self._hashes = self._file_hashes | self._object_hashes(with_weights=False)
         self._engines: OrderedDict[Plan, InferenceEngine] = OrderedDict()
+        self._images: ImagePredictor | None = None
+        if job.is_image:
+            from chunkq_worker.images.predictor import ImagePredictor  # imports an extra
+
+            loaded = None if network is None else network.network
+            self._images = ImagePredictor(job, self._hashes, loaded, steps)
         self._warnings = UserWarnings()
         self._closed = False
 
@@ -168,7 +179,7 @@ class Predictor:
                 "mappings; use one mapping, which applies to every volume"
             )
         if model is None and steps is None:
-            return cls(load_job(values, input=PLACEHOLDER, output=PLACEHOLDER))
+            return cls(_load(values))
         stored = values.get("model_config")
         section = dict(stored) if isinstance(stored, Mapping) else {}
         if steps is not None:
@@ -183,8 +194,7 @@ class Predictor:
             else:
                 network = network_object(model, runtime)
                 section = network.model_config(section)
-        job = load_job(values | {"model_config": section}, input=PLACEHOLDER, output=PLACEHOLDER)
-        return cls(job, network=network, steps=steps)
+        return cls(_load(values | {"model_config": section}), network=network, steps=steps)
 
     @classmethod
     def from_model(
@@ -260,8 +270,7 @@ class Predictor:
         uses_half_strides = values["inference_type"] == "sliding_window" and "strides" not in values
         if uses_half_strides:  # replaced once a volume's number of axes is known
             values["strides"] = [1]
-        job = load_job(values, input=PLACEHOLDER, output=PLACEHOLDER)
-        return cls(job, half_strides=uses_half_strides, network=network, steps=steps)
+        return cls(_load(values), half_strides=uses_half_strides, network=network, steps=steps)
 
     def __repr__(self) -> str:
         return one_line("Predictor", self._summary())
@@ -305,6 +314,7 @@ class Predictor:
         have shapes that the job does not declare. Raise JobError with one line per mismatch between
         the job and the array.
         """
+        self._check_volumes("plan")
         has_several = isinstance(dtype, (list, tuple))
         dtypes: Any = dtype if has_several else [dtype]
         described = plain_axes(_shape("shape", shape))
@@ -320,7 +330,7 @@ class Predictor:
 
     def predict(
         self,
-        volume: Input | Sequence[Input],
+        volume: Input | Sequence[Input] | Any,
         *,
         axes: str | None = None,
         channels: Picks | None = None,
@@ -332,6 +342,12 @@ class Predictor:
 
         If the job has the key `outputs`, the result is a dict with a Prediction for each name.
 
+        With `inference_type: image`, `volume` is an image, a list of images, or an array
+        (N, H, W, C), and the result is an `Outputs`. An image is an array (H, W) or (H, W, C) of 1
+        to 4 channels, an image of Pillow, or a path. A path that is alone can also be a folder, a
+        pattern, or a table with a column `path`. An image that is no list raises its error.
+        The other arguments, except for `progress`, are for volumes.
+
         `axes` has one letter of t, c, z, y, x per axis of the array, such as "yxc" for colour.
         `channels` and `time` select positions along these axes, as in a job file: indices or a
         range such as "0:3". By default, all are read. `mask` is an array, a path or a mapping with
@@ -342,6 +358,14 @@ class Predictor:
         or the mask does not match the job, ModelError if the network cannot be loaded or does not
         match its declaration, and PredictionError if it returns NaN or infinity.
         """
+        if self._images is not None:
+            check_progress(progress)
+            self._check_open()
+            _check_unused(axes=axes, channels=channels, time=time, mask=mask)
+            with progress_of(progress) as emit:
+                outputs = self._images.predict(volume, emit)
+            self._warn_of_errors(outputs)
+            return outputs
         request = self._request_in_memory(volume, self._selection(axes, channels, time), mask)
         arrays = [OutputArrays(view, request.series) for view in request.plan.views]
         check_progress(progress)
@@ -389,6 +413,7 @@ class Predictor:
         runs while the generator is consumed.
         """
         check_progress(progress)
+        self._check_volumes("predict_streaming")
         request = self._request_in_memory(volume, self._selection(axes, channels, time), mask)
         stream = self._stream(request, progress)
         if self._job.outputs is None:
@@ -422,6 +447,7 @@ class Predictor:
                 f"output: expected the path of a Zarr image, found {class_name(output)}"
             )
         check_progress(progress)
+        self._check_volumes("predict_to_store")
         output = os.fspath(output)
         check_new_output(output, Path.cwd(), zarr_only=True)
         selection = self._selection(axes, channels, time)
@@ -665,7 +691,26 @@ class Predictor:
             self._engines.popitem(last=False)
         return engine
 
+    def _check_volumes(self, method: str) -> None:
+        """Raise JobError if the network of this predictor sees images whole."""
+        if self._images is not None:
+            raise JobError(
+                f"{method}: unsupported for inference_type image; use predict, or a job for a table"
+            )
+
+    def _warn_of_errors(self, outputs: Outputs) -> None:
+        if not outputs.errors:
+            return
+        number, error = next(iter(outputs.errors.items()))
+        self._warnings.show(
+            f"errors {number}",
+            f"{len(outputs.errors)} of {len(outputs)} images failed, the first one is number "
+            f"{number}: {error}; see errors",
+        )
+
     def _release(self) -> None:
+        if self._images is not None:
+            self._images.release()
         engines = list(self._engines.values())
         self._engines.clear()
         if engines:
@@ -674,6 +719,20 @@ class Predictor:
     def _check_open(self) -> None:
         if self._closed:
             raise ChunkqError("the predictor is closed; create a new one")
+
+
+def _load(values: Mapping[str, Any]) -> Job:
+    """Return the job of these values with placeholders as input and output."""
+    is_image = values.get("inference_type") == IMAGE
+    output = f"{PLACEHOLDER}.parquet" if is_image else PLACEHOLDER
+    return load_job(values, input=PLACEHOLDER, output=output)
+
+
+def _check_unused(**arguments: Any) -> None:
+    """Raise JobError for an argument that is for volumes."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise JobError(f"{name}: unsupported for inference_type image; remove it")
 
 
 def _steps(**functions: Any) -> Steps | None:

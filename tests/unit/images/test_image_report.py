@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from chunkq_producer.reports import charts
 from chunkq_producer.reports.image_rows import MAX_LABELS, class_rows, confusion_rows
 from chunkq_producer.reports.job_report import JobReport
 
@@ -69,3 +70,10 @@ def test_lines_name_the_accuracy_and_the_images_without_a_result() -> None:
     assert "4 of 40" in errors
     assert "/out.chunkq/e/errors.parquet" in errors
     assert image_lines(report(accuracy=None, failed=0).values["images"]) == []
+
+
+def test_the_picture_of_a_confusion_matrix_names_its_labels() -> None:
+    with charts.style():
+        picture = str(charts.confusion_chart(ACCURACY))
+    assert picture.startswith("<svg")
+    assert all(f">{label}<" in picture for label in ACCURACY.labels)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chunkq.errors import ErrorCode, JobError, StoreError
-from chunkq.job.image_rows import ImageRows, find_rows, sample_paths
+from chunkq.job.image_rows import ImageRows, find_rows, sample_rows
 from chunkq.job.job_file import Job, load_job
 from chunkq.job.row_plan import default_rows, row_plan
 from chunkq.plan.footprint import footprint
@@ -104,7 +104,7 @@ def test_the_source_changes_with_every_cell_of_the_list(table: Path) -> None:
 def test_a_sample_is_spread_over_the_list() -> None:
     paths = [str(n) for n in range(1000)]
     source = ImageRows(pa.table({"path": paths})).source("/list")
-    sample = [int(path) for path in sample_paths(source)]
+    sample = [int(path) for path, _ in sample_rows(source)]
     assert (sample[0], sample[-1]) == (0, 999)
     assert max(b - a for a, b in pairwise(sample)) < 100
 

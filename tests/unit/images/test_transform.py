@@ -32,7 +32,7 @@ def test_the_input_is_that_of_the_usual_loop(shape: tuple[int, int]) -> None:
     assert values.dtype == np.float32
     assert values.flags.c_contiguous
     np.testing.assert_array_equal(values, expected)
-    assert placement == Placement(shape, resized.shape[:2], (top, left))
+    assert placement == Placement(shape, resized.shape[:2], (top, left), (32, 32))
 
 
 def test_deep_pixels_are_resized_as_floats() -> None:

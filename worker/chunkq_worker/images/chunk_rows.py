@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,10 +11,12 @@ import pyarrow as pa
 
 from chunkq.errors import ModelError
 from chunkq.images.image_error import ImageError
+from chunkq.images.poses import pose_columns
 from chunkq.images.result_table import ChunkResult, chunk_result
 from chunkq.job.image_rows import ImageRows, score_spec
 from chunkq.job.job_file import Job
-from chunkq_worker.images.rows import FailedRow, Result
+from chunkq_worker.images.keypoints import keypoint_names, poses_of
+from chunkq_worker.images.rows import FailedRow, Result, RowOutput
 
 OUTPUTS = {"logits": "logits", "features": "features"}
 """Value of `keep` -> column with the outputs of the network, flattened, float32."""
@@ -27,13 +30,13 @@ def chunk_rows(job: Job, rows: ImageRows, first: int, results: Iterable[Result])
     """
     good: list[int] = []
     failed: list[tuple[int, ImageError]] = []
-    outputs: list[npt.NDArray[np.float32]] = []
+    outputs: list[Any] = []
     for result in results:
         if isinstance(result, FailedRow):
             failed.append((result.row, result.error))
         else:
             good.append(result.row)
-            outputs.append(np.asarray(result.values[0], np.float32))
+            outputs.append(reduced(job, result))
     columns = columns_of(job, outputs)
     if (truth := rows.truth) is not None:
         labels = truth.take(pa.array(good, pa.int64()))
@@ -45,20 +48,32 @@ def chunk_rows(job: Job, rows: ImageRows, first: int, results: Iterable[Result])
     return chunk_result(rows.listed, first, columns, good, failed)
 
 
-def columns_of(job: Job, outputs: Sequence[npt.NDArray[np.float32]]) -> dict[str, pa.Array]:
-    """Return the columns of the outputs of the network for some images, one array per image.
+def reduced(job: Job, output: RowOutput) -> Any:
+    """Return what the columns are made of for one image.
 
-    Raises ModelError if they are no scores of the job's classes.
+    With `peaks` these are its poses, since the maps of a chunk would not fit into memory. Else it
+    is what the network returned, float32: a score per class (C,), with `keep: features` of any
+    shape. Raises ModelError if it is something else.
     """
+    if job.peaks is not None:
+        return poses_of(job, output)
+    values = np.asarray(output.values[0], np.float32)
+    if job.keep == "features":
+        return values
+    scores = np.atleast_1d(np.squeeze(values)) if values.ndim > 1 else values
+    _check_scores(job, scores)
+    return scores
+
+
+def columns_of(job: Job, outputs: Sequence[Any]) -> dict[str, pa.Array]:
+    """Return the columns of some images, one result of `reduced` per image."""
+    if job.peaks is not None:
+        maps = outputs[0].points.shape[1] if outputs else None
+        return pose_columns(outputs, keypoint_names(job, maps))
     columns: dict[str, pa.Array] = {}
     if job.keep != "features":
-        scores = [np.squeeze(values) if values.ndim > 1 else values for values in outputs]
-        scores = [np.atleast_1d(values) for values in scores]
-        for values in scores:
-            _check_scores(job, values)
-        spec, count = score_spec(job), len(scores[0]) if scores else 1
-        table = np.stack(scores) if scores else np.zeros((0, count), np.float32)
-        columns = spec.columns(table)
+        scores = np.stack(outputs) if outputs else np.zeros((0, 1), np.float32)
+        columns = score_spec(job).columns(scores)
     if job.keep in OUTPUTS:
         lists = [values.reshape(-1) for values in outputs]
         columns[OUTPUTS[job.keep]] = pa.array(lists, pa.list_(pa.float32()))

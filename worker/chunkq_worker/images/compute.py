@@ -8,6 +8,7 @@ from functools import partial
 from threading import Lock
 
 from chunkq.images.decoding import Pixels, decode
+from chunkq.images.image_list import is_video
 from chunkq.images.reading import read_image
 from chunkq.job.job_file import Job
 from chunkq.job.job_handle import ItemHandle
@@ -20,6 +21,7 @@ from chunkq.system.cores import available_cores
 from chunkq.system.memory import peak_bytes
 from chunkq_worker.device import get_device
 from chunkq_worker.images.chunk_rows import chunk_rows
+from chunkq_worker.images.frames import frame_inputs
 from chunkq_worker.images.rows import RowInput, run_rows
 
 MAX_READERS = 16
@@ -36,7 +38,7 @@ def compute_rows(item: ItemHandle, index: Index, attempt: Attempt) -> bool:
     rows = job.rows.part(first, stop)
     network, moved = get_device().images(item, index), {"input": 0}
     results = run_rows(
-        row_inputs(keys, rows.paths, moved),
+        row_inputs(keys, rows.paths, rows.frames, moved),
         keys.image_spec,
         network,
         max_batch_size=keys.model.max_batch_size,
@@ -76,9 +78,15 @@ def compute_rows(item: ItemHandle, index: Index, attempt: Attempt) -> bool:
 
 
 def row_inputs(
-    job: Job, paths: Sequence[str], moved: dict[str, int] | None = None
+    job: Job,
+    paths: Sequence[str],
+    frames: Sequence[int | None],
+    moved: dict[str, int] | None = None,
 ) -> Iterator[RowInput]:
-    """Yield the images at paths, numbered from 0. `moved` counts the bytes that are read."""
+    """Yield the images at paths, numbered from 0, where `frames` are numbers in videos.
+
+    `moved` counts the bytes of images that are read.
+    """
     access, mode = job.inputs[0].access, job.image_spec.mode
 
     def read(path: str) -> Pixels:
@@ -88,8 +96,9 @@ def row_inputs(
                 moved["input"] += len(content)
         return decode(content, mode)
 
+    videos = frame_inputs(paths, frames, access, mode)
     for number, path in enumerate(paths):
-        yield RowInput(number, partial(read, path))
+        yield next(videos) if is_video(path) else RowInput(number, partial(read, path))
 
 
 def readers(job: Job) -> int:

@@ -9,16 +9,16 @@ from statistics import median
 import numpy as np
 
 from chunkq.errors import ErrorCode, ModelError
-from chunkq.job.image_rows import sample_paths
+from chunkq.images.transform import Placement
+from chunkq.job.image_rows import sample_rows
 from chunkq.job.record import JobRecord
 from chunkq.model_check import ModelCheck, PatchCheck, ValueCheck
 from chunkq.system.memory import peak_bytes
 from chunkq_worker.device import get_device
-from chunkq_worker.images.chunk_rows import columns_of
+from chunkq_worker.images.chunk_rows import columns_of, reduced
 from chunkq_worker.images.compute import readers, row_inputs
 from chunkq_worker.images.engine import Heads, ImageEngine
 from chunkq_worker.images.rows import FailedRow, RowOutput, Values, run_rows
-from chunkq_worker.output_checks import MAX_DIFFERENCE, relative_difference
 
 ROUNDS = 3
 """Number of timed batches; the median is reported."""
@@ -40,19 +40,22 @@ def check_images(record: JobRecord, *, is_timed: bool = False) -> ModelCheck:
         batches.append(batch)
         return device.run(lambda: engine(batch)).result()
 
-    inputs = row_inputs(job, sample_paths(record.sources[0])[:size])
+    sample = sample_rows(record.sources[0])[:size]
+    inputs = row_inputs(job, [path for path, _ in sample], [frame for _, frame in sample])
     results = list(
         run_rows(inputs, job.image_spec, network, max_batch_size=size, threads=readers(job))
     )
-    outputs = [one.values[0] for one in results if isinstance(one, RowOutput)]
+    predicted = [one for one in results if isinstance(one, RowOutput)]
     refused = [one.error for one in results if isinstance(one, FailedRow)]
     if not batches:
         shape = engine.input_shape
-        outputs = [network([np.zeros(shape, np.float32)])[0][0]]
-    elif not outputs and all(error.code is ErrorCode.IMAGE_UNSUITABLE for error in refused):
+        heads = tuple(head[0] for head in network([np.zeros(shape, np.float32)]))
+        frame = (shape[1], shape[2])
+        predicted = [RowOutput(0, heads, Placement(frame, frame, (0, 0), frame))]
+    elif not predicted and all(error.code is ErrorCode.IMAGE_UNSUITABLE for error in refused):
         raise ModelError(f"{refused[0]}")
-    columns_of(job, [np.asarray(values, np.float32) for values in outputs])
-    check_repeated(engine, batches[0], is_stochastic=job.model.stochastic)
+    columns_of(job, [reduced(job, one) for one in predicted])
+    outputs = [one.values[0] for one in predicted]
     return ModelCheck(
         batch=len(batches[0]),
         device=engine.runtime.device,
@@ -64,21 +67,6 @@ def check_images(record: JobRecord, *, is_timed: bool = False) -> ModelCheck:
         values=ValueCheck(_span(batches[0]), _span(outputs), has_preprocessing=False),
         patches=_timed(engine, batches[0]) if is_timed else None,
     )
-
-
-def check_repeated(engine: ImageEngine, batch: Sequence[Values], *, is_stochastic: bool) -> None:
-    """Raise ModelError if the network returns other outputs for a batch that it gets again."""
-    if is_stochastic:
-        return
-    run = get_device().run
-    first, second = (run(lambda: engine(batch)).result() for _ in range(2))
-    pairs = zip(first, second, strict=True)
-    if any(relative_difference(a, b) > MAX_DIFFERENCE for a, b in pairs):
-        raise ModelError(
-            "the network returns different outputs for one batch; switch its random layers off, or "
-            "set model_config.stochastic: true",
-            code=ErrorCode.MODEL_RANDOM,
-        )
 
 
 def _timed(engine: ImageEngine, batch: Sequence[Values]) -> PatchCheck:

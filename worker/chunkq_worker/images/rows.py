@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +74,7 @@ def run_rows(
     *,
     max_batch_size: int,
     threads: int,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Yield the result of each input, in their order.
 
     Images are read and transformed in `threads` threads, a bounded number ahead of the network,

@@ -19,6 +19,8 @@ class HeadShapes:
     They are empty if the job does not know the shape. `has_channels`: their first axis is the
     channel axis. `order` is the order of axes in the job, None without a channel axis, and
     `is_ambiguous` whether the shape can be read in both orders. `written` is the shape in the job.
+    `follows_input`: an output of unknown shape that has as many axes as the input has its channels
+    where the input has them.
     """
 
     head: HeadName
@@ -27,6 +29,7 @@ class HeadShapes:
     order: AxisOrder | None
     is_ambiguous: bool
     written: tuple[int, ...]
+    follows_input: bool = False
 
 
 @dataclass(frozen=True)

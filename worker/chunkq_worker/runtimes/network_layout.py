@@ -137,6 +137,8 @@ class NetworkLayout:
             return self._move_before_steps(item, order, output)
         head = self.shapes.heads[number]
         fitting = _fitting(head, output)
+        if head.follows_input and len(output) == len(item) and order is LAST:
+            return Move.TO_FIRST
         if not fitting:
             return Move.NONE  # the batcher reports the shape
         _check_reading(head, order, output)

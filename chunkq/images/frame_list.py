@@ -1,0 +1,135 @@
+"""Rows of the frames of videos, in a list of images."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from chunkq.access import DEFAULT_ACCESS, Access
+from chunkq.errors import ErrorCode, StoreError
+from chunkq.images.image_error import ImageError
+from chunkq.images.image_list import PATH, ImageList, is_video
+from chunkq.install_hint import install_command
+from chunkq.paths import is_url, open_filesystem
+
+if TYPE_CHECKING:
+    from chunkq.images.videos import VideoIndex
+
+FRAME = "frame"
+"""Column with the number of a frame, from 0; null for an image and for a video without frames."""
+RANGE = re.compile(r"(\d*):(\d*)(?::(\d+))?")
+Frames = int | str | tuple[int | str, ...] | None
+"""One number, a half-open range `START:STOP:STEP` of which all parts are optional, or a list."""
+
+
+def with_frames(
+    images: ImageList, frames: Frames = None, access: Access = DEFAULT_ACCESS
+) -> ImageList:
+    """Return a list with one row per frame of each video, ascending, with the column `frame`.
+
+    A list without videos, and one that has the column, are returned unchanged. A video that cannot
+    be opened keeps one row, without a number. Raises StoreError if PyAV is missing, and if `frames`
+    is set for a list without videos or beside the column.
+    """
+    paths = images.paths
+    numbers = [n for n, path in enumerate(paths) if path and is_video(path)]
+    has_column = FRAME in images.table.column_names
+    if not numbers or has_column:
+        if frames is not None:
+            problem = "the list has a column `frame`" if has_column else "the list has no video"
+            raise StoreError(
+                f"input.frames: {problem}; remove frames", code=ErrorCode.IMAGE_LIST_INVALID
+            )
+        kind = images.table.schema.field(FRAME).type if has_column else None
+        if numbers and not pa.types.is_integer(kind):
+            raise StoreError(
+                f"input: the column `frame` has the type {kind}; use integers",
+                code=ErrorCode.IMAGE_LIST_INVALID,
+            )
+        return images
+    videos = {*numbers}
+    rows: list[np.ndarray] = []
+    found: list[pa.Array] = []
+    for number, path in enumerate(paths):
+        picked = _frames_of(path, frames, access) if number in videos else None
+        count = 1 if picked is None else len(picked)
+        rows.append(np.full(count, number))
+        found.append(pa.array([None] if picked is None else picked, pa.int64()))
+    table = images.table.take(pa.array(np.concatenate(rows)))
+    if not table.num_rows:
+        raise StoreError(
+            f"input.frames: {frames!r} names no frame of the videos; fix it",
+            code=ErrorCode.IMAGE_LIST_INVALID,
+        )
+    at = table.column_names.index(PATH) + 1
+    return ImageList(table.add_column(at, FRAME, pa.concat_arrays(found)))
+
+
+def _frames_of(path: str, frames: Frames, access: Access) -> np.ndarray | None:
+    """Return the numbers of the frames of a video, None if it cannot be opened."""
+    try:
+        return picked_frames(frames, len(video_index(path, access)))
+    except ImageError:
+        return None
+
+
+def picked_frames(frames: Frames, count: int) -> np.ndarray:
+    """Return the numbers of the frames of a video with `count` frames, ascending, int64."""
+    if frames is None:
+        return np.arange(count)
+    if isinstance(frames, str):
+        match = RANGE.fullmatch(frames)
+        if match is None:
+            raise ValueError(f"{frames!r} is no range")
+        return np.arange(count)[slice(*(int(part) if part else None for part in match.groups()))]
+    picks = frames if isinstance(frames, tuple) else (frames,)
+    return np.unique(np.array(picks, np.int64))
+
+
+def video_index(path: str, access: Access = DEFAULT_ACCESS) -> VideoIndex:
+    """Return the index of a video. Raises ImageError if it cannot be read.
+
+    Raises StoreError if PyAV is missing.
+    """
+    try:
+        from chunkq.images.videos import index_video
+    except ImportError as error:
+        raise StoreError(
+            f"input: videos need packages that are missing ({error}); run "
+            f"`{install_command('video')}`",
+            code=ErrorCode.PACKAGE_MISSING,
+        ) from None
+    with open_video(path, access) as file:
+        return index_video(file)
+
+
+@contextmanager
+def open_video(path: str, access: Access = DEFAULT_ACCESS) -> Iterator[str | IO[bytes]]:
+    """Open a video for `chunkq.images.videos`. Raises ImageError unless it is a file."""
+    if is_url(path):
+        filesystem, inner = open_filesystem(path, access)
+        try:
+            file = filesystem.open(inner, "rb")
+        except FileNotFoundError as error:
+            raise _missing() from error
+        with file:
+            yield file
+        return
+    try:
+        is_file = stat.S_ISREG(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise _missing() from error
+    if not is_file:
+        raise ImageError("read", "not a regular file; fix the path", code=ErrorCode.IMAGE_MISSING)
+    yield path
+
+
+def _missing() -> ImageError:
+    return ImageError("read", "missing; fix the path", code=ErrorCode.IMAGE_MISSING)

@@ -1,0 +1,136 @@
+"""Frames of videos as rows of a list."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pytest
+from chunkq_worker.images.frames import FrameReader, frame_inputs
+
+from chunkq.access import DEFAULT_ACCESS
+from chunkq.errors import ErrorCode, StoreError
+from chunkq.images.frame_list import FRAME, picked_frames, with_frames
+from chunkq.images.image_error import ImageError
+from chunkq.images.image_list import PATH, ImageList, find_images
+from tests.harness.videos import all_frames, write_video
+
+FRAMES = 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("videos")
+    write_video(path / "a.mp4", FRAMES, bf="2", g="6")
+    write_video(path / "b.mkv", 7)
+    (path / "c.mp4").write_bytes(b"no video")
+    return path
+
+
+def rows(images: ImageList) -> list[tuple[str, int | None]]:
+    names = [Path(path).name for path in images.paths]
+    return list(zip(names, images.table.column(FRAME).to_pylist(), strict=True))
+
+
+def test_each_frame_is_a_row_and_a_broken_video_is_one(folder: Path) -> None:
+    images = with_frames(find_images(str(folder)))
+    expected: list[tuple[str, int | None]] = [("a.mp4", n) for n in range(FRAMES)]
+    assert rows(images) == [*expected, *(("b.mkv", n) for n in range(7)), ("c.mp4", None)]
+
+
+@pytest.mark.parametrize(
+    ("frames", "expected"),
+    [
+        (None, range(10)),
+        ("2:8:3", [2, 5]),
+        (":4", range(4)),
+        ("8:", [8, 9]),
+        ("5:100", range(5, 10)),
+        (3, [3]),
+        ((7, 2), [2, 7]),
+        ((4, 30), [4, 30]),  # a row whose error says how many frames there are
+    ],
+)
+def test_frames_are_picks_or_a_range(frames: Any, expected: Any) -> None:
+    assert picked_frames(frames, 10).tolist() == list(expected)
+
+
+def test_a_list_can_name_frames_itself(folder: Path) -> None:
+    paths = [str(folder / "a.mp4")] * 2
+    images = ImageList(pa.table({PATH: paths, FRAME: [3, 1]}))
+    assert with_frames(images).table is images.table
+    with pytest.raises(StoreError) as error:
+        with_frames(images, "0:2")
+    assert error.value.code is ErrorCode.IMAGE_LIST_INVALID
+    with pytest.raises(StoreError):
+        with_frames(ImageList(pa.table({PATH: paths, FRAME: ["x", "y"]})))
+
+
+def test_images_have_no_frames(folder: Path) -> None:
+    images = ImageList(pa.table({PATH: ["a.png"]}))
+    assert with_frames(images).table.column_names == [PATH]
+    mixed = ImageList(pa.table({PATH: ["a.png", str(folder / "b.mkv")]}))
+    assert rows(with_frames(mixed, "0:2")) == [("a.png", None), ("b.mkv", 0), ("b.mkv", 1)]
+    with pytest.raises(StoreError):
+        with_frames(images, "0:2")
+
+
+def test_threads_that_read_out_of_order_get_the_frames_of_the_whole_video(folder: Path) -> None:
+    expected = all_frames(folder / "a.mp4")
+    numbers = [1, 2, 7, 8, 15, 19]
+    reader = FrameReader(str(folder / "a.mp4"), numbers, DEFAULT_ACCESS, "RGB")
+    with ThreadPoolExecutor(3) as pool:
+        frames = dict(zip(reversed(numbers), pool.map(reader.read, reversed(numbers)), strict=True))
+    for number, frame in frames.items():
+        np.testing.assert_array_equal(frame, expected[number])
+
+
+def test_rows_of_a_video_are_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[int] = []
+    from chunkq.images import videos
+
+    original = videos.read_frames
+
+    def counted(*arguments: Any) -> Any:
+        for number, frame in original(*arguments):
+            decoded.append(number)
+            yield number, frame
+
+    monkeypatch.setattr(videos, "read_frames", counted)
+    paths = [str(folder / "a.mp4")] * 4 + [str(folder / "b.mkv")] * 2
+    inputs = list(frame_inputs(paths, [4, 5, 8, 2, 0, 1], DEFAULT_ACCESS, "RGB"))
+    assert [one.row for one in inputs] == list(range(6))
+    pixels: list[npt.NDArray[Any]] = [one.read() for one in inputs]
+    assert decoded == [4, 5, 8, 2, 0, 1]
+    np.testing.assert_array_equal(pixels[3], all_frames(folder / "a.mp4")[2])
+    np.testing.assert_array_equal(pixels[5], all_frames(folder / "b.mkv")[1])
+
+
+def test_what_cannot_be_decoded_is_an_error_of_its_row(folder: Path) -> None:
+    broken, missing = str(folder / "c.mp4"), str(folder / "d.mp4")
+    paths = [str(folder / "a.mp4")] * 2 + [broken, missing]
+    inputs = list(frame_inputs(paths, [19, 20, None, 0], DEFAULT_ACCESS, "L"))
+    assert inputs[0].read().shape == (32, 48, 1)
+    codes = []
+    for one in inputs[1:]:
+        with pytest.raises(ImageError) as error:
+            one.read()
+        codes.append(error.value.code)
+    assert codes == [
+        ErrorCode.IMAGE_MISSING,  # a number beyond the end
+        ErrorCode.IMAGE_DAMAGED,
+        ErrorCode.IMAGE_MISSING,
+    ]
+
+
+def test_a_playlist_that_names_other_files_is_no_video(folder: Path) -> None:
+    path = folder / "list.m4v"
+    path.write_text(f"#EXTM3U\n#EXTINF:1,\n{folder / 'b.mkv'}\n#EXT-X-ENDLIST\n")
+    [one] = frame_inputs([str(path)], [None], DEFAULT_ACCESS, "RGB")
+    with pytest.raises(ImageError):
+        one.read()
+    path.unlink()
