@@ -345,7 +345,8 @@ def test_help_imports_no_large_package() -> None:
 
 
 NOT_FOR_STATUS = (
-    "chunkq_worker PIL chunkq.images.decoding chunkq.writers.base chunkq.writers.zarr chunkq.job.exports "
+    "chunkq_worker PIL chunkq.images.decoding chunkq.writers.base chunkq.writers.zarr "
+    "chunkq.job.exports "
     "chunkq.storage.formats.zarr chunkq.storage.formats.nifti chunkq.storage.formats.tiff"
 )
 

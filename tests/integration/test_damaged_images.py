@@ -105,7 +105,7 @@ def test_a_killed_worker_and_a_killed_run_change_no_byte_and_lose_no_chunk(
         os.kill(workspace.wait_until_stopped(run), signal.SIGKILL)
         workspace.stop_at("export")
         assert workspace.wait_until_stopped(run) == run.pid
-        assert not workspace.output.exists()
+        assert not (workspace.epoch_folder / "sealed.json").exists()
         run.kill()
     before = workspace.computed()
     workspace.run("run", workspace.job_file, "-w", "1", "--gpus", "none").ok()
