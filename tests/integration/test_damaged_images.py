@@ -12,6 +12,7 @@ import s3fs
 
 from tests.harness.image_files import DAMAGES, ListedImage, generated_images
 from tests.harness.image_job import (
+    BATCH,
     CHUNK,
     TIME,
     ImageWorkspace,
@@ -172,8 +173,19 @@ def undisturbed(many: Images, tmp_path_factory: pytest.TempPathFactory) -> Table
     workspace = many.workspace(tmp_path_factory.mktemp("undisturbed") / "job")
     workspace.run("run", workspace.job_file, "-w", "1", "--gpus", "none", timeout=TIME).ok()
     assert_expected(workspace.output, workspace.errors, many.codes, many.expected)
-    assert set(workspace.computed().values()) == {1}
+    assert_computed_once(workspace, many, workers=1)
     return workspace.tables()
+
+
+def assert_computed_once(workspace: ImageWorkspace, images: Images, workers: int) -> None:
+    """Assert that no image is computed twice but those of the first batch of each process.
+
+    That one is repeated, to find networks that are random.
+    """
+    computed = workspace.computed()
+    assert len(computed) == len(images.expected.scores)
+    assert set(computed.values()) <= {1, 2}
+    assert computed.total() - len(computed) <= workers * BATCH
 
 
 @contextmanager
@@ -218,7 +230,7 @@ def test_any_number_of_workers_writes_the_same_bytes(
             assert command.wait(TIME).code == 0
         workspace.call("finalize", workspace.output).ok()
     assert workspace.tables() == undisturbed
-    assert set(workspace.computed().values()) == {1}
+    assert_computed_once(workspace, many, workers)
 
 
 @pytest.mark.proof("images")
