@@ -160,8 +160,13 @@ class Contest:
     def figures(self, name: str) -> Figures:
         """Return the seconds of a contestant over few and over many images, and its rate."""
         few, many = (self.run(name, size) for size in self.counts)
+        if many <= few:
+            raise SystemExit(
+                f"{name}: the large folder took {many:.1f} s, the small one {few:.1f} s; stop what "
+                "else the machine does, or use more --images"
+            )
         more = self.counts["many"] - self.counts["few"]
-        return {"few": few, "seconds": many, "rate": more / max(many - few, 1e-9)}
+        return {"few": few, "seconds": many, "rate": more / (many - few)}
 
 
 def compare(contest: Contest, names: Sequence[str], rounds: int) -> Figures:
