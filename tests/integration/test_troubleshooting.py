@@ -292,7 +292,7 @@ def refusing_redis(folder: Path) -> str:
 
 def interrupted(folder: Path) -> str:
     workspace = workspace_with(folder)
-    with mock.patch("chunkq_producer.commands.run.run_job", side_effect=KeyboardInterrupt):
+    with mock.patch("chunkq_producer.runner.run_job", side_effect=KeyboardInterrupt):
         return workspace.call("run", workspace.job_file).err
 
 
