@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import yaml
-
 from chunkq.errors import ErrorCode, JobError
 from chunkq.images.skeleton import Skeleton
 
@@ -164,6 +162,8 @@ def _wrong_types(folders: Sequence[str], types: Sequence[str]) -> str:
 
 
 def _config(folder: str) -> Mapping[str, Any]:
+    import yaml  # many commands look for a package, few find one
+
     path = os.path.join(folder, CONFIG)
     if not os.path.isfile(path):
         older = os.path.exists(os.path.join(folder, "training_config.json"))

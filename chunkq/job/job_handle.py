@@ -39,7 +39,6 @@ from chunkq.job.task_records import RecentCommits
 from chunkq.job.tasks import JobId, Task, chunk_name
 from chunkq.paths import without_secret
 from chunkq.plan.item_tasks import ItemTasks
-from chunkq.plan.patch_selection import SkipRules
 from chunkq.plan.plan import Chunk, Costs, Index, Plan, total_costs
 from chunkq.plan.pyramid import Pyramid
 from chunkq.storage.array import Array
@@ -52,6 +51,7 @@ from chunkq.storage.staged import Slabs, StagedCopy
 if TYPE_CHECKING:
     from chunkq.blend.weights import Weights
     from chunkq.job.image_rows import ImageRows
+    from chunkq.plan.patch_selection import SkipRules
 
 JOBS_CACHED = 8
 MASKS_KEPT = 2
@@ -360,6 +360,8 @@ class ItemHandle:
         """What decides which patches are skipped."""
         known, job = self.known_empty, self.job.record.job
         stored = () if known is None else known.stored
+        from chunkq.plan.patch_selection import SkipRules
+
         return SkipRules(
             None if job.mask is None else self.image.mask(self.item).inside,
             empty_rule(job),

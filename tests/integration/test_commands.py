@@ -362,7 +362,7 @@ NOT_FOR_STATUS = (
         ),
         (
             "status out.zarr",
-            f"torch zarr tensorstore redis array_api_compat pyarrow {NOT_FOR_STATUS}",
+            f"torch zarr tensorstore redis array_api_compat pyarrow yaml {NOT_FOR_STATUS}",
         ),
         (
             "jobs",
