@@ -56,9 +56,9 @@ def poses_of_peaks(peaks: Peaks, keypoints: int, *, multiple: bool) -> Poses:
     Without `multiple` they are the keypoints of one animal, whose score is the sum of theirs, or of
     none. With it, each peak is an animal with one keypoint.
     """
-    found = len(peaks.maps)
-    count = found if multiple else min(found, 1)
-    owners = np.arange(found) if multiple else np.zeros(found, np.intp)
+    peak_count = len(peaks.maps)
+    count = peak_count if multiple else min(peak_count, 1)
+    owners = np.arange(peak_count) if multiple else np.zeros(peak_count, np.intp)
     points = np.full((count, keypoints, 2), np.nan, np.float32)
     point_scores = np.full((count, keypoints), np.nan, np.float32)
     points[owners, peaks.maps] = peaks.points
@@ -105,17 +105,17 @@ def read_poses(table: pa.Table, names: Sequence[str]) -> Iterator[Poses]:
         animals = _offsets(keypoints)
         per_animal = keypoints.flatten()
         counts = np.diff(_offsets(per_animal))
-        found = per_animal.flatten()
-        numbers = pa.compute.index_in(found.field("name"), pa.array(list(names), pa.string()))
+        entries = per_animal.flatten()
+        numbers = pa.compute.index_in(entries.field("name"), pa.array(list(names), pa.string()))
         if numbers.null_count:
             raise ValueError("a keypoint has a name that is not expected")
         owners = np.repeat(np.arange(len(counts)), counts)
         points = np.full((len(counts), len(names), 2), np.nan, np.float32)
         point_scores = np.full((len(counts), len(names)), np.nan, np.float32)
         at = (owners, numbers.to_numpy(zero_copy_only=False))
-        points[(*at, 0)] = _values(found.field("x"))
-        points[(*at, 1)] = _values(found.field("y"))
-        point_scores[at] = _values(found.field("score"))
+        points[(*at, 0)] = _values(entries.field("x"))
+        points[(*at, 1)] = _values(entries.field("y"))
+        point_scores[at] = _values(entries.field("score"))
         per_score = _values(scores.flatten())
         for start, stop in pairwise(animals):
             part = slice(start, stop)

@@ -28,30 +28,30 @@ def class_rows(report: JobReport) -> list[tuple[str, ...]] | None:
     if report.images is None or report.images["predicted"] is None:
         return None
     predicted: dict[str, int] = report.images["predicted"]
-    found = accuracy(report)
-    if found is None:
+    measured = accuracy(report)
+    if measured is None:
         return [(label, "", "", "", count(n), "") for label, n in predicted.items()]
-    order = np.argsort(-found.counts.sum(axis=1), kind="stable")
-    return [_class_row(found, number, predicted) for number in order.tolist()]
+    order = np.argsort(-measured.counts.sum(axis=1), kind="stable")
+    return [_class_row(measured, number, predicted) for number in order.tolist()]
 
 
-def _class_row(found: Accuracy, number: int, predicted: dict[str, int]) -> tuple[str, ...]:
-    row, label = found.counts[number].copy(), found.labels[number]
+def _class_row(measured: Accuracy, number: int, predicted: dict[str, int]) -> tuple[str, ...]:
+    row, label = measured.counts[number].copy(), measured.labels[number]
     total, correct = int(row.sum()), int(row[number])
     row[number] = 0
     other = int(row.argmax())
-    taken = f"{found.labels[other]} ({count(int(row[other]))})" if row[other] else ""
+    mistaken = f"{measured.labels[other]} ({count(int(row[other]))})" if row[other] else ""
     share = f"{correct / total:.1%}" if total else ""
-    return (label, count(total), count(correct), share, count(predicted.get(label, 0)), taken)
+    return (label, count(total), count(correct), share, count(predicted.get(label, 0)), mistaken)
 
 
 def confusion_rows(report: JobReport) -> tuple[tuple[str, ...], list[tuple[str, ...]]] | None:
     """Return the headings and the rows of the confusion matrix; None if it is too large."""
-    found = accuracy(report)
-    if found is None or len(found.labels) > MAX_LABELS:
+    measured = accuracy(report)
+    if measured is None or len(measured.labels) > MAX_LABELS:
         return None
     rows = [
         (label, *map(count, row))
-        for label, row in zip(found.labels, found.counts.tolist(), strict=True)
+        for label, row in zip(measured.labels, measured.counts.tolist(), strict=True)
     ]
-    return ("", *found.labels), rows
+    return ("", *measured.labels), rows

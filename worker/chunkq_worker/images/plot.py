@@ -13,6 +13,7 @@ from chunkq.job.image_rows import score_spec
 from chunkq.job.job_file import Job
 from chunkq.plan.label_colors import label_color
 from chunkq_worker.images.keypoints import keypoint_names
+from chunkq_worker.images.preview import shown
 
 INCHES = 6
 """Length of the longer side of a figure."""
@@ -37,16 +38,6 @@ def draw(job: Job, pixels: Pixels, value: Any, path: str | None) -> Figure:
     axes.set_title(title)
     axes.set_axis_off()
     return figure
-
-
-def shown(pixels: Pixels) -> Pixels:
-    """Return pixels that a screen can show, uint8; deep ones are spread from the darkest on."""
-    values = pixels
-    if values.dtype != np.uint8:
-        low, high = float(values.min()), float(values.max())
-        scaled = (values.astype(np.float64) - low) * (255 / max(high - low, 1e-12))
-        values = scaled.astype(np.uint8)
-    return values[..., 0] if values.shape[2] == 1 else values
 
 
 def _draw_poses(axes: Any, poses: Poses, names: tuple[str, ...]) -> None:

@@ -117,8 +117,8 @@ def _sources(images: Any, job: Job) -> tuple[bool, list[tuple[str | None, Read]]
 
     if isinstance(images, (str, os.PathLike)):
         path = _absolute(images)
-        found = find_images(path, access).paths
-        return found == [path], [of_path(one) for one in found]
+        paths = find_images(path, access).paths
+        return paths == [path], [of_path(one) for one in paths]
     if _is_pillow(images):
         return True, [(None, partial(of_pillow, images, mode))]
     if isinstance(images, (list, tuple)):

@@ -27,7 +27,7 @@ def annotated(pixels: Pixels, row: dict[str, Any], side: int | None = None) -> P
     Each name of a keypoint has a color; a label is written below. `side` is the length of the
     longer side, by default that of the image.
     """
-    image = Image.fromarray(_shown(pixels)).convert("RGB")
+    image = Image.fromarray(shown(pixels)).convert("RGB")
     factor = 1.0 if side is None else side / max(image.size)
     if factor != 1:
         image = image.resize([max(1, round(n * factor)) for n in image.size])
@@ -85,8 +85,8 @@ def _number(name: str) -> int:
     return 1 + sum(name.encode()) % 10
 
 
-def _shown(pixels: Pixels) -> Picture:
-    """Return pixels that a screen can show; deep ones are spread from the darkest on."""
+def shown(pixels: Pixels) -> Picture:
+    """Return pixels that a screen can show, uint8; deep ones are spread from the darkest on."""
     values = pixels
     if values.dtype != np.uint8:
         low, high = float(values.min()), float(values.max())

@@ -62,8 +62,8 @@ class SleapRuntime(Runtime):
         for numbers in (np.flatnonzero(is_gray), np.flatnonzero(~is_gray)):
             if len(numbers):
                 part = frames[numbers]
-                found = self._predict(part[..., :1] if is_gray[numbers[0]] else part)
-                for number, one in zip(numbers, found, strict=True):
+                predicted = self._predict(part[..., :1] if is_gray[numbers[0]] else part)
+                for number, one in zip(numbers, predicted, strict=True):
                     poses[number] = one
         return stack_poses([one for one in poses if one is not None], self._keypoints)
 
