@@ -739,6 +739,11 @@ class Job(Section):
         """Whether the output is a Neuroglancer precomputed volume."""
         return self.output_path != self.output
 
+    @property
+    def has_known_empty(self) -> bool:
+        """Whether chunks can be known to be empty when the job is created."""
+        return self.mask is not None or self.skip_empty == "missing"
+
     def output_configs(self) -> dict[str, OutputConfig]:
         """Return the outputs by name, with the keys of the job where they have none of their own.
 
@@ -1313,7 +1318,7 @@ def _wrong_inference_type(key: str, expected: InferenceType, kind: InferenceType
 
 
 def _weight_problems(job: Job) -> list[str]:
-    from chunkq.blend.weights import LOG_PROFILES
+    from chunkq.blend.weight_profiles import LOG_PROFILES
 
     names = job.weight_function
     if len(names) > 2 or (len(names) == 2 and Path(names[0]).name in LOG_PROFILES):

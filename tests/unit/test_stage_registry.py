@@ -8,6 +8,7 @@ import pytest
 
 from chunkq.errors import ErrorCode, JobError
 from chunkq.stages import registry
+from chunkq.stages.finalize import FinalizeStage
 from chunkq.stages.infer import InferStage
 from tests.harness.packages import install_package
 
@@ -60,6 +61,19 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
 
         yield install
     registry._found.cache_clear()
+
+
+def test_a_stage_of_chunkq_is_found_without_a_search_of_all_packages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def find() -> None:
+        raise AssertionError("packages were searched")
+
+    monkeypatch.setattr(registry, "_found", find)
+    assert {kind: type(registry.stage_of(kind)) for kind in ("infer", "finalize")} == {
+        "infer": InferStage,
+        "finalize": FinalizeStage,
+    }
 
 
 def test_a_stage_comes_behind_the_one_that_it_follows(install: Install) -> None:
