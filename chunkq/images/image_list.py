@@ -67,7 +67,8 @@ def find_images(path: str, access: Access = DEFAULT_ACCESS) -> ImageList:
     Raises StoreError if nothing is found, and for a table that cannot be read.
     """
     suffix = os.path.splitext(path)[1].lower()
-    if suffix in TABLES and not has_magic(path):
+    is_name = is_url(path) or os.path.exists(path)
+    if suffix in TABLES and (is_name or not has_magic(path)):
         return _checked(path, _absolute_paths(_read_table(path, suffix, access), path))
     return _checked(path, pa.table({PATH: pa.array(_files(path, access), pa.string())}))
 
