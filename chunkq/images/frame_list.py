@@ -56,12 +56,12 @@ def with_frames(
         return images
     videos = {*numbers}
     rows: list[np.ndarray] = []
-    found: list[pa.Array] = []
+    columns: list[pa.Array] = []
     for number, path in enumerate(paths):
         picked = _frames_of(path, frames, access) if number in videos else None
         count = 1 if picked is None else len(picked)
         rows.append(np.full(count, number))
-        found.append(pa.array([None] if picked is None else picked, pa.int64()))
+        columns.append(pa.array([None] if picked is None else picked, pa.int64()))
     table = images.table.take(pa.array(np.concatenate(rows)))
     if not table.num_rows:
         raise StoreError(
@@ -69,7 +69,7 @@ def with_frames(
             code=ErrorCode.IMAGE_LIST_INVALID,
         )
     at = table.column_names.index(PATH) + 1
-    return ImageList(table.add_column(at, FRAME, pa.concat_arrays(found)))
+    return ImageList(table.add_column(at, FRAME, pa.concat_arrays(columns)))
 
 
 def _frames_of(path: str, frames: Frames, access: Access) -> np.ndarray | None:

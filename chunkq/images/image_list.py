@@ -104,8 +104,8 @@ def _files(path: str, access: Access) -> list[str]:
     filesystem, inner = open_filesystem(path, access)
     scheme = path.partition("://")[0]
     if has_magic(inner):
-        found = filesystem.glob(inner, detail=True)
-        files = [name for name, info in found.items() if info["type"] == "file"]
+        entries = filesystem.glob(inner, detail=True)
+        files = [name for name, info in entries.items() if info["type"] == "file"]
     elif scheme not in ("http", "https") and filesystem.isdir(inner):
         files = _images_or_videos([str(name) for name in filesystem.find(inner)])
     else:

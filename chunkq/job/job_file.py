@@ -1187,10 +1187,10 @@ def _without_branches(
     if location[:1] == ("input",):
         first = 1 if has_one_input else 2
         location = (*location[:first], *location[3:])
-    kept = 2 if location[:1] == ("outputs",) else 0  # an output can have any name
+    fixed = 2 if location[:1] == ("outputs",) else 0  # an output can have any name
     branches = ("int", "float", ONE_SHAPE, BY_HEAD)
-    rest = (part for part in location[kept:] if part not in branches)
-    return (*location[:kept], *rest)
+    rest = (part for part in location[fixed:] if part not in branches)
+    return (*location[:fixed], *rest)
 
 
 def _message(error: Any) -> str:
@@ -1208,18 +1208,18 @@ def _message(error: Any) -> str:
         return f"{path}: unknown key{hints.key_hint(str(location[-1]), section, names)}"
     if kind == "missing":
         return f"{path}: missing; set it (`chunkq explain {path}` has an example)"
-    found = "no value" if value is None else _printed(value)
+    printed = "no value" if value is None else _printed(value)
     if kind == "literal_error":
         texts = _LITERAL.findall(str(context["expected"]))
         legal = [text.strip("'") if text.startswith("'") else int(text) for text in texts]
         hint = hints.value_hint(key, value, legal)
-        problem = "missing value" if value is None else f"invalid value {found}"
+        problem = "missing value" if value is None else f"invalid value {printed}"
         return f"{path}: {problem}; expected one of {', '.join(map(repr, legal))}{hint}"
     if kind in _EXPECTED:
         expected = _EXPECTED[kind].format(**context)
         if path == "input" and kind == "tuple_type":
             expected = "a path, a mapping with path, or a list of them"
-        return f"{path}: expected {expected}, found {found}{_typed_hint(location, kind, value)}"
+        return f"{path}: expected {expected}, found {printed}{_typed_hint(location, kind, value)}"
     message, hint = str(error["msg"]), ""
     if kind == "picks":
         hint = hints.picks_hint(value, has_labels=key == "channels")
@@ -1228,7 +1228,7 @@ def _message(error: Any) -> str:
     elif kind == "classes" and isinstance(value, (str, float)):
         hint = hints.number_hint(value, is_integer=True)
     hint = hint or _example(location)
-    return f"{path}: {message[0].lower()}{message[1:]}, found {found}{hint}"
+    return f"{path}: {message[0].lower()}{message[1:]}, found {printed}{hint}"
 
 
 def _typed_hint(location: Sequence[int | str], kind: str, value: object) -> str:

@@ -181,11 +181,11 @@ def _index(key: str, entry: int | str, size: int, labels: Sequence[str], prefix:
         return entry
     matches = [n for n, label in enumerate(labels[:size]) if label == entry]
     if len(matches) != 1:
-        found = ", ".join(label for label in labels if label) or "no labels"
+        known = ", ".join(label for label in labels if label) or "no labels"
         count = "several channels are" if matches else "no channel is"
         hint = "" if matches else suggestion(entry, [label for label in labels if label])
         raise JobError(
-            f"{prefix}: {key}: {count} labelled {entry!r}; found {found}{hint or '; use the index'}"
+            f"{prefix}: {key}: {count} labelled {entry!r}; found {known}{hint or '; use the index'}"
         )
     return matches[0]
 
