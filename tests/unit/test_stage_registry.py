@@ -57,10 +57,10 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
                 text = "\n".join(["[chunkq.stages]", *lines, ""])
                 install_package(tmp_path, f"package{number}", text)
             patch.syspath_prepend(tmp_path)
-            registry._found.cache_clear()
+            registry._by_kind.cache_clear()
 
         yield install
-    registry._found.cache_clear()
+    registry._by_kind.cache_clear()
 
 
 def test_a_stage_of_chunkq_is_found_without_a_search_of_all_packages(
@@ -69,7 +69,7 @@ def test_a_stage_of_chunkq_is_found_without_a_search_of_all_packages(
     def find() -> None:
         raise AssertionError("packages were searched")
 
-    monkeypatch.setattr(registry, "_found", find)
+    monkeypatch.setattr(registry, "_by_kind", find)
     assert isinstance(registry.stage_of("infer"), InferStage)
     assert isinstance(registry.stage_of("finalize"), FinalizeStage)
 
