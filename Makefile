@@ -126,8 +126,9 @@ check: lint
 	$(PYTEST) -m "not server" tests/unit benchmarks/tests tests/contract/test_executor_contract.py \
 	  tests/contract/test_executor_model.py tests/contract/test_executor_sqlite.py
 
+# Tests wait for leases and servers a third of their time, so there is one process more than cores.
 test: lint $(VENV)/digits/made
-	$(PYTEST) --durations-file=$(VENV)/durations.json
+	$(PYTEST) -n 3 --durations-file=$(VENV)/durations.json
 
 # The lowest versions that pyproject.toml allows, in a separate environment.
 $(OLDEST)/installed: $(VENV)/made pyproject.toml constraints-oldest.txt
