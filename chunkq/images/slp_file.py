@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,24 +44,32 @@ class SlpFrame:
     poses: Poses
 
 
-def places_of(
-    paths: Sequence[str], frames: Sequence[int | None]
-) -> tuple[list[SlpVideo], npt.NDArray[np.int64]]:
-    """Return the videos of the rows of a list, and the place (n, 2) of each: video and frame.
+Row = tuple[str, int | None]
+"""A row of a list: its path, and the number of the frame in a video, None for an image."""
 
-    `frames` has the number of the frame of each row of a video, None for images. All images are
-    one video, in which they have the order of the list. Videos are in the order of their first row.
+
+def videos_of(rows: Iterable[Row]) -> list[SlpVideo]:
+    """Return the videos of the rows of a list, in the order of their first row.
+
+    All images are one video, in which they have the order of the list.
     """
-    images = tuple(path for path, frame in zip(paths, frames, strict=True) if frame is None)
+    images: list[str] = []
+    paths: dict[str | None, None] = {}
+    for path, frame in rows:
+        if frame is None:
+            images.append(path)
+        paths.setdefault(None if frame is None else path)
+    return [SlpVideo(tuple(images) if path is None else path) for path in paths]
+
+
+def places_of(rows: Iterable[Row]) -> Iterator[tuple[int, int]]:
+    """Yield the place of each row: the number of its video in `videos_of`, and of the frame."""
     numbers: dict[str | None, int] = {}
-    places = np.zeros((len(paths), 2), np.int64)
     image = 0
-    for row, (path, frame) in enumerate(zip(paths, frames, strict=True)):
+    for path, frame in rows:
         video = numbers.setdefault(None if frame is None else path, len(numbers))
-        places[row] = video, image if frame is None else frame
+        yield video, image if frame is None else frame
         image += frame is None
-    videos = [SlpVideo(images if path is None else path) for path in numbers]
-    return videos, places
 
 
 def write_slp(

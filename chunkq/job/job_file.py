@@ -58,6 +58,7 @@ from chunkq.job.output_config import (
     Outputs,
     PyramidConfig,
     ValueRange,
+    class_count,
 )
 from chunkq.job.output_name import check_new_output
 from chunkq.job.output_values import value_problems
@@ -701,6 +702,7 @@ class Job(Section):
         problems = [
             *kind_problems(self),
             *(_image_problems(self) if self.is_image else _volume_problems(self)),
+            *_class_problems(self),
             *_path_problems(self),
             *_credential_problems(self),
             *_access_problems(self),
@@ -1284,6 +1286,23 @@ def _volume_problems(job: Job) -> list[str]:
 def _image_problems(job: Job) -> list[str]:
     """Return the problems of the keys of a job over images."""
     return [*image_problems(job), *model_problems(job.model)]
+
+
+def _class_problems(job: Job) -> list[str]:
+    """Return the problems of a single class, which is the name of a keypoint only."""
+    if job.peaks is not None:
+        return []
+    of_outputs = {f"outputs.{name}.classes": one.classes for name, one in _named_outputs(job)}
+    return [
+        f"{key}: found 1 class; expected 2 or more; one name is that of a keypoint, which needs "
+        f"inference_type {IMAGE} and peaks"
+        for key, classes in {"classes": job.classes, **of_outputs}.items()
+        if class_count(classes) == 1
+    ]
+
+
+def _named_outputs(job: Job) -> Iterable[tuple[str, OutputConfig]]:
+    return () if job.outputs is None else job.outputs.items()
 
 
 def _geometry_problems(job: Job) -> list[str]:

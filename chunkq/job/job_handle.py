@@ -27,7 +27,7 @@ from chunkq.job.allowed_paths import with_allowed_files
 from chunkq.job.items import Image, Item
 from chunkq.job.job_folder import JobFolder
 from chunkq.job.known_empty import KnownEmpty, has_known_empty
-from chunkq.job.ledger import INPUTS, ItemLedger, Ledger
+from chunkq.job.ledger import ItemLedger, Ledger
 from chunkq.job.level_arrays import Channels, LevelArray, channel_groups, level_box
 from chunkq.job.mask_source import mask_of, mask_time
 from chunkq.job.output import Output
@@ -50,7 +50,7 @@ from chunkq.storage.staged import Slabs, StagedCopy
 
 if TYPE_CHECKING:
     from chunkq.blend.weights import Weights
-    from chunkq.job.image_rows import ImageRows
+    from chunkq.job.stored_rows import StoredRows
     from chunkq.plan.patch_selection import SkipRules
 
 JOBS_CACHED = 8
@@ -161,21 +161,11 @@ class JobHandle:
         )
 
     @cached_property
-    def rows(self) -> ImageRows:
-        """The images of a job over images. Raises JobError if the record of them is damaged."""
-        from chunkq.job.image_rows import ImageRows  # for such jobs only
+    def rows(self) -> StoredRows:
+        """The images of a job over images."""
+        from chunkq.job.stored_rows import StoredRows  # for such jobs only
 
-        content = self.ledger.get_inputs()
-        try:
-            if content is None:
-                raise ValueError
-            return ImageRows.from_bytes(content)
-        except (ValueError, OSError):  # pyarrow's errors are ValueErrors
-            raise JobError(
-                f"{without_secret(self.ledger.path)}/{INPUTS} is missing or damaged; restore the "
-                "file, or run `chunkq produce --overwrite` to start again",
-                code=ErrorCode.JOB_RECORD_DAMAGED,
-            ) from None
+        return StoredRows(self.ledger)
 
     @cached_property
     def mask(self) -> Array:
