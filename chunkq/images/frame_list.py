@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +13,12 @@ import pyarrow as pa
 
 from chunkq.access import DEFAULT_ACCESS, Access
 from chunkq.errors import ErrorCode, StoreError
+from chunkq.geometry.position_range import positions_in
 from chunkq.images.image_error import ImageError
 from chunkq.images.image_list import PATH, ImageList, is_video
+from chunkq.images.reading import failed, listed_filesystem, missing, storage_errors
 from chunkq.install_hint import install_command
-from chunkq.paths import is_url, open_filesystem
+from chunkq.paths import is_url
 
 if TYPE_CHECKING:
     from chunkq.images.videos import VideoIndex
@@ -27,7 +28,6 @@ FRAME = "frame"
 STATE = "chunkq:video"
 """Column with the `video_state` of each row of a video when the list was made. It is null for an
 image, and for a video that could not be opened."""
-RANGE = re.compile(r"(\d*):(\d*)(?::(\d+))?")
 TAGS = ("ETag", "etag", "md5Hash", "mtime", "LastModified")
 """What file systems of fsspec call the tag or the time of a file, the most exact one first."""
 Frames = int | str | tuple[int | str, ...] | None
@@ -65,7 +65,7 @@ def with_frames(
         return ImageList(_with_states(images.table, [of_path.get(path) for path in paths]))
     videos = {*numbers}
     rows: list[np.ndarray] = []
-    found: list[pa.Array] = []
+    columns: list[pa.Array] = []
     states: list[str | None] = []
     for number, path in enumerate(paths):
         # The state first: a video that is replaced meanwhile has another one when it is read.
@@ -73,7 +73,7 @@ def with_frames(
         picked = _frames_of(path, frames, access) if number in videos else None
         count = 1 if picked is None else len(picked)
         rows.append(np.full(count, number))
-        found.append(pa.array([None] if picked is None else picked, pa.int64()))
+        columns.append(pa.array([None] if picked is None else picked, pa.int64()))
         states += [None if picked is None else state] * count
     table = _with_states(images.table.take(pa.array(np.concatenate(rows))), states)
     if not table.num_rows:
@@ -82,7 +82,7 @@ def with_frames(
             code=ErrorCode.IMAGE_LIST_INVALID,
         )
     at = table.column_names.index(PATH) + 1
-    return ImageList(table.add_column(at, FRAME, pa.concat_arrays(found)))
+    return ImageList(table.add_column(at, FRAME, pa.concat_arrays(columns)))
 
 
 def _with_states(table: pa.Table, states: list[str | None]) -> pa.Table:
@@ -93,15 +93,16 @@ def video_state(path: str, access: Access = DEFAULT_ACCESS) -> str | None:
     """Return a text that changes when a video is replaced; None if it is missing or forbidden.
 
     It has the size and the time of modification, or what the storage has instead of a time. Raises
-    OSError if the storage fails.
+    StoreError if the storage fails.
     """
     try:
-        if not is_url(path):
-            status = os.stat(path)
-            return f"{status.st_size} {status.st_mtime_ns}"
-        filesystem, inner = open_filesystem(path, access)
-        info = filesystem.info(inner)
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        with storage_errors(path):
+            if not is_url(path):
+                status = os.stat(path)
+                return f"{status.st_size} {status.st_mtime_ns}"
+            filesystem, inner = listed_filesystem(path, access)
+            info = filesystem.info(inner)
+    except ImageError:
         return None
     tag = next((info[key] for key in TAGS if info.get(key)), "")
     return f"{info.get('size')} {tag}"
@@ -120,10 +121,10 @@ def picked_frames(frames: Frames, count: int) -> np.ndarray:
     if frames is None:
         return np.arange(count)
     if isinstance(frames, str):
-        match = RANGE.fullmatch(frames)
-        if match is None:
+        positions = positions_in(frames, count)
+        if positions is None:
             raise ValueError(f"{frames!r} is no range")
-        return np.arange(count)[slice(*(int(part) if part else None for part in match.groups()))]
+        return np.array(positions, np.int64)
     picks = frames if isinstance(frames, tuple) else (frames,)
     return np.unique(np.array(picks, np.int64))
 
@@ -147,24 +148,24 @@ def video_index(path: str, access: Access = DEFAULT_ACCESS) -> VideoIndex:
 
 @contextmanager
 def open_video(path: str, access: Access = DEFAULT_ACCESS) -> Iterator[str | IO[bytes]]:
-    """Open a video for `chunkq.images.videos`. Raises ImageError unless it is a file."""
-    if is_url(path):
-        filesystem, inner = open_filesystem(path, access)
-        try:
-            file = filesystem.open(inner, "rb")
-        except FileNotFoundError as error:
-            raise _missing() from error
-        with file:
-            yield file
+    """Open a video for `chunkq.images.videos`. Raises ImageError unless it is a file.
+
+    Raises StoreError if the storage fails, also while the video is read.
+    """
+    if not is_url(path):
+        with storage_errors(path):
+            is_file = stat.S_ISREG(os.stat(path).st_mode)
+        if not is_file:
+            raise missing("not a regular file")
+        yield path
         return
-    try:
-        is_file = stat.S_ISREG(os.stat(path).st_mode)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise _missing() from error
-    if not is_file:
-        raise ImageError("read", "not a regular file; fix the path", code=ErrorCode.IMAGE_MISSING)
-    yield path
-
-
-def _missing() -> ImageError:
-    return ImageError("read", "missing; fix the path", code=ErrorCode.IMAGE_MISSING)
+    with storage_errors(path):
+        filesystem, inner = listed_filesystem(path, access)
+        file = filesystem.open(inner, "rb")
+    with file:
+        try:
+            yield file
+        except (ImageError, StoreError, MemoryError):
+            raise
+        except Exception as error:  # each file system raises different errors
+            raise failed(path, error) from error

@@ -83,15 +83,15 @@ def _is_factor(value: object) -> bool:
 def _as_classes(value: object) -> object:
     """Return classes as a number or a tuple of names. Raise PydanticCustomError otherwise."""
     names = tuple(value) if isinstance(value, (list, tuple)) else ()
-    are_names = bool(names) and all(isinstance(n, str) and n.strip() for n in names)
+    are_names = names and all(isinstance(n, str) and n.strip() for n in names)
     if are_names and len(set(names)) == len(names) <= MAX_CLASSES:
         return names
-    if type(value) is int and 1 <= value <= MAX_CLASSES:
+    if type(value) is int and 2 <= value <= MAX_CLASSES:
         return value
     raise PydanticCustomError(
         "classes",
-        "expected the number of classes, a list of different names, or a file with one name per "
-        "line",
+        "expected the number of classes, from 2 on, a list of different names, or a file with one "
+        "name per line",
     )
 
 

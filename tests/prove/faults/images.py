@@ -4,7 +4,7 @@ from tests.prove.fault import Fault, named
 
 READING, DECODING = "tests/unit/images/test_reading.py", "tests/unit/images/test_decoding.py"
 ROWS, BUDGET = "tests/unit/images/test_image_rows.py", "tests/unit/images/test_pixel_budget.py"
-VIDEOS = "tests/integration/test_video_jobs.py"
+VIDEOS, VIDEO_JOBS = "tests/unit/images/test_videos.py", "tests/integration/test_video_jobs.py"
 DAMAGED = "tests/integration/test_damaged_images.py"
 
 FAULTS = (
@@ -31,6 +31,22 @@ FAULTS = (
         'f"{error}"',
         "the table of errors has other bytes each time",
         named(DECODING, "same_in_each_process"),
+    ),
+    Fault(
+        "decoding-begins-after-the-frame",
+        "chunkq/images/videos.py",
+        " and key.pts <= latest:",
+        ":",
+        "frames at the start of a chunk are errors, depending on the chunks",
+        named(VIDEOS, "first_of_a_chunk"),
+    ),
+    Fault(
+        "guessed-pixels-are-predicted",
+        "chunkq/images/videos.py",
+        "if frame.is_corrupt:",
+        "if False:",
+        "frames of a damaged video have keypoints of pixels that nobody recorded",
+        named(VIDEOS, "damage_reaches"),
     ),
     Fault(
         "results-merged-backwards",
@@ -70,6 +86,6 @@ FAULTS = (
         "if state is None or (current := video_state(path, access)) == state:",
         "if (current := video_state(path, access)) is not None or state is None:",
         "keypoints of another video are stored",
-        named(VIDEOS, "replaced"),
+        named(VIDEO_JOBS, "replaced"),
     ),
 )

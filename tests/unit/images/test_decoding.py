@@ -152,6 +152,18 @@ def test_a_file_that_declares_a_huge_image_is_refused_before_it_is_decoded(depth
     assert caught.value.code == ErrorCode.IMAGE_TOO_LARGE
 
 
+def test_a_tiff_of_many_channels_is_refused_before_it_is_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 64)
+    file = BytesIO()
+    pixels = np.zeros((8, 8, 5), np.uint16)
+    tifffile.imwrite(file, pixels, photometric="minisblack", planarconfig="contig")
+    with pytest.raises(ImageError) as caught:
+        decode(file.getvalue(), "RGB")
+    assert caught.value.code == ErrorCode.IMAGE_TOO_LARGE
+
+
 def test_a_lack_of_memory_is_no_error_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object, **options: object) -> Image.Image:
         raise MemoryError

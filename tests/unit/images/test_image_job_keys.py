@@ -9,7 +9,6 @@ from chunkq_producer.commands import init
 
 from chunkq.errors import JobError
 from chunkq.job.job_file import Job, load_job
-from chunkq.job.keypoints import skeleton_of
 
 MODEL: dict[str, Any] = {
     "runtime": "numpy", "type": "class", "class_file": "/net.py", "class_name": "net",
@@ -64,8 +63,6 @@ def test_scores_are_those_of_softmax_unless_the_job_names_another_activation() -
         ({"output": "/out.zarr"}, {"output"}),
         ({"output": "/.csv"}, {"output"}),
         ({"keep": "features", "classes": 3}, {"classes"}),
-        ({"classes": ["cat"]}, {"classes"}),
-        ({"classes": 1}, {"classes"}),
         ({"max_errors": -1}, {"max_errors"}),
         ({"price": -0.5}, {"price"}),
         ({"strides": [4], "mask": "/m.zarr"}, {"strides", "mask"}),
@@ -82,17 +79,27 @@ def test_scores_are_those_of_softmax_unless_the_job_names_another_activation() -
             {"model_config.model_input_shape"},
         ),
         ({"image": {"resize": 8}}, {"model_config.model_input_shape"}),
+        ({"inference_type": "images"}, {"inference_type"}),
+        ({"classes": ["cat"]}, {"classes"}),
+        ({"input": {"path": "/a.mp4", "frames": "0:9:0"}}, {"input.frames"}),
+        (
+            {"image": None, "model_config": {"package": ["/a", "/b", "/c"]}},
+            {"model_config.package"},
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_by_its_key(keys: dict[str, Any], wrong: set[str]) -> None:
     assert problems(**keys) == wrong
 
 
+def test_a_misspelled_key_of_peaks_is_named() -> None:
+    with pytest.raises(JobError, match="'threshold'"):
+        load_job(values(peaks={"treshold": 0.5}))
+
+
 def test_a_single_keypoint_has_a_name() -> None:
     job = load_job(values(peaks={}, classes=["nose"], output="/out.slp"))
-    skeleton = skeleton_of(job)
-    assert skeleton is not None
-    assert skeleton.names == ("nose",)
+    assert job.classes == ("nose",)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -22,7 +23,7 @@ from chunkq.images.decoding import (
     unlimited,
 )
 from chunkq.images.image_error import ImageError
-from chunkq.images.image_list import find_images
+from chunkq.images.image_list import find_images, is_video
 from chunkq.images.image_spec import CHANNELS, Mode
 from chunkq.images.reading import read_image
 from chunkq.job.events import Sink, StageProgress
@@ -124,8 +125,13 @@ def _sources(images: Any, job: Job) -> tuple[bool, list[tuple[str | None, Read]]
     mode: Mode = job.image_spec.mode
     access = job.inputs[0].access
 
+    def read(path: str, reserve: Reserve) -> Decoded:
+        if is_video(path):
+            raise ImageError("read", "a video; use a job, or predict its frames as an array")
+        return decode(read_image(path, access), mode, reserve)
+
     def of_path(path: str) -> tuple[str, Read]:
-        return path, lambda reserve: decode(read_image(path, access), mode, reserve)
+        return path, partial(read, path)
 
     if isinstance(images, (str, os.PathLike)):
         path = _absolute(images)
