@@ -125,8 +125,7 @@ def to_rows(table: pa.Table, columns: pa.Schema) -> list[dict[str, Any]]:
     texts = [
         name
         for name in table.column_names
-        if pa.types.is_string(table.schema.field(name).type)
-        and _is_json(columns.field(name).type)
+        if pa.types.is_string(table.schema.field(name).type) and _is_json(columns.field(name).type)
     ]
     for row in rows:
         row |= {name: None if row[name] is None else json.loads(row[name]) for name in texts}

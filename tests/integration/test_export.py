@@ -16,6 +16,7 @@ import torch
 import zarr
 from chunkq_producer.check_model import complete_job
 from chunkq_worker.export import torch as export_torch
+from chunkq_worker.export.export import export_notes
 from chunkq_worker.runtimes.base import load_runtime
 from chunkq_worker.steps import Steps
 
@@ -272,23 +273,27 @@ def test_a_job_over_images_writes_the_same_table_with_the_exported_file(tmp_path
     keys = {"input": folders, "inference_type": "image", "image": image, "keep": "logits"}
     workspace = Workspace(tmp_path, keys | {"output": "torch.parquet", "model_config": config})
     workspace.write_job()
-    found = exported(workspace, "net.onnx")
+    file = exported(workspace, "net.pt2")
     tables = []
-    for model in (config, found["model_config"]):
-        output = tmp_path / f"{model['runtime']}.parquet"
+    for model in (config, file["model_config"]):
+        output = tmp_path / f"{model['type']}.parquet"
         run_inline(keys | {"output": str(output), "model_config": model, "threads": 1})
         tables.append(pq.read_table(output))
     for column in ("path", "prediction", "top_labels"):
         assert tables[0].column(column).equals(tables[1].column(column))
     logits = [np.stack(table.column("logits").to_pylist()) for table in tables]
     np.testing.assert_allclose(logits[1], logits[0], atol=1e-4)
-    keys["image"] = {"scale": 255}
-    config["model_input_shape"] = [3, SIZE, SIZE]
-    assert found["notes"] == []
-    workspace.values.update(keys)
-    workspace.write_job()
-    [note] = exported(workspace, "net.onnx", "--overwrite")["notes"]
-    assert str([3, SIZE, SIZE]) in note
+
+
+def test_the_file_of_a_network_for_images_of_any_size_takes_one_size(tmp_path: Path) -> None:
+    model = {"runtime": "torch", "type": "torchscript", "ts_file": "/net.ts"}
+    keys = {"input": "/photos", "output": "/out.csv", "inference_type": "image"}
+    shape = {"model_input_shape": [3, SIZE, SIZE]}
+    varied = load_job(keys | {"model_config": model | shape})
+    equal = load_job(keys | {"model_config": model, "image": {"crop": SIZE}})
+    notes = [export_notes(job, Steps(), tmp_path / "net.onnx") for job in (varied, equal)]
+    assert str([3, SIZE, SIZE]) in notes[0][0]
+    assert notes[1] == []
 
 
 HEAD_OUTPUTS: dict[str, dict[str, Any]] = {

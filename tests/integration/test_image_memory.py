@@ -1,6 +1,7 @@
 """Memory of a worker of a job over images; `make prove PART=images`."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from chunkq_worker.child_env import child_env
 from PIL import Image
 
 from chunkq.create import check_job, create_job
@@ -17,8 +19,8 @@ from chunkq.job.job_file import load_job
 from chunkq.job.job_handle import JobHandle
 from tests.harness.photos import photo_job
 
-TIME = 900
-MORE_BYTES = 16 << 20
+TIME, THREADS = 900, 2
+MORE_BYTES = 32 << 20
 """Memory that a longer list or video may take beyond a shorter one: what measurements differ by."""
 WORK = """
 import json, sys
@@ -46,9 +48,10 @@ SHORT, LONG = 200, 4000
 
 
 def peak_of(job: JobHandle, which: str = "all") -> int:
-    """Compute chunks of a job in a new process; return its peak memory (bytes)."""
+    """Compute chunks of a job in the environment of a worker; return its peak memory (bytes)."""
     command = [sys.executable, "-c", WORK, job.folder.path, which]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    environment = os.environ | child_env(THREADS)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return int(json.loads(done.stdout))
 
 
@@ -104,7 +107,7 @@ def spot_job(folder: Path, frames: int, output: str) -> JobHandle:
         "peaks": {"threshold": 0.1},
         "classes": ["spot"],
         "chunksize": [100],
-        "threads": 2,
+        "threads": THREADS,
         "model_config": {
             "runtime": "numpy",
             "type": "class",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,21 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pytest
+from chunkq_worker.images import frames
 from chunkq_worker.images.frames import FrameReader, check_videos, frame_inputs
 
 from chunkq.access import DEFAULT_ACCESS
 from chunkq.errors import ChunkReadError, ErrorCode, StoreError
 from chunkq.geometry.position_range import positions_in
 from chunkq.images.decoding import unlimited
-from chunkq.images.frame_list import FRAME, STATE, picked_frames, video_state, with_frames
+from chunkq.images.frame_list import (
+    FRAME,
+    STATE,
+    open_video,
+    picked_frames,
+    video_state,
+    with_frames,
+)
 from chunkq.images.image_error import ImageError
 from chunkq.images.image_list import PATH, ImageList, find_images
 from tests.harness.videos import all_frames, write_video
@@ -152,9 +162,9 @@ def test_what_cannot_be_decoded_is_an_error_of_its_row(folder: Path) -> None:
 def test_a_path_that_names_no_video_is_an_error_of_its_row(path: str, code: ErrorCode) -> None:
     images = with_frames(ImageList(pa.table({PATH: [path]})))
     assert images.table.column(FRAME).to_pylist() == [None]
-    [one] = frame_inputs([path], [None], DEFAULT_ACCESS, "RGB")
+    [one] = frame_inputs([path], [None], [None], DEFAULT_ACCESS, "RGB")
     with pytest.raises(ImageError) as error:
-        one.read()
+        one.read(unlimited)
     assert error.value.code is code
 
 
@@ -187,3 +197,29 @@ def test_a_video_that_was_replaced_since_its_job_was_created_is_refused(tmp_path
         check_videos(images.paths, states, DEFAULT_ACCESS)
     assert error.value.code is ErrorCode.INPUT_MISSING
     check_videos(images.paths, [None] * 5, DEFAULT_ACCESS)
+
+
+@pytest.mark.parametrize("numbers", [[0, 3], [0, 3, 5]])
+def test_a_video_is_closed_after_the_last_frame_or_with_its_reader(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, numbers: list[int]
+) -> None:
+    is_open: list[bool] = []
+
+    @contextmanager
+    def opened(*arguments: Any) -> Iterator[Any]:
+        is_open.append(True)
+        try:
+            with open_video(*arguments) as file:
+                yield file
+        finally:
+            is_open.clear()
+
+    monkeypatch.setattr(frames, "open_video", opened)
+    reader = FrameReader(str(folder / "a.mp4"), numbers, DEFAULT_ACCESS, "L")
+    reader.read(0, unlimited)
+    assert is_open
+    reader.read(3, unlimited)
+    if numbers[-1] != 3:
+        assert is_open
+        del reader  # no cycle of references holds the decoder and its frames
+    assert not is_open

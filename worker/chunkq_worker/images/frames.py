@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import lru_cache, partial
 from math import prod
 from threading import Lock
@@ -21,6 +21,7 @@ from chunkq_worker.images.rows import RowInput
 if TYPE_CHECKING:
     from chunkq.images.videos import VideoIndex
 
+_Frames = Generator[tuple[int, Pixels | ImageError], None, None]
 INDEXES = 8
 """Indexes of videos that a process keeps, 8 bytes per frame."""
 
@@ -44,7 +45,8 @@ class FrameReader:
         self._state = state
         self._lock = Lock()
         self._video: VideoIndex | None = None
-        self._frames: Iterator[tuple[int, Pixels | ImageError]] | None = None
+        self._frames: _Frames | None = None
+        self._left = len(numbers)
         self._ready: dict[int, Pixels | ImageError] = {}
         self._broken: ImageError | None = None
 
@@ -77,29 +79,41 @@ class FrameReader:
 
     def _decode_to(self, number: int) -> None:
         if self._frames is None and self._video is not None:
-            self._frames = self._decoded(self._video)
+            self._frames = _decoded(
+                self._path, self._numbers, self._access, self._mode, self._video
+            )
         while number not in self._ready:
             following = None if self._frames is None else next(self._frames, None)
-            if following is None:
+            if self._frames is None or following is None:
                 return
             self._ready[following[0]] = following[1]
+            self._left -= 1
+            if not self._left:
+                self._frames.close()  # a decoder holds the frames that others refer to
 
-    def _decoded(self, index: VideoIndex) -> Iterator[tuple[int, Pixels | ImageError]]:
-        from chunkq.images.videos import read_frames  # an extra
 
-        present = [n for n in self._numbers if 0 <= n < len(index)]
-        for number in self._numbers:
-            if number not in range(len(index)):
-                yield (
-                    number,
-                    ImageError(
-                        "read",
-                        f"frame {number}: the video has {len(index)} frames, from 0; fix frames",
-                        code=ErrorCode.IMAGE_MISSING,
-                    ),
-                )
-        with open_video(self._path, self._access) as file:
-            yield from read_frames(file, index, present, self._mode)
+def _decoded(
+    path: str, numbers: Sequence[int], access: Access, mode: Mode, index: VideoIndex
+) -> _Frames:
+    """Yield frames of a video, each with its number.
+
+    No reader is referred to, so a reader that is given up closes the video.
+    """
+    from chunkq.images.videos import read_frames  # an extra
+
+    present = [n for n in numbers if 0 <= n < len(index)]
+    for number in numbers:
+        if number not in range(len(index)):
+            yield (
+                number,
+                ImageError(
+                    "read",
+                    f"frame {number}: the video has {len(index)} frames, from 0; fix frames",
+                    code=ErrorCode.IMAGE_MISSING,
+                ),
+            )
+    with open_video(path, access) as file:
+        yield from read_frames(file, index, present, mode)
 
 
 @lru_cache(INDEXES)
