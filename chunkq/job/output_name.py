@@ -146,8 +146,9 @@ def check_new_output(
     (`output_path`). With `is_table`, the job writes a table, whose suffix the job file checks.
     """
     if output.lower() == f"{PRECOMPUTED}://":
-        problem = f"output: {output} has no path; use {PRECOMPUTED}://PATH"
-        raise JobError(problem, code=ErrorCode.PATH_INVALID)
+        raise JobError(
+            f"output: {output} has no path; use {PRECOMPUTED}://PATH", code=ErrorCode.PATH_INVALID
+        )
     path = output_path(output, base)
     if not is_url(path) and (match := ONE_SLASH.search(path)) is not None:
         raise JobError(
