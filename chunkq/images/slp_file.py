@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from chunkq.images.image_list import is_video
 from chunkq.images.poses import Poses
 from chunkq.images.skeleton import Skeleton
 from chunkq.images.slp_packages import check_slp_packages
@@ -55,21 +56,26 @@ def videos_of(rows: Iterable[Row]) -> list[SlpVideo]:
     """
     images: list[str] = []
     paths: dict[str | None, None] = {}
-    for path, frame in rows:
-        if frame is None:
+    for path, _ in rows:
+        is_image = not is_video(path)
+        if is_image:
             images.append(path)
-        paths.setdefault(None if frame is None else path)
+        paths.setdefault(None if is_image else path)
     return [SlpVideo(tuple(images) if path is None else path) for path in paths]
 
 
 def places_of(rows: Iterable[Row]) -> Iterator[tuple[int, int]]:
-    """Yield the place of each row: the number of its video in `videos_of`, and of the frame."""
+    """Yield the place of each row: the number of its video in `videos_of`, and of the frame.
+
+    The place of a video that could not be read has no meaning.
+    """
     numbers: dict[str | None, int] = {}
     image = 0
     for path, frame in rows:
-        video = numbers.setdefault(None if frame is None else path, len(numbers))
-        yield video, image if frame is None else frame
-        image += frame is None
+        is_image = not is_video(path)
+        video = numbers.setdefault(None if is_image else path, len(numbers))
+        yield video, image if is_image else frame or 0
+        image += is_image
 
 
 def write_slp(

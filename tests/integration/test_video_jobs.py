@@ -200,3 +200,12 @@ def test_chunks_of_a_video_that_was_replaced_fail_and_the_job_is_another_one(
     run_tasks(job)
     finalize_job(job, worker="inline")
     assert len(points_of(tmp_path / "out.parquet")) == 20
+
+
+def test_a_preview_of_a_missing_image_names_it(tmp_path: Path) -> None:
+    Image.new("L", (WIDTH, HEIGHT), 99).save(tmp_path / "a.png")
+    run_inline(video_job(tmp_path, tmp_path, input=str(tmp_path / "a.png")))
+    (tmp_path / "a.png").unlink()
+    result = Workspace(tmp_path, {}).call("preview", str(tmp_path / "out.parquet"))
+    assert ErrorCode.IMAGE_MISSING in result.err
+    assert str(tmp_path / "a.png") in result.err

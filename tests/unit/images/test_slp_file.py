@@ -106,6 +106,6 @@ def test_a_missing_package_is_named_with_its_extra(
 
 def test_videos_keep_their_frames_and_images_are_one_video() -> None:
     rows = [("a.mp4", 3), ("x.png", None), ("a.mp4", 7), ("b.mp4", 0), ("y.png", None)]
-    videos = [video.path for video in videos_of(rows)]
-    assert videos == ["a.mp4", ("x.png", "y.png"), "b.mp4"]
+    videos = [video.path for video in videos_of([*rows, ("broken.mp4", None)])]
+    assert videos == ["a.mp4", ("x.png", "y.png"), "b.mp4", "broken.mp4"]
     assert list(places_of(rows)) == [(0, 3), (1, 0), (0, 7), (2, 0), (1, 1)]

@@ -113,8 +113,9 @@ def _columns() -> Any:
 
 
 def _images(path: str, rows: list[dict[str, Any]]) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Yield the pixels (H, W, C) of each row with the row. Raises ImageError if one is missing."""
+    """Yield the pixels (H, W, C) of each row with the row. Raises JobError if one is missing."""
     from chunkq.images.decoding import pixels_of, unlimited
+    from chunkq.images.image_error import ImageError
     from chunkq.job.job_handle import open_job
     from chunkq_worker.images.compute import row_inputs
 
@@ -122,7 +123,11 @@ def _images(path: str, rows: list[dict[str, Any]]) -> Iterator[tuple[Any, dict[s
     paths, frames = [row["path"] for row in rows], [row.get("frame") for row in rows]
     inputs = row_inputs(job, paths, frames, [None] * len(rows))
     for one, row in zip(inputs, rows, strict=True):
-        yield pixels_of(one.read(unlimited)), row
+        try:
+            pixels = pixels_of(one.read(unlimited))
+        except ImageError as error:
+            raise JobError(f"{without_secret(row['path'])}: {error}", code=error.code) from None
+        yield pixels, row
 
 
 def _missing(extra: str, error: ImportError) -> ChunkqError:
