@@ -18,7 +18,8 @@ from pydantic_core import PydanticCustomError
 
 from chunkq.access import Access
 from chunkq.geometry.axes import LETTERS
-from chunkq.storage.selection import RANGE, Selection
+from chunkq.geometry.position_range import RANGE
+from chunkq.storage.selection import Selection
 
 Group = Literal[
     "Input and output",

@@ -40,27 +40,27 @@ def _found() -> dict[str, Stage]:
 
     Raises JobError if a stage of another package cannot be used.
     """
-    found: dict[str, Stage] = {stage.kind: stage() for stage in BUILT_IN}
+    by_kind: dict[str, Stage] = {stage.kind: stage() for stage in BUILT_IN}
     extensions = EXTENSIONS.find()
     for name, entry_point in extensions.items():
-        found[name] = stage = EXTENSIONS.create(entry_point)
+        by_kind[name] = stage = EXTENSIONS.create(entry_point)
         if stage.kind != name:
             raise EXTENSIONS.unusable(entry_point, f"its kind is {stage.kind!r}")
     for name, entry_point in extensions.items():
-        if found[name].after not in (None, *found):
+        if by_kind[name].after not in (None, *by_kind):
             raise EXTENSIONS.unusable(
-                entry_point, f"it follows the stage {found[name].after!r}, which is not installed"
+                entry_point, f"it follows the stage {by_kind[name].after!r}, which is not installed"
             )
     order = TopologicalSorter[str]()
     built_in = [stage.kind for stage in BUILT_IN if not stage.is_final]
-    final = [kind for kind, stage in found.items() if stage.is_final]
-    for kind, stage in found.items():
+    final = [kind for kind, stage in by_kind.items() if stage.is_final]
+    for kind, stage in by_kind.items():
         earlier = built_in[: built_in.index(kind)] if kind in built_in else built_in
         if stage.is_final:
-            earlier = [other for other in found if other not in final]
+            earlier = [other for other in by_kind if other not in final]
         order.add(kind, *earlier, *([stage.after] if stage.after else []))
     try:
-        return {kind: found[kind] for kind in order.static_order()}
+        return {kind: by_kind[kind] for kind in order.static_order()}
     except CycleError as error:
         kinds = error.args[1]
         raise EXTENSIONS.unusable(
