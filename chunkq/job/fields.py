@@ -184,7 +184,9 @@ Names = Annotated[
 class Section(BaseModel):
     """Section of the job file: immutable, without unknown keys and type conversions."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, protected_namespaces=(), defer_build=True
+    )
 
 
 LABEL = re.compile(r"(?=.*[^\W\d])[^:,\[\]]+")

@@ -722,6 +722,11 @@ class Job(Section):
         """Whether the output is a Neuroglancer precomputed volume."""
         return self.output_path != self.output
 
+    @property
+    def has_known_empty(self) -> bool:
+        """Whether chunks can be known to be empty when the job is created."""
+        return self.mask is not None or self.skip_empty == "missing"
+
     def output_configs(self) -> dict[str, OutputConfig]:
         """Return the outputs by name, with the keys of the job where they have none of their own.
 

@@ -74,7 +74,7 @@ def _wrong_inference_type(key: str, expected: InferenceType, kind: InferenceType
 
 
 def _weight_problems(job: Job) -> list[str]:
-    from chunkq.blend.weights import LOG_PROFILES
+    from chunkq.blend.weight_profiles import LOG_PROFILES
 
     names = job.weight_function
     if len(names) > 2 or (len(names) == 2 and Path(names[0]).name in LOG_PROFILES):
