@@ -25,7 +25,6 @@ from chunkq.job.output_documents import parsed, to_text
 from chunkq.job.pyramids import method_of
 from chunkq.job.tasks import EPOCH_DIGITS
 from chunkq.paths import without_secret
-from chunkq.plan.object_sizes import ObjectSizes
 from chunkq.plan.plan import Plan
 from chunkq.storage.array import Array
 from chunkq.storage.codecs import Codec
@@ -54,6 +53,7 @@ from chunkq.storage.value_metadata import array_attributes, label_values
 
 if TYPE_CHECKING:
     from chunkq.job.job_file import Job
+    from chunkq.plan.object_sizes import ObjectSizes
 
 SCALE_DOCUMENT = "chunkq.json"
 """Name of the document in the folder of a scale, which readers of the format do not look at."""
@@ -182,6 +182,8 @@ class ZarrLayout(OutputLayout):
 
     @override
     def sizes(self, image: StoredImage, level: int) -> ObjectSizes:
+        from chunkq.plan.object_sizes import ObjectSizes  # not for commands that only read
+
         output, codec = image.plan.output, self._codec(image)
         chunks, shards = self._chunks(image, level)
         chunk_bytes = prod(chunks) * output.dtype.itemsize + codec.most_extra_bytes
@@ -320,6 +322,8 @@ class PrecomputedLayout(OutputLayout):
 
     @override
     def sizes(self, image: StoredImage, level: int) -> ObjectSizes:
+        from chunkq.plan.object_sizes import ObjectSizes
+
         output, block = image.plan.output, self._block(image, level)
         if output.has_labels:
             part = SEGMENTATION_BLOCK[: len(block)]

@@ -6,14 +6,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
+from math import prod
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from chunkq.geometry.padding import IntArray
 from chunkq.plan.empty_rule import Bools
-from chunkq.plan.object_sizes import Along, ObjectSizes, StoredSize, sum_of_products
 from chunkq.plan.patch_counts import Counts
 from chunkq.plan.plan import Costs, Index, Plan
+
+if TYPE_CHECKING:
+    from chunkq.plan.object_sizes import Along, ObjectSizes, StoredSize
 
 
 @dataclass(frozen=True)
@@ -180,3 +184,16 @@ class ItemTasks:
 def _along(values: Bools, axis: int, rank: int) -> Bools:
     """Return values along one axis, to be broadcast over the others."""
     return values.reshape([-1 if a == axis else 1 for a in range(rank)])
+
+
+def sum_of_products(boxes: Bools | None, numbers: Sequence[IntArray]) -> int:
+    """Return the sum over the boxes that are true, or all, of the product of one number per axis.
+
+    `numbers` has for each axis those of its positions.
+    """
+    if boxes is None:
+        return prod(int(along.sum()) for along in numbers)
+    total = boxes.astype(np.float64)
+    for along in reversed(numbers):
+        total = total @ along.astype(np.float64)
+    return round(float(total))

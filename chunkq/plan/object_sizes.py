@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 
-import numpy as np
-
 from chunkq.geometry.padding import IntArray
-from chunkq.plan.empty_rule import Bools
 
 Shape = tuple[int, ...]
 Along = Callable[[int, IntArray], IntArray]
@@ -91,16 +88,3 @@ class ObjectSizes:
     def _parts_along(self, axis: int, lengths: IntArray) -> IntArray:
         edge, part = self.shape[axis], self.part[axis]
         return lengths // edge * -(-edge // part) - (-(lengths % edge) // part)
-
-
-def sum_of_products(boxes: Bools | None, numbers: Sequence[IntArray]) -> int:
-    """Return the sum over the boxes that are true, or all, of the product of one number per axis.
-
-    `numbers` has for each axis those of its positions.
-    """
-    if boxes is None:
-        return prod(int(along.sum()) for along in numbers)
-    total = boxes.astype(np.float64)
-    for along in reversed(numbers):
-        total = total @ along.astype(np.float64)
-    return round(float(total))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property, reduce
 from itertools import product
 from math import prod
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -16,9 +16,11 @@ from chunkq.geometry.grids import AxisGeometry
 from chunkq.geometry.levels import Level
 from chunkq.geometry.padding import IntArray
 from chunkq.plan.empty_rule import Bools
-from chunkq.plan.item_tasks import ItemTasks
-from chunkq.plan.object_sizes import Along, ObjectSizes, StoredSize, sum_of_products
+from chunkq.plan.item_tasks import ItemTasks, sum_of_products
 from chunkq.plan.plan import Index, Plan
+
+if TYPE_CHECKING:
+    from chunkq.plan.object_sizes import Along, ObjectSizes, StoredSize
 
 Method = Literal["mean", "mode", "nearest"]
 """How a voxel of a level is computed from those that become it."""

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chunkq.geometry.box import Box
-from chunkq.plan.object_sizes import ObjectSizes, StoredSize, sum_of_products
+from chunkq.plan.item_tasks import sum_of_products
+from chunkq.plan.object_sizes import ObjectSizes, StoredSize
 from chunkq.storage.formats.precomputed_metadata import (
     SEGMENTATION_BLOCK,
     SEGMENTATION_HEADER_BYTES,
