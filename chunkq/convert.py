@@ -18,9 +18,9 @@ from chunkq.job.events import Message, Sink, StageProgress, ignore
 from chunkq.job.fields import InputConfig
 from chunkq.job.job_folder import JobFolder
 from chunkq.job.job_path import PRECOMPUTED, SUFFIX, job_folder_of
-from chunkq.job.output import image_folder, output_axes
 from chunkq.job.output_documents import ATTRIBUTE, parsed
 from chunkq.job.output_name import export_target
+from chunkq.job.stored_images import image_folder, output_axes
 from chunkq.paths import absolute_input, is_url, join, read_bytes, split_format, without_secret
 from chunkq.storage.array import Array
 from chunkq.storage.formats.precomputed_metadata import INFO

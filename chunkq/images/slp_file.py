@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from chunkq.images.image_list import is_video
 from chunkq.images.poses import Poses
 from chunkq.images.skeleton import Skeleton
 from chunkq.images.slp_packages import check_slp_packages
@@ -49,17 +50,19 @@ def places_of(
 ) -> tuple[list[SlpVideo], npt.NDArray[np.int64]]:
     """Return the videos of the rows of a list, and the place (n, 2) of each: video and frame.
 
-    `frames` has the number of the frame of each row of a video, None for images. All images are
-    one video, in which they have the order of the list. Videos are in the order of their first row.
+    `frames` has the number of the frame of each row of a video, None for images, and for a video
+    that could not be read, whose place has no meaning. All images are one video, in which they have
+    the order of the list. Videos are in the order of their first row.
     """
-    images = tuple(path for path, frame in zip(paths, frames, strict=True) if frame is None)
+    images = tuple(path for path in paths if not is_video(path))
     numbers: dict[str | None, int] = {}
     places = np.zeros((len(paths), 2), np.int64)
     image = 0
     for row, (path, frame) in enumerate(zip(paths, frames, strict=True)):
-        video = numbers.setdefault(None if frame is None else path, len(numbers))
-        places[row] = video, image if frame is None else frame
-        image += frame is None
+        is_image = not is_video(path)
+        video = numbers.setdefault(None if is_image else path, len(numbers))
+        places[row] = video, image if is_image else frame or 0
+        image += is_image
     videos = [SlpVideo(images if path is None else path) for path in numbers]
     return videos, places
 

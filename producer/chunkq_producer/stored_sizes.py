@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from chunkq.create import CheckedJob
 from chunkq.job.exports import ExportedFile, exported_files, writers
-from chunkq.job.output import layout_of, stored_image
+from chunkq.job.stored_images import layout_of, stored_image
 from chunkq.paths import without_secret
 from chunkq.plan.object_sizes import StoredSize
 from chunkq.units import si

@@ -160,3 +160,12 @@ def test_a_preview_shows_keypoints_in_a_picture_and_in_a_video(
     assert abs(column - x) <= 4
     for arguments in ((table, "--rows", "90:"), (table, "--to", "x.txt"), ("none.parquet",)):
         assert workspace.call("preview", *arguments).code == 2
+
+
+def test_a_preview_of_a_missing_image_names_it(tmp_path: Path) -> None:
+    Image.new("L", (WIDTH, HEIGHT), 99).save(tmp_path / "a.png")
+    run_inline(video_job(tmp_path, tmp_path, input=str(tmp_path / "a.png")))
+    (tmp_path / "a.png").unlink()
+    result = Workspace(tmp_path, {}).call("preview", str(tmp_path / "out.parquet"))
+    assert ErrorCode.IMAGE_MISSING in result.err
+    assert str(tmp_path / "a.png") in result.err

@@ -94,7 +94,7 @@ def print_result(job: JobHandle, report: dict[str, Any]) -> None:
     blocks = f"{finalized} blocks finalized, " if finalized else ""
     units = "images" if job.record.job.is_image else "patches"
     print_text(
-        f"complete: {output} ({report['chunks']} chunks, {report['patches']} {units}, "
+        f"complete: {output} ({chunk_count(report['chunks'])}, {report['patches']} {units}, "
         f"{blocks}{duration(report['wall_seconds'])})"
     )
     if job.record.job.is_image:

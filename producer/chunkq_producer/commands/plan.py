@@ -19,8 +19,8 @@ from chunkq.install_hint import install_command
 from chunkq.job.job_file import Job, load_job, select_job_file
 from chunkq.job.known_empty import MISSING
 from chunkq.job.model_config import STOCHASTIC
-from chunkq.job.output import output_axes
 from chunkq.job.output_shapes import unknown_heads
+from chunkq.job.stored_images import output_axes
 from chunkq.job.tasks import chunk_count
 from chunkq.model_check import MemoryCheck, ModelCheck, PatchCheck
 from chunkq.paths import without_secret

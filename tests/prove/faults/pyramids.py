@@ -4,7 +4,7 @@ from tests.prove.fault import Fault, named
 
 DOWNSAMPLING, LEVELS = "chunkq/blend/downsampling.py", "chunkq/geometry/levels.py"
 STAGE, COMPLETION = "chunkq/stages/downsample.py", "chunkq/stages/completion.py"
-OUTPUT, GRID = "chunkq/job/output.py", "chunkq/geometry/grid_spec.py"
+OUTPUT, GRID = "chunkq/job/image_output.py", "chunkq/geometry/grid_spec.py"
 PYRAMIDS, SHARDS = "tests/integration/test_pyramids.py", "tests/integration/test_shards.py"
 SIZES = "tests/integration/test_stored_sizes.py"
 UNIT = "tests/unit/test_downsampling.py"

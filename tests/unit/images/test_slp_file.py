@@ -106,6 +106,7 @@ def test_a_missing_package_is_named_with_its_extra(
 
 def test_videos_keep_their_frames_and_images_are_one_video() -> None:
     paths = ["a.mp4", "x.png", "a.mp4", "b.mp4", "y.png"]
-    videos, places = places_of(paths, [3, None, 7, 0, None])
-    assert [video.path for video in videos] == ["a.mp4", ("x.png", "y.png"), "b.mp4"]
-    assert places.tolist() == [[0, 3], [1, 0], [0, 7], [2, 0], [1, 1]]
+    videos, places = places_of([*paths, "broken.mp4"], [3, None, 7, 0, None, None])
+    names = ["a.mp4", ("x.png", "y.png"), "b.mp4", "broken.mp4"]
+    assert [video.path for video in videos] == names
+    assert places[:-1].tolist() == [[0, 3], [1, 0], [0, 7], [2, 0], [1, 1]]

@@ -92,14 +92,19 @@ def _rows(path: str, picks: str | None, *, is_video: bool) -> list[dict[str, Any
 
 
 def _images(path: str, rows: list[dict[str, Any]]) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Yield the pixels (H, W, C) of each row with the row. Raises ImageError if one is missing."""
+    """Yield the pixels (H, W, C) of each row with the row. Raises JobError if one is missing."""
+    from chunkq.images.image_error import ImageError
     from chunkq.job.job_handle import open_job
     from chunkq_worker.images.compute import row_inputs
 
     job = open_job(job_folder_of(path)).record.job
     paths, frames = [row["path"] for row in rows], [row.get("frame") for row in rows]
     for one, row in zip(row_inputs(job, paths, frames), rows, strict=True):
-        yield one.read(), row
+        try:
+            pixels = one.read()
+        except ImageError as error:
+            raise JobError(f"{without_secret(row['path'])}: {error}", code=error.code) from None
+        yield pixels, row
 
 
 def _missing(extra: str, error: ImportError) -> ChunkqError:

@@ -114,11 +114,11 @@ def _continues(paths: Sequence[str], frames: Sequence[int | None], row: int) -> 
 
 
 def _unreadable(path: str, access: Access) -> Pixels:
-    """Raise the ImageError of a video that had no frames when its job was created."""
+    """Raise the ImageError of a row without a number of a frame."""
     _index(path, access)
     raise ImageError(
         "read",
-        "the video could not be read when the job was created; start the job again with "
-        "--overwrite",
+        "the row has no number of a frame; set it in the column frame, or, if the video could not "
+        "be read when the job was created, start again with --overwrite",
         code=ErrorCode.IMAGE_DAMAGED,
     )
