@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from chunkq_worker.images.frames import FrameReader, frame_inputs
 from chunkq.access import DEFAULT_ACCESS
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.geometry.position_range import positions_in
+from chunkq.images import frame_list
 from chunkq.images.frame_list import FRAME, picked_frames, with_frames
 from chunkq.images.image_error import ImageError
 from chunkq.images.image_list import PATH, ImageList, find_images
@@ -151,6 +154,25 @@ def test_a_path_that_names_no_video_is_an_error_of_its_row(path: str, code: Erro
     with pytest.raises(ImageError) as error:
         one.read()
     assert error.value.code is code
+
+
+class FailingFile(io.FileIO):
+    """A file that cannot be read, as of a server that has lost its disk."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_a_disk_that_fails_is_no_damage_of_a_video(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frame_list, "open_local", FailingFile)
+    paths = [str(folder / "a.mp4")]
+    with pytest.raises(StoreError):
+        with_frames(ImageList(pa.table({PATH: paths})))
+    [one] = frame_inputs(paths, [0], DEFAULT_ACCESS, "RGB")
+    with pytest.raises(StoreError):
+        one.read()
 
 
 def test_a_server_that_does_not_answer_is_no_error_of_a_video() -> None:
