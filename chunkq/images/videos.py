@@ -124,6 +124,8 @@ def read_frames(
                         yield number, pixels.reshape(frame.height, frame.width, -1)
                     if not wanted:
                         return
+            except MemoryError:  # FFmpeg's is an FFmpegError, too
+                raise
             except FFmpegError as error:
                 resumed, reason = index.key_after(reached), f"damaged: {error.strerror}"
             for time in [time for time in wanted if time < resumed]:
@@ -167,6 +169,8 @@ def _opened(file: str | IO[bytes]) -> Iterator[tuple[Any, Any]]:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             yield container, stream
+    except MemoryError:
+        raise
     except FileNotFoundError as error:
         raise ImageError("read", "missing; fix the path", code=ErrorCode.IMAGE_MISSING) from error
     except FFmpegError as error:
