@@ -66,6 +66,7 @@ class Conversion:
             json_values.to_values(writer.options),
             json_values.to_values(writer.image.axes),
             writer.image.is_labels,
+            writer.image.classes,
         ]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -110,6 +111,7 @@ def plan_conversion(
         tuple(array.labels[n] for n in image_source.channels) if any(array.labels) else (),
         space,
         _stored_values(attributes),
+        output.classes if output and labels else (),
     )
     if _overlap(path, image_source.path):
         raise StoreError(
@@ -187,6 +189,7 @@ class ChunkqOutput:
 
     is_labels: bool
     space: FileSpace | None
+    classes: tuple[str, ...] = ()
 
 
 def _chunkq_output(path: str) -> ChunkqOutput | None:
@@ -210,7 +213,8 @@ def _chunkq_output(path: str) -> ChunkqOutput | None:
                     plan.region.start,
                     [float(factor) for factor in spec.scale],
                 )
-                return ChunkqOutput(spec.has_labels, space)
+                classes = spec.class_names if spec.has_labels else ()
+                return ChunkqOutput(spec.has_labels, space, classes)
     return None
 
 

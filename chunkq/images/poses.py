@@ -25,6 +25,8 @@ KEYPOINT = pa.struct(
     ]
 )
 """Type of one keypoint."""
+COLUMN_TYPES = {SCORES: pa.list_(pa.float32()), KEYPOINTS: pa.list_(pa.list_(KEYPOINT))}
+"""Column -> type: one score per animal, and one list of keypoints per animal."""
 
 
 @dataclass(frozen=True, eq=False)

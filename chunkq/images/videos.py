@@ -34,10 +34,12 @@ class VideoIndex:
     times  time stamp of each frame in the order of display, in units of the stream, int64
     keys   time stamp of each keyframe, and the earlier one of this and of its decoding, ascending,
            int64 (k, 2); at least one
+    shape  height and width of a frame, in pixels
     """
 
     times: npt.NDArray[np.int64]
     keys: npt.NDArray[np.int64]
+    shape: tuple[int, int]
 
     def __len__(self) -> int:
         return len(self.times)
@@ -80,6 +82,7 @@ def index_video(file: str | IO[bytes]) -> VideoIndex:
                 keys.append((packet.pts, min(packet.pts, decoded)))
             if not packet.is_discard:
                 stamps.append(packet.pts)
+        shape = (stream.codec_context.height, stream.codec_context.width)
     times = np.array(sorted(stamp for stamp in stamps if stamp is not None), np.int64)
     if not len(times) or len(times) != len(stamps) or len(np.unique(times)) != len(times):
         raise ImageError(
@@ -87,7 +90,7 @@ def index_video(file: str | IO[bytes]) -> VideoIndex:
         )
     if not keys:
         raise ImageError("read", "the video has no keyframe; convert it to MP4")
-    return VideoIndex(times, np.array(sorted(keys), np.int64))
+    return VideoIndex(times, np.array(sorted(keys), np.int64), shape)
 
 
 def read_frames(

@@ -140,6 +140,7 @@ class ImageOutput:
         """Return the metadata documents that an image in this state has."""
         names = self._current_names
         group = self._layout.written(self._attributes(state, names))
+        group |= self._layout.other_written(self._stored)
         current = dict(zip(self._names, names, strict=True))
         arrays = {
             f"{current[name]}/{document}": text
@@ -316,6 +317,7 @@ class ImageOutput:
         """Write the group metadata unless they are current; keep the user's attributes."""
         if not self._is_described(state, names):
             attributes = self._attributes(state, names)
+            put_documents(self._objects, self._layout.other_written(self._stored))
             put_documents(self._objects, merged_documents(self._layout, self._objects, attributes))
 
     def _attributes(self, state: str, names: Sequence[str]) -> dict[str, Any]:

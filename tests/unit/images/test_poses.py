@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chunkq.images.peaks import Peaks
-from chunkq.images.poses import KEYPOINT, Poses, pose_columns, poses_of_peaks, read_poses
+from chunkq.images.poses import COLUMN_TYPES, Poses, pose_columns, poses_of_peaks, read_poses
 from tests.strategies import poses
 
 NAMES = ("head", "thorax", "tail")
@@ -22,9 +22,10 @@ NAN = float("nan")
 def test_a_table_returns_the_poses_of_which_it_was_made(
     images: list[Poses], skip: int, batches: int
 ) -> None:
-    types = {"scores": pa.list_(pa.float32()), "keypoints": pa.list_(pa.list_(KEYPOINT))}
     parts = [
-        pa.table(pose_columns(images[start::batches], NAMES)).cast(pa.schema([*types.items()]))
+        pa.table(pose_columns(images[start::batches], NAMES)).cast(
+            pa.schema([*COLUMN_TYPES.items()])
+        )
         for start in range(batches)
     ]
     rest = [one for start in range(batches) for one in images[start::batches]][skip:]

@@ -55,7 +55,7 @@ def video(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def test_every_range_has_the_frames_of_the_whole_video(video: Path) -> None:
     index, expected = index_video(str(video)), all_frames(video)
-    assert len(index) == FRAMES
+    assert (len(index), index.shape) == (FRAMES, (HEIGHT, WIDTH))
     for numbers in (range(FRAMES), range(17, 43), range(70, 75), range(3, 70, 7), range(74, 75)):
         frames = dict(read_frames(str(video), index, numbers, "RGB"))
         assert list(frames) == list(numbers)
