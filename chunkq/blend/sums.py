@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -58,14 +59,14 @@ class Accumulator:
     def __init__(self, plan: Plan, chunk: Chunk, weights: PatchWeights, zeros: Array) -> None:
         """Use `zeros` of shape (K, *chunk.region.shape), in their dtype, as storage of the sums."""
         self._plan, self._chunk, self._weights, self._sums = plan, chunk, weights, zeros
-        self._rule = rule_of(plan.output)
+        self._rule, self._crop = rule_of(plan.output), output_crop(plan)
 
     def add(self, batch: Sequence[Patch], predictions: Array) -> None:
         """Add predictions (n, C, *output patch), float32, after activation and voting."""
         for patch, prediction in zip(batch, predictions, strict=True):
             if not patch.target.size:
                 continue
-            used = prediction[(slice(None), *target_slices(self._plan, patch))]
+            used = prediction[(slice(None), *target_slices(patch, self._crop))]
             sums = self._view(patch.target)
             if self._weights.has_no_overlap(patch):
                 self._rule.put(sums, used)
@@ -93,10 +94,17 @@ class Accumulator:
         return self._sums[(slice(None), *box.slices(self._chunk.region.start))]
 
 
-def target_slices(plan: Plan, patch: Patch) -> tuple[slice, ...]:
-    """Return the slices that select a patch's target in its prediction (*output patch)."""
-    axes = zip(patch.source.start, plan.input_patch, plan.output_patch, strict=True)
-    return patch.target.slices([start + (p - q) // 2 for start, p, q in axes])
+def output_crop(plan: Plan) -> tuple[int, ...]:
+    """Return where the output patch starts in the input patch of a plan."""
+    return tuple((p - q) // 2 for p, q in zip(plan.input_patch, plan.output_patch, strict=True))
+
+
+def target_slices(patch: Patch, crop: Sequence[int]) -> tuple[slice, ...]:
+    """Return the slices that select a patch's target in its prediction (*output patch).
+
+    `crop` is the `output_crop` of its plan.
+    """
+    return patch.target.slices(list(map(add, patch.source.start, crop)))
 
 
 def chunk_results(plan: Plan, chunk: Chunk, sums_of: Callable[[Box], Array]) -> list[Array]:

@@ -123,12 +123,15 @@ class HostRun(ChunkRun):
 
     @override
     def add(self, patches: Sequence[Patch]) -> None:
-        for weights, own in zip(self._weights, self._own(patches), strict=True):
+        every = list(self._own(patches))
+        for weights, own in zip(self._weights, every, strict=True):
             weights.prepare(own)
-        origin = self._chunk.halo.start
+        done, origin = 0, self._chunk.halo.start
         for batch, predictions in self._batcher.predictions(patches, self._halos, origin):
-            for sums, own, values in zip(self._sums, self._own(batch), predictions, strict=True):
-                sums.add(own, values)
+            stop = done + len(batch)
+            for sums, own, values in zip(self._sums, every, predictions, strict=True):
+                sums.add(own[done:stop], values)
+            done = stop
 
     @override
     def wait(self) -> None:
