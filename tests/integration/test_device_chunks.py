@@ -1,6 +1,8 @@
 """Chunks on a simulated device: what is copied, launched and awaited, and what results are."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -531,7 +533,7 @@ def test_nothing_waits_for_the_device_within_a_chunk(keys: dict[str, Any], nan: 
         (2, {"combine": "std"}, 4),
         (2, {"combine": "entropy", "activation": "softmax"}, 1.5),
         (3, {"outputs": SEVERAL}, 8),
-        (3, {"outputs": HEADS}, 8),
+        (3, {"outputs": HEADS}, 9),
     ],
     ids=str,
 )
@@ -543,6 +545,34 @@ def test_few_operations_are_launched_per_patch(
     assert chunk.patches == 64
     pipeline.start(chunk, [window(plan, random_volume(plan), chunk.halo)])
     assert counts.launches <= most * chunk.patches
+
+
+def python_calls(run: Callable[[], object]) -> int:
+    """Return how many functions of Python a function calls, except in torch and in the device."""
+    count = 0
+
+    def profile(frame: FrameType, event: str, _argument: object) -> None:
+        nonlocal count
+        path = frame.f_code.co_filename
+        count += event == "call" and "simulated_device" not in path and "/torch/" not in path
+
+    sys.setprofile(profile)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize(("on", "most"), [("device", 36), ("host", 52)])
+def test_few_functions_of_python_are_called_per_patch(on: str, most: float) -> None:
+    pipeline, plan, _ = repeated(model={"max_batch_size": 8})
+    used = host_pipeline_for(plan, Repeated(1)) if on == "host" else pipeline
+    chunk = plan.chunk((0, 0))
+    halos = [window(plan, random_volume(plan), chunk.halo)]
+    used.start(chunk, halos)()  # the neighbors of each position are found once
+    calls = python_calls(lambda: used.start(chunk, halos))
+    assert calls <= most * chunk.patches
 
 
 # --------------------------------------------------------------------------------- memory
