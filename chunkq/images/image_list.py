@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -236,22 +235,3 @@ def _absolute_path(folder: str, path: str | None) -> str:
     scheme, _, rest = joined.partition("://")
     bucket, _, key = rest.partition("/")
     return f"{scheme}://{bucket}{normpath(f'/{key}')}"
-
-
-def truth_of(images: ImageList, *, regex: str | None, column: str | None) -> pa.Array:
-    """Return the true label of each row as text, null where there is none.
-
-    `regex` is searched in the path, and its first group is the label. `column` is a column of the
-    list. Raises StoreError if the list has no such column.
-    """
-    if regex is not None:
-        pattern = re.compile(regex)
-        matches = [pattern.search(path) for path in images.paths]
-        return pa.array([m[1] if m is not None else None for m in matches], pa.string())
-    if column not in images.table.column_names:
-        columns = ", ".join(images.table.column_names)
-        raise StoreError(
-            f"truth.column: the list of images has no column {column!r}; use one of {columns}",
-            code=ErrorCode.IMAGE_LIST_INVALID,
-        )
-    return pc.cast(images.table.column(column).combine_chunks(), pa.string())

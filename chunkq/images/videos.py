@@ -35,13 +35,11 @@ class VideoIndex:
     keys   time stamp of each keyframe, and the earlier one of this and of its decoding, ascending,
            int64 (k, 2); at least one
     shape  height and width of a frame, in pixels
-    rate   frames per second, 0 if the file does not say
     """
 
     times: npt.NDArray[np.int64]
     keys: npt.NDArray[np.int64]
     shape: tuple[int, int]
-    rate: float
 
     def __len__(self) -> int:
         return len(self.times)
@@ -84,7 +82,6 @@ def index_video(file: str | IO[bytes]) -> VideoIndex:
                 keys.append((packet.pts, min(packet.pts, decoded)))
             if not packet.is_discard:
                 stamps.append(packet.pts)
-        rate = float(stream.average_rate or 0)
         shape = (stream.codec_context.height, stream.codec_context.width)
     times = np.array(sorted(stamp for stamp in stamps if stamp is not None), np.int64)
     if not len(times) or len(times) != len(stamps) or len(np.unique(times)) != len(times):
@@ -93,7 +90,7 @@ def index_video(file: str | IO[bytes]) -> VideoIndex:
         )
     if not keys:
         raise ImageError("read", "the video has no keyframe; convert it to MP4")
-    return VideoIndex(times, np.array(sorted(keys), np.int64), shape, rate)
+    return VideoIndex(times, np.array(sorted(keys), np.int64), shape)
 
 
 def read_frames(
@@ -124,6 +121,8 @@ def read_frames(
                         yield number, pixels.reshape(frame.height, frame.width, -1)
                     if not wanted:
                         return
+            except MemoryError:  # FFmpeg's is an FFmpegError, too
+                raise
             except FFmpegError as error:
                 resumed, reason = index.key_after(reached), f"damaged: {error.strerror}"
             for time in [time for time in wanted if time < resumed]:
@@ -167,6 +166,8 @@ def _opened(file: str | IO[bytes]) -> Iterator[tuple[Any, Any]]:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             yield container, stream
+    except MemoryError:
+        raise
     except FileNotFoundError as error:
         raise ImageError("read", "missing; fix the path", code=ErrorCode.IMAGE_MISSING) from error
     except FFmpegError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy.typing as npt
 import pytest
 
 from chunkq.errors import ErrorCode
+from chunkq.images import videos
 from chunkq.images.image_error import ImageError
 from chunkq.images.videos import index_video, read_frames
 
@@ -53,7 +55,7 @@ def video(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def test_every_range_has_the_frames_of_the_whole_video(video: Path) -> None:
     index, expected = index_video(str(video)), all_frames(video)
-    assert (len(index), index.shape, index.rate) == (FRAMES, (HEIGHT, WIDTH), 25)
+    assert (len(index), index.shape) == (FRAMES, (HEIGHT, WIDTH))
     for numbers in (range(FRAMES), range(17, 43), range(70, 75), range(3, 70, 7), range(74, 75)):
         frames = dict(read_frames(str(video), index, numbers, "RGB"))
         assert list(frames) == list(numbers)
@@ -109,6 +111,23 @@ def test_damage_reaches_to_the_next_keyframe_whatever_the_first_frame_is(
         assert bad == list(range(max(first, damaged), 30))
         for number in set(frames) - set(bad):
             np.testing.assert_array_equal(frames[number], expected[number])
+
+
+def test_a_lack_of_memory_is_no_damage_of_a_video(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise av.error.MemoryError(errno.ENOMEM, "Cannot allocate memory")
+
+    path = tmp_path / "video.mkv"
+    write_video(path, "mpeg4")
+    index = index_video(str(path))
+    monkeypatch.setattr(videos, "_frames_from", fail)
+    with pytest.raises(MemoryError):
+        list(read_frames(str(path), index, [0], "RGB"))
+    monkeypatch.setattr(av, "open", fail)
+    with pytest.raises(MemoryError):
+        index_video(str(path))
 
 
 @pytest.mark.parametrize(
