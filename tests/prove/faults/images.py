@@ -35,7 +35,7 @@ FAULTS = (
     Fault(
         "decoding-begins-after-the-frame",
         "chunkq/images/videos.py",
-        " and key.pts <= latest:",
+        "or key.pts > max(time, earliest):",
         ":",
         "frames at the start of a chunk are errors, depending on the chunks",
         named(VIDEOS, "first_of_a_chunk"),
