@@ -145,7 +145,7 @@ def _frames_from(container: Any, stream: Any, index: VideoIndex, time: int) -> I
             container.seek(position, stream=stream, backward=is_backward)
             packets = container.demux(stream)
             key = next((packet for packet in packets if packet.is_keyframe), None)
-        if key is None or key.pts is None or key.pts > max(time, earliest):
+        if key is None or key.pts is None:
             continue
         frames = _decoded(chain([key], packets), key.pts)
         first = next(frames, None)

@@ -35,8 +35,8 @@ FAULTS = (
     Fault(
         "decoding-begins-after-the-frame",
         "chunkq/images/videos.py",
-        "or key.pts > max(time, earliest):",
-        ":",
+        "(first is not None and first.pts <= time)",
+        "first is not None",
         "frames at the start of a chunk are errors, depending on the chunks",
         named(VIDEOS, "first_of_a_chunk"),
     ),
