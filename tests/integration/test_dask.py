@@ -674,7 +674,7 @@ def test_a_thread_of_a_cluster_survives_any_number_of_deaths_of_its_worker(
 
 def test_deaths_of_a_worker_count_against_a_thread_only_before_it_has_its_network() -> None:
     plugin = QueuePlugin(has_page=False)
-    scheduler = SimpleNamespace(handlers={}, idle_since=0.0, tasks={})
+    scheduler = SimpleNamespace(handlers={}, idle_since=0.0, idle_timeout=None, tasks={})
     asyncio.run(plugin.start(scheduler))
     keys = (f"{REMOTE_TASK}-ab-0", "x-1", ("x", 2))
     scheduler.tasks |= {key: SimpleNamespace(suspicious=3) for key in keys}
@@ -684,6 +684,30 @@ def test_deaths_of_a_worker_count_against_a_thread_only_before_it_has_its_networ
     scheduler.handlers[OPERATION](json.dumps(call))
     plugin.remove_worker(scheduler, "tcp://node")
     assert [task.suspicious for task in scheduler.tasks.values()] == [0, 3, 3]
+
+
+def test_a_scheduler_with_an_idle_timeout_is_idle_when_its_queue_is_empty() -> None:
+    plugin = QueuePlugin(has_page=False)
+    scheduler = SimpleNamespace(handlers={}, idle_timeout=60.0, periodic_callbacks={})
+
+    def is_idle_after(method: str, *arguments: object) -> bool:
+        call = {"method": method, "params": arguments, "version": VERSION}
+        assert "result" in json.loads(scheduler.handlers[OPERATION](json.dumps(call)))
+        scheduler.idle_since = 1.0  # as the scheduler sets it, without tasks of its own
+        scheduler.periodic_callbacks[OPERATION].callback()
+        return scheduler.idle_since is not None
+
+    async def states() -> list[bool]:
+        await plugin.start(scheduler)
+        job = ("/out.zarr.chunkq", "00000001")
+        return [
+            is_idle_after("jobs"),
+            is_idle_after("submit", [(*job, "infer/0/1", "{}")]),
+            is_idle_after("reserve", "worker", 60.0, None, []),
+            is_idle_after("ack", *job, "infer/0/1", "worker"),
+        ]
+
+    assert asyncio.run(states()) == [True, False, False, True]
 
 
 @pytest.mark.proof("dask")

@@ -9,6 +9,7 @@ from typing import Any
 
 import distributed
 from distributed.diagnostics.plugin import SchedulerPlugin
+from tornado.ioloop import PeriodicCallback
 
 from chunkq.queue.backends.dask.page import add_pages
 from chunkq.queue.backends.hosted.queue_host import QueueHost
@@ -40,9 +41,18 @@ class QueuePlugin(SchedulerPlugin):
         self._host = host = QueueHost()
         self._launcher = launcher = RemoteWorkerLauncher(scheduler, host)
 
+        def stay_awake() -> None:
+            # An idle timeout counts tasks of Dask only, and those of the queue are none.
+            if host.has_work():
+                scheduler.idle_since = None
+
+        if timeout := scheduler.idle_timeout:
+            pause = 1000 * min(LOOK_SECONDS, timeout / 4)
+            scheduler.periodic_callbacks[OPERATION] = look = PeriodicCallback(stay_awake, pause)
+            look.start()
+
         def answer(request: str) -> str:
-            # An idle timeout counts tasks of Dask only, and the workers of chunkq have none.
-            scheduler.idle_since = None
+            scheduler.idle_since = None  # whoever asks may be about to queue chunks
             response = host.answer(request)
             launcher.start()
             return response
