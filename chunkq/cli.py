@@ -9,10 +9,9 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from click.shell_completion import CompletionItem
 
 from chunkq import __version__
 from chunkq.errors import (
@@ -23,10 +22,13 @@ from chunkq.errors import (
     suggestion,
 )
 from chunkq.install_hint import package_hint
-from chunkq.lazy_imports import COMMANDS, INTERNAL_COMMANDS, load
+from chunkq.lazy_imports import COMMANDS, INTERNAL_COMMANDS, load, without_collection
 from chunkq.system.framework_logs import hide_framework_logs
 from chunkq.system.standard_output import discard_results, print_line, results_of_command
 from chunkq.terminal import print_error
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 STORAGE_CLIENTS = frozenset({"botocore", "aiobotocore", "aiohttp"})
 """Packages whose errors mean that a bucket is unreachable or denies access."""
@@ -77,13 +79,17 @@ class LazyGroup(click.Group):
         targets = {name: target for name, (target, _) in COMMANDS.items()} | INTERNAL_COMMANDS
         if cmd_name not in targets:
             return None
-        command: click.Command = load(targets[cmd_name])
-        gc.freeze()  # a first collection of all that was imported takes a tenth of short commands
+        with without_collection():
+            command: click.Command = load(targets[cmd_name])
+            # The first collection of all that was imported takes a tenth of short commands.
+            gc.freeze()
         command.context_class = Context
         return command
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Return the commands that start with a text without importing them."""
+        from click.shell_completion import CompletionItem  # for shells only
+
         commands = [
             CompletionItem(name, help=text)
             for name, (_, text) in COMMANDS.items()

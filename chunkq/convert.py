@@ -90,26 +90,28 @@ def plan_conversion(
     if dataset:
         options = replace(options, dataset=dataset)
     array_format, array = find_array(config.path, config.selection, config.access)
-    found = source_of(array, config.selection, config.path, array_format)
-    attributes = _chunkq_attributes(found, config)
-    _check_complete(found, attributes)
-    output = _chunkq_output(found.path)
+    image_source = source_of(array, config.selection, config.path, array_format)
+    attributes = _chunkq_attributes(image_source, config)
+    _check_complete(image_source, attributes)
+    output = _chunkq_output(image_source.path)
     labels = output.is_labels if is_labels is None and output else bool(is_labels)
-    axes = whole_axes(found)
+    axes = whole_axes(image_source)
     shape = [axis.size for axis in axes if axis.kind == "space"]
-    space = file_space(found, shape) or (output.space if output and not config.level else None)
+    space = file_space(image_source, shape) or (
+        output.space if output and not config.level else None
+    )
     if config.order or config.axes:
-        space = file_space(found, shape)
+        space = file_space(image_source, shape)
     image = ImageToWrite(
         axes,
-        dtype or found.dtype,
+        dtype or image_source.dtype,
         labels,
-        whole_storage(found),
-        tuple(array.labels[n] for n in found.channels) if any(array.labels) else (),
+        whole_storage(image_source),
+        tuple(array.labels[n] for n in image_source.channels) if any(array.labels) else (),
         space,
         _stored_values(attributes),
     )
-    if _overlap(path, found.path):
+    if _overlap(path, image_source.path):
         raise StoreError(
             f"output: {without_secret(path)} would overwrite the input; choose another output"
         )
@@ -118,7 +120,7 @@ def plan_conversion(
             f"output: {path} belongs to a job; choose another output",
             code=ErrorCode.OUTPUT_OF_OTHER_JOB,
         )
-    return Conversion(found, WRITERS[format_name](image, target, options), path)
+    return Conversion(image_source, WRITERS[format_name](image, target, options), path)
 
 
 def convert(

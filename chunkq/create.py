@@ -18,7 +18,7 @@ from chunkq.job.job_file import Job
 from chunkq.job.job_folder import RECORD, JobFolder
 from chunkq.job.job_handle import JobHandle, open_job
 from chunkq.job.job_path import job_folder_of
-from chunkq.job.known_empty import MISSING, EmptyFinder, KnownEmpty, has_known_empty
+from chunkq.job.known_empty import MISSING, EmptyFinder, KnownEmpty
 from chunkq.job.mask_source import check_mask_times, find_mask, mask_doubts, nothing_inside
 from chunkq.job.output import check_outputs, new_record
 from chunkq.job.pyramids import pyramid_doubts, pyramids_of
@@ -298,7 +298,7 @@ def _replace(folder: JobFolder, record: JobRecord) -> None:
 
 def _store_known_empty(handle: JobHandle, job: CheckedJob) -> None:
     """Store what is known of empty chunks, unless it is stored: nobody looks again."""
-    if not has_known_empty(job.record.job):
+    if not job.record.job.has_known_empty:
         return
     with _storage_errors(handle.folder.path):
         absent = [item for item in handle.items if not item.ledger.has_skipped()]

@@ -34,18 +34,18 @@ class ExtensionPoint(Generic[Interface]):
 
         Raises `error` if a name is not unique, because job records contain only the name.
         """
-        found: dict[str, EntryPoint] = {}
+        entry_points: dict[str, EntryPoint] = {}
         installed = _installed(tuple(sys.path)).select(group=self.group)
         for entry_point in sorted(installed, key=_order):
             name = entry_point.name
-            if name in self.built_in or name in found:
-                other = _package(found[name]) if name in found else "chunkq"
+            if name in self.built_in or name in entry_points:
+                other = _package(entry_points[name]) if name in entry_points else "chunkq"
                 raise self.error(
                     f"{self._named(entry_point)} has the same name as one of {other}; uninstall "
                     "one of the packages",
                 )
-            found[name] = entry_point
-        return found
+            entry_points[name] = entry_point
+        return entry_points
 
     def load(self, entry_point: EntryPoint) -> type[Interface]:
         """Return the class of an entry point.

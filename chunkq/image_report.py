@@ -94,11 +94,11 @@ def image_lines(values: dict[str, Any]) -> list[str]:
         )
     if failed := values["failed"]:
         codes = ", ".join(f"{count} {code}" for code, count in values["by_code"].items())
-        place = f", see {values['errors']}" if values["errors"] else ""
+        where = f", see {values['errors']}" if values["errors"] else ""
         lines.append(
             f"errors: {failed} of {values['computed']} images "
             f"{'has' if failed == 1 else 'have'} no result"
-            f"{f' ({codes})' if codes else ''}{place}"
+            f"{f' ({codes})' if codes else ''}{where}"
         )
     return lines
 

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from chunkq.blend.weights import LOG_PROFILES
+from chunkq.blend.weight_profiles import LOG_PROFILES
 from chunkq.geometry.box import Box
 from chunkq.job.job_file import parse_job
 from chunkq.job.resolve import resolve

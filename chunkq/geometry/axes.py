@@ -121,8 +121,8 @@ def lettered_axes(letters: str, axes: Sequence[Axis]) -> tuple[Axis, ...]:
     renamed = []
     for letter, axis in zip(letters, axes, strict=True):
         kind = kind_of_name(letter)
-        kept = axis if axis.kind == kind else Axis(letter, kind, axis.size)
-        renamed.append(replace(kept, name=letter))
+        of_kind = axis if axis.kind == kind else Axis(letter, kind, axis.size)
+        renamed.append(replace(of_kind, name=letter))
     return tuple(renamed)
 
 

@@ -20,6 +20,7 @@ Pixels = npt.NDArray[Any]
 """Pixels (H, W, C)."""
 MAX_PIXELS = 178_956_970
 """Largest number of pixels of an image, Pillow's own limit. Use a volume job for larger ones."""
+MAX_CHANNELS = 4
 PNG_SIGNATURE, TIFF_SIGNATURES = b"\x89PNG\r\n\x1a\n", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 PNG_DEPTH, PNG_COLOR = 24, 25
 """Offsets of the bit depth and of the color type in a PNG file."""
@@ -168,7 +169,7 @@ def _tiff(content: bytes) -> Pixels:
         raise _no_package("this TIFF file") from None
     with tifffile.TiffFile(BytesIO(content)) as file:
         page = file.pages.first
-        if page.imagewidth * page.imagelength > MAX_PIXELS:
+        if page.size > MAX_PIXELS * MAX_CHANNELS:  # also of many channels or slices
             raise _too_large()
         pixels = page.asarray()
         if page.axes == "SYX":
@@ -189,7 +190,8 @@ def _with_channels(pixels: Pixels) -> Pixels:
     pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
     if pixels.ndim == 2:
         pixels = pixels[..., None]
-    if pixels.ndim != 3 or pixels.shape[2] not in (1, 2, 3, 4) or pixels.dtype.kind not in "uif":
+    is_number = pixels.dtype.kind in "uif"
+    if pixels.ndim != 3 or not 1 <= pixels.shape[2] <= MAX_CHANNELS or not is_number:
         raise ImageError(
             "decode",
             f"pixels of shape {list(pixels.shape)} and dtype {pixels.dtype} are unsupported; "

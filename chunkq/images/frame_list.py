@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,17 +13,18 @@ import pyarrow as pa
 
 from chunkq.access import DEFAULT_ACCESS, Access
 from chunkq.errors import ErrorCode, StoreError
+from chunkq.geometry.position_range import positions_in
 from chunkq.images.image_error import ImageError
 from chunkq.images.image_list import PATH, ImageList, is_video
+from chunkq.images.reading import failed, listed_filesystem, missing, storage_errors
 from chunkq.install_hint import install_command
-from chunkq.paths import is_url, open_filesystem
+from chunkq.paths import is_url
 
 if TYPE_CHECKING:
     from chunkq.images.videos import VideoIndex
 
 FRAME = "frame"
 """Column with the number of a frame, from 0; null for an image and for a video without frames."""
-RANGE = re.compile(r"(\d*):(\d*)(?::(\d+))?")
 Frames = int | str | tuple[int | str, ...] | None
 """One number, a half-open range `START:STOP:STEP` of which all parts are optional, or a list."""
 
@@ -56,12 +56,12 @@ def with_frames(
         return images
     videos = {*numbers}
     rows: list[np.ndarray] = []
-    found: list[pa.Array] = []
+    columns: list[pa.Array] = []
     for number, path in enumerate(paths):
         picked = _frames_of(path, frames, access) if number in videos else None
         count = 1 if picked is None else len(picked)
         rows.append(np.full(count, number))
-        found.append(pa.array([None] if picked is None else picked, pa.int64()))
+        columns.append(pa.array([None] if picked is None else picked, pa.int64()))
     table = images.table.take(pa.array(np.concatenate(rows)))
     if not table.num_rows:
         raise StoreError(
@@ -69,7 +69,7 @@ def with_frames(
             code=ErrorCode.IMAGE_LIST_INVALID,
         )
     at = table.column_names.index(PATH) + 1
-    return ImageList(table.add_column(at, FRAME, pa.concat_arrays(found)))
+    return ImageList(table.add_column(at, FRAME, pa.concat_arrays(columns)))
 
 
 def _frames_of(path: str, frames: Frames, access: Access) -> np.ndarray | None:
@@ -85,10 +85,10 @@ def picked_frames(frames: Frames, count: int) -> np.ndarray:
     if frames is None:
         return np.arange(count)
     if isinstance(frames, str):
-        match = RANGE.fullmatch(frames)
-        if match is None:
+        positions = positions_in(frames, count)
+        if positions is None:
             raise ValueError(f"{frames!r} is no range")
-        return np.arange(count)[slice(*(int(part) if part else None for part in match.groups()))]
+        return np.array(positions, np.int64)
     picks = frames if isinstance(frames, tuple) else (frames,)
     return np.unique(np.array(picks, np.int64))
 
@@ -112,24 +112,24 @@ def video_index(path: str, access: Access = DEFAULT_ACCESS) -> VideoIndex:
 
 @contextmanager
 def open_video(path: str, access: Access = DEFAULT_ACCESS) -> Iterator[str | IO[bytes]]:
-    """Open a video for `chunkq.images.videos`. Raises ImageError unless it is a file."""
-    if is_url(path):
-        filesystem, inner = open_filesystem(path, access)
-        try:
-            file = filesystem.open(inner, "rb")
-        except FileNotFoundError as error:
-            raise _missing() from error
-        with file:
-            yield file
+    """Open a video for `chunkq.images.videos`. Raises ImageError unless it is a file.
+
+    Raises StoreError if the storage fails, also while the video is read.
+    """
+    if not is_url(path):
+        with storage_errors(path):
+            is_file = stat.S_ISREG(os.stat(path).st_mode)
+        if not is_file:
+            raise missing("not a regular file")
+        yield path
         return
-    try:
-        is_file = stat.S_ISREG(os.stat(path).st_mode)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise _missing() from error
-    if not is_file:
-        raise ImageError("read", "not a regular file; fix the path", code=ErrorCode.IMAGE_MISSING)
-    yield path
-
-
-def _missing() -> ImageError:
-    return ImageError("read", "missing; fix the path", code=ErrorCode.IMAGE_MISSING)
+    with storage_errors(path):
+        filesystem, inner = listed_filesystem(path, access)
+        file = filesystem.open(inner, "rb")
+    with file:
+        try:
+            yield file
+        except (ImageError, StoreError, MemoryError):
+            raise
+        except Exception as error:  # each file system raises different errors
+            raise failed(path, error) from error

@@ -67,7 +67,8 @@ def find_images(path: str, access: Access = DEFAULT_ACCESS) -> ImageList:
     Raises StoreError if nothing is found, and for a table that cannot be read.
     """
     suffix = os.path.splitext(path)[1].lower()
-    if suffix in TABLES and not has_magic(path):
+    is_name = is_url(path) or os.path.exists(path)
+    if suffix in TABLES and (is_name or not has_magic(path)):
         return _checked(path, _absolute_paths(_read_table(path, suffix, access), path))
     return _checked(path, pa.table({PATH: pa.array(_files(path, access), pa.string())}))
 
@@ -103,8 +104,8 @@ def _files(path: str, access: Access) -> list[str]:
     filesystem, inner = open_filesystem(path, access)
     scheme = path.partition("://")[0]
     if has_magic(inner):
-        found = filesystem.glob(inner, detail=True)
-        files = [name for name, info in found.items() if info["type"] == "file"]
+        entries = filesystem.glob(inner, detail=True)
+        files = [name for name, info in entries.items() if info["type"] == "file"]
     elif scheme not in ("http", "https") and filesystem.isdir(inner):
         files = _images_or_videos([str(name) for name in filesystem.find(inner)])
     else:

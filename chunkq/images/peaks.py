@@ -75,8 +75,8 @@ def _largest(maps: Maps, spec: PeakSpec) -> npt.NDArray[np.intp]:
     numbers = np.arange(len(maps))
     reaches = flat[numbers, best] >= spec.threshold
     rows, columns = np.unravel_index(best, maps.shape[1:])
-    found: npt.NDArray[np.intp] = np.stack([numbers, rows, columns], axis=1)[reaches]
-    return found
+    positions: npt.NDArray[np.intp] = np.stack([numbers, rows, columns], axis=1)[reaches]
+    return positions
 
 
 def _local_maxima(maps: Maps, threshold: float) -> npt.NDArray[np.intp]:

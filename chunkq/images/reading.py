@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from chunkq.access import BUCKET_SCHEMES, DEFAULT_ACCESS, S3_SCHEMES, Access, is_forbidden
@@ -37,20 +39,27 @@ def read_image(path: str, access: Access = DEFAULT_ACCESS) -> bytes:
     """
     if not path:
         raise ImageError("list", "the row has no path; fill it", code=ErrorCode.IMAGE_MISSING)
-    try:
+    with storage_errors(path):
         return _remote(path, access) if is_url(path) else _local(path)
+
+
+@contextmanager
+def storage_errors(path: str) -> Iterator[None]:
+    """Raise ImageError or StoreError, as `read_image`, for an error of a storage in the context."""
+    try:
+        yield
     except (ImageError, StoreError, MemoryError):
         raise
     except FileNotFoundError as error:
         if _is_unreachable(error):
-            raise _failed(path, error) from error
-        raise _missing("missing") from error
+            raise failed(path, error) from error
+        raise missing("missing") from error
     except ValueError as error:  # a null character, or a URL without an object
-        raise _missing("no path of a file") from error
+        raise missing("no path of a file") from error
     except OSError as error:
         is_local = not is_url(path)
         if error.errno in OF_PATHS or (is_local and error.errno == errno.EINVAL):
-            raise _missing(f"not readable: {os.strerror(error.errno or 0)}") from error
+            raise missing(f"not readable: {os.strerror(error.errno or 0)}") from error
         # Credentials that have expired are no property of an image.
         is_denied = isinstance(error, PermissionError) if is_local else is_forbidden(error)
         if is_denied:
@@ -59,22 +68,23 @@ def read_image(path: str, access: Access = DEFAULT_ACCESS) -> bytes:
                 "not readable by this user; change its permissions",
                 code=ErrorCode.IMAGE_MISSING,
             ) from error
-        raise _failed(path, error) from error
+        raise failed(path, error) from error
     except Exception as error:  # each file system raises different errors
         if type(error).__name__ == INVALID_NAME:
-            raise _missing("no path of a file") from error
-        raise _failed(path, error) from error
+            raise missing("no path of a file") from error
+        raise failed(path, error) from error
 
 
-def _missing(reason: str) -> ImageError:
+def missing(reason: str) -> ImageError:
+    """Return the error of a path that names no file that can be read."""
     return ImageError("read", f"{reason}; fix the path", code=ErrorCode.IMAGE_MISSING)
 
 
-def _failed(path: str, error: Exception) -> StoreError:
+def failed(path: str, error: Exception) -> StoreError:
     """Return the error of a storage that fails."""
     reason = " ".join(mask_secrets(f"{error}", path).split()) or type(error).__name__
     return StoreError(
-        f"{without_secret(path)}: cannot be read: {reason}; fix the storage, and retry the chunk"
+        f"{without_secret(path)}: cannot be read: {reason}; fix the storage, and try again"
     )
 
 
@@ -91,7 +101,7 @@ def _local(path: str) -> bytes:
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise _missing("not a regular file")
+            raise missing("not a regular file")
         _check_size(status.st_size)
         with open(descriptor, "rb", closefd=False) as file:
             return file.read(MAX_BYTES)
@@ -99,17 +109,25 @@ def _local(path: str) -> bytes:
         os.close(descriptor)
 
 
-def _remote(path: str, access: Access) -> bytes:
+def listed_filesystem(path: str, access: Access) -> tuple[Any, str]:
+    """Return the fsspec file system of a URL in a list, and the path inside it.
+
+    Raises ImageError for a URL that a list cannot have, and the errors of `open_filesystem`.
+    """
     scheme = path.partition("://")[0]
     if "::" in path and scheme not in S3_SCHEMES:  # fsspec takes it for a chain
         raise _refused("chained URLs are unsupported")
     try:
-        filesystem, inner = open_filesystem(path, access)
+        return open_filesystem(path, access)
     except StoreError as error:
         if scheme not in KNOWN_SCHEMES and not _is_supported(scheme):
             raise _refused(f"the scheme {scheme} is unsupported") from error
         raise
-    if scheme in BUCKET_SCHEMES:
+
+
+def _remote(path: str, access: Access) -> bytes:
+    filesystem, inner = listed_filesystem(path, access)
+    if path.partition("://")[0] in BUCKET_SCHEMES:
         return _object(filesystem, inner)
     _check_size(filesystem.size(inner) or 0)
     content: bytes = filesystem.cat_file(inner)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from math import isfinite
 from typing import IO, Any
 
 import pyarrow as pa
@@ -50,13 +52,17 @@ def chunk_result(
     `listed` has its rows of the list, `first` is the number of the first one. `columns` have the
     results of the rows `good`, and `failed` the errors of the others; both count from `first`.
     """
-    kept = listed.take(pa.array(good, pa.int64()))
-    own = {name: kept.column(name) for name in kept.column_names if name != PATH}
-    table = pa.table(
-        {PATH: kept.column(PATH)}
-        | columns
-        | {name + TAKEN if name in columns else name: values for name, values in own.items()}
-    )
+    rows = listed.take(pa.array(good, pa.int64()))
+    content = {PATH: rows.column(PATH)} | columns
+    taken = {*content, *rows.column_names}
+    for name in rows.column_names:
+        if name != PATH:
+            free = name
+            while name in columns and free in taken:
+                free += TAKEN
+            content[free] = rows.column(name)
+            taken.add(free)
+    table = pa.table(content)
     paths = listed.column(PATH)
     errors = pa.table(
         {
@@ -82,7 +88,7 @@ def write_table(chunks: Iterable[pa.Table], suffix: str, file: IO[bytes]) -> int
     """Write tables of one schema as one file, by its suffix; return the number of rows.
 
     `.parquet` has one row group per table that has rows, `.csv` one line per row, and `.jsonl` one
-    JSON object per row. Lists are JSON texts in CSV. At least one table is required.
+    JSON object per row. Lists and structs are JSON texts in CSV. At least one table is required.
     """
     stream = iter(chunks)
     first = next(stream)
@@ -124,13 +130,13 @@ def _write_parquet(schema: pa.Schema, tables: Iterator[pa.Table], file: IO[bytes
 
 
 def _write_csv(schema: pa.Schema, tables: Iterator[pa.Table], file: IO[bytes]) -> int:
-    fields = [f.with_type(pa.string()) if pa.types.is_list(f.type) else f for f in schema]
+    fields = [f.with_type(pa.string()) if _is_json(f.type) else f for f in schema]
     rows = 0
     with pa.csv.CSVWriter(file, pa.schema(fields)) as writer:
         for table in tables:
             columns = [
-                pa.array([None if v is None else json.dumps(v) for v in column.to_pylist()])
-                if pa.types.is_list(column.type)
+                pa.array([None if v is None else _json(v) for v in column.to_pylist()], pa.string())
+                if _is_json(column.type)
                 else column
                 for column in table.columns
             ]
@@ -139,15 +145,37 @@ def _write_csv(schema: pa.Schema, tables: Iterator[pa.Table], file: IO[bytes]) -
     return rows
 
 
+def _is_json(kind: pa.DataType) -> bool:
+    """Return whether a CSV file has the values of a type as JSON."""
+    types = (pa.types.is_nested, pa.types.is_binary, pa.types.is_large_binary)
+    return any(is_type(kind) for is_type in types)
+
+
 def _write_jsonl(schema: pa.Schema, tables: Iterator[pa.Table], file: IO[bytes]) -> int:
     rows = 0
     for table in tables:
         for row in table.to_pylist():
-            file.write(json.dumps(row, default=_json_value, ensure_ascii=False).encode() + b"\n")
+            file.write(_json(row).encode() + b"\n")
             rows += 1
     return rows
 
 
-def _json_value(value: Any) -> Any:
-    """Return a value that JSON does not have, such as a date, as text."""
-    return str(value)
+def _json(value: Any) -> str:
+    """Return a value as JSON. NaN and infinity, which JSON does not have, are null."""
+    try:
+        return json.dumps(value, default=_json_value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), default=_json_value, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+def _json_value(value: Any) -> str:
+    """Return a value that JSON does not have, such as a date, as text, and bytes as base64."""
+    return b64encode(value).decode() if isinstance(value, bytes) else str(value)

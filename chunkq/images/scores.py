@@ -30,7 +30,8 @@ class ScoreSpec:
         """Return the columns of outputs (n, C) of a network: prediction, label, scores.
 
         The prediction is the class with the largest score, the lowest one in a tie. With one
-        output it is 1 where the score is at least 0.5, else 0, and the score is the output's.
+        output it is 1 where the score is at least 0.5, else 0, and the score is the output's; it is
+        also the only entry of the lists.
         """
         scores = activate_rows(np.asarray(outputs, np.float32), self.activation)
         count, predictions = scores.shape[1], predicted_classes(scores)
@@ -39,12 +40,12 @@ class ScoreSpec:
         order = np.argsort(-scores, axis=1, kind="stable")[:, : min(self.top_k, count)]
         top = np.take_along_axis(scores, order, axis=1)
         offsets = np.arange(len(scores) + 1, dtype=np.int32) * order.shape[1]
-        names = order.reshape(-1).astype(np.int32)
+        numbers = order.reshape(-1).astype(np.int32) if count > 1 else predictions
         return {
             "prediction": pa.array(predictions, pa.int32()),
             "label": self._labels(predictions),
             "score": pa.array(best, pa.float32()),
-            "top_labels": pa.ListArray.from_arrays(offsets, self._labels(names)),
+            "top_labels": pa.ListArray.from_arrays(offsets, self._labels(numbers)),
             "top_scores": pa.ListArray.from_arrays(offsets, pa.array(top.reshape(-1))),
         }
 

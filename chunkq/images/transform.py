@@ -10,7 +10,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from chunkq.errors import ErrorCode
-from chunkq.images.decoding import Pixels
+from chunkq.images.decoding import MAX_PIXELS, Pixels
 from chunkq.images.image_error import ImageError
 from chunkq.images.image_spec import ImageSpec
 
@@ -49,10 +49,18 @@ def transform(pixels: Pixels, spec: ImageSpec) -> tuple[npt.NDArray[np.float32],
     side gets the length `resize`, the longer one is rounded down. The crop begins at half of the
     difference, rounded half to even, as in torchvision.
 
-    Raises ImageError if the image is smaller than the crop.
+    Raises ImageError if the image is smaller than the crop, or so narrow that it has more than
+    MAX_PIXELS when it is resized.
     """
     height, width = pixels.shape[:2]
     resized = _resized_shape((height, width), spec.resize)
+    if resized[0] * resized[1] > max(MAX_PIXELS, height * width):
+        raise ImageError(
+            "transform",
+            f"{height} x {width} pixels are resized to {resized[0]} x {resized[1]}, more than "
+            f"{MAX_PIXELS}; use an image of other proportions, or set both sides of image.resize",
+            code=ErrorCode.IMAGE_UNSUITABLE,
+        )
     if resized != (height, width):
         pixels = _resize(pixels, resized)
     origin = (0, 0)

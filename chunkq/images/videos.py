@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import IO, Any
 
 import av
 import numpy as np
 import numpy.typing as npt
-from av.error import FFmpegError
+from av.error import FFmpegError, InvalidDataError
 
 from chunkq.errors import ErrorCode
 from chunkq.images.decoding import Pixels
@@ -31,16 +32,40 @@ class VideoIndex:
     """Where the frames of a video are.
 
     times  time stamp of each frame in the order of display, in units of the stream, int64
+    keys   time stamp of each keyframe, and the earlier one of this and of its decoding, ascending,
+           int64 (k, 2); at least one
     shape  height and width of a frame, in pixels
     rate   frames per second, 0 if the file does not say
     """
 
     times: npt.NDArray[np.int64]
+    keys: npt.NDArray[np.int64]
     shape: tuple[int, int]
     rate: float
 
     def __len__(self) -> int:
         return len(self.times)
+
+    def key_before(self, time: int) -> int:
+        """Return the number of the keyframe from which the frame at a time can be decoded."""
+        return max(0, int(np.searchsorted(self.keys[:, 0], time, side="right")) - 1)
+
+    def key_after(self, time: int) -> float:
+        """Return the time stamp of the first keyframe after a time, infinity if there is none."""
+        number = int(np.searchsorted(self.keys[:, 0], time, side="right"))
+        return float(self.keys[number, 0]) if number < len(self.keys) else np.inf
+
+    def positions(self, time: int) -> Iterator[int]:
+        """Yield where to seek for the frame at a time, from keyframe to keyframe, ever earlier.
+
+        Some formats have an index of times of display, others of decoding, or none.
+        """
+        yield time
+        number, step = self.key_before(time), 1
+        while number > 0:
+            yield int(self.keys[number, 1])
+            number, step = number - step, 2 * step
+        yield int(self.keys[0, 1])
 
 
 def index_video(file: str | IO[bytes]) -> VideoIndex:
@@ -48,9 +73,17 @@ def index_video(file: str | IO[bytes]) -> VideoIndex:
 
     Raises ImageError if the file is no video, or if its frames have no distinct time stamps.
     """
+    stamps: list[int | None] = []
+    keys: list[tuple[int, int]] = []
     with _opened(file) as (container, stream):
-        packets = [packet for packet in container.demux(stream) if packet.size]
-        stamps = [packet.pts for packet in packets if not packet.is_discard]
+        for packet in container.demux(stream):
+            if not packet.size:
+                continue
+            if packet.is_keyframe and packet.pts is not None:
+                decoded = packet.pts if packet.dts is None else packet.dts
+                keys.append((packet.pts, min(packet.pts, decoded)))
+            if not packet.is_discard:
+                stamps.append(packet.pts)
         rate = float(stream.average_rate or 0)
         shape = (stream.codec_context.height, stream.codec_context.width)
     times = np.array(sorted(stamp for stamp in stamps if stamp is not None), np.int64)
@@ -58,7 +91,9 @@ def index_video(file: str | IO[bytes]) -> VideoIndex:
         raise ImageError(
             "read", "the frames of the video have no distinct time stamps; convert it to MP4"
         )
-    return VideoIndex(times, shape, rate)
+    if not keys:
+        raise ImageError("read", "the video has no keyframe; convert it to MP4")
+    return VideoIndex(times, np.array(sorted(keys), np.int64), shape, rate)
 
 
 def read_frames(
@@ -67,35 +102,53 @@ def read_frames(
     """Yield the frames `numbers` in this order, ascending, each with its number.
 
     A frame is pixels (H, W, C), uint8, or an ImageError if it cannot be decoded. Decoding starts at
-    the last keyframe before the first number, and goes on to the last one. Raises ImageError if the
-    file cannot be opened.
+    the last keyframe before the first number, and goes on to the last one. After damage it starts
+    again at the next keyframe, so that the result does not depend on the first number. Raises
+    ImageError if the file cannot be opened.
     """
     wanted = {int(index.times[n]): n for n in numbers}
-    if not wanted:
-        return
-    end = max(wanted)
-    missing = "the frame is missing in the stream"
     with _opened(file) as (container, stream):
-        container.seek(min(wanted), stream=stream, backward=True)
-        try:
-            for frame in container.decode(stream):
-                number = wanted.pop(frame.pts, None) if frame.pts is not None else None
-                if number is not None:
-                    for time in list(takewhile(frame.pts.__gt__, wanted)):
-                        yield _failed(wanted.pop(time), missing)
-                    yield (
-                        number,
-                        frame.to_ndarray(format=FORMATS[mode]).reshape(
-                            frame.height, frame.width, -1
-                        ),
-                    )
-                if not wanted or (frame.pts is not None and frame.pts > end):
-                    break
-            reason = missing
-        except FFmpegError as error:
-            reason = f"damaged: {error.strerror}"
-    for number in wanted.values():
-        yield _failed(number, reason)
+        while wanted:
+            reached = int(index.keys[index.key_before(min(wanted)), 0])
+            resumed, reason = np.inf, "the frame is missing in the stream"
+            try:
+                for frame in _frames_from(container, stream, index, min(wanted)):
+                    reached = frame.pts
+                    if frame.is_corrupt:  # decoders guess the pixels that they lack
+                        raise InvalidDataError(errno.EINVAL, "invalid data")
+                    for time in list(takewhile(reached.__gt__, wanted)):
+                        yield _failed(wanted.pop(time), reason)
+                    number = wanted.pop(reached, None)
+                    if number is not None:
+                        pixels = frame.to_ndarray(format=FORMATS[mode])
+                        yield number, pixels.reshape(frame.height, frame.width, -1)
+                    if not wanted:
+                        return
+            except FFmpegError as error:
+                resumed, reason = index.key_after(reached), f"damaged: {error.strerror}"
+            for time in [time for time in wanted if time < resumed]:
+                yield _failed(wanted.pop(time), reason)
+
+
+def _frames_from(container: Any, stream: Any, index: VideoIndex, time: int) -> Iterator[Any]:
+    """Yield frames in the order of display, from a keyframe that is not later than `time`.
+
+    Frames that are decoded after the keyframe and shown before it are left out: they can depend on
+    others. Raises FFmpegError for damage.
+    """
+    latest = max(time, int(index.keys[0, 0]))
+    for position in index.positions(time):
+        with suppress(FFmpegError):  # no packet of the stream is there
+            container.seek(position, stream=stream, backward=True)
+            packets = container.demux(stream)
+            key = next((packet for packet in packets if packet.is_keyframe), None)
+            if key is not None and key.pts is not None and key.pts <= latest:
+                break
+    else:
+        return
+    for packet in chain([key], packets):
+        frames = packet.decode()
+        yield from (frame for frame in frames if frame.pts is not None and frame.pts >= key.pts)
 
 
 def _failed(number: int, reason: str) -> tuple[int, ImageError]:

@@ -79,7 +79,7 @@ def writers(record: JobRecord, file: ExportedFile) -> list[ExportWriter]:
     if name is None:
         raise ValueError("the output of the job is Zarr")
     plan = record.image_plan(file.image)
-    found: list[ExportWriter] = []
+    file_writers: list[ExportWriter] = []
     for number in file.outputs:
         view = plan.of_output(number)
         spec, scale = view.output, plan.outputs[number].scale
@@ -100,8 +100,8 @@ def writers(record: JobRecord, file: ExportedFile) -> list[ExportWriter]:
             values=None if values is None else StoredValues(values.scale, values.offset),
         )
         options = WriterOptions(dataset=spec.name)
-        found.append(WRITERS[name.format](image, file.path, options))
-    return found
+        file_writers.append(WRITERS[name.format](image, file.path, options))
+    return file_writers
 
 
 def check_exports(record: JobRecord) -> tuple[str, ...]:

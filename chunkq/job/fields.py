@@ -18,7 +18,8 @@ from pydantic_core import PydanticCustomError
 
 from chunkq.access import Access
 from chunkq.geometry.axes import LETTERS
-from chunkq.storage.selection import RANGE, Selection
+from chunkq.geometry.position_range import RANGE
+from chunkq.storage.selection import Selection
 
 Group = Literal[
     "Input and output",
@@ -183,7 +184,9 @@ Names = Annotated[
 class Section(BaseModel):
     """Section of the job file: immutable, without unknown keys and type conversions."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, protected_namespaces=(), defer_build=True
+    )
 
 
 LABEL = re.compile(r"(?=.*[^\W\d])[^:,\[\]]+")

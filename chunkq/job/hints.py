@@ -229,10 +229,10 @@ def key_hint(name: str, section: str, names: Mapping[str, Sequence[str]]) -> str
 
     The arguments are those of `meant_key`.
     """
-    found = meant_key(name, section, names)
-    if found is None:
+    meant = meant_key(name, section, names)
+    if meant is None:
         return "; run `chunkq explain` to list all keys"
-    other, key = found
+    other, key = meant
     if other == section:
         return f"; did you mean {key!r}?"
     if key == name:

@@ -259,8 +259,8 @@ class TruthConfig(Section):
     def problems(self) -> list[str]:
         """Return one line per mistake."""
         if (self.regex is None) == (self.column is None):
-            found = "both" if self.regex is not None else "neither"
-            return [f"truth: expected regex or column, found {found}; set one of them"]
+            keys = "both" if self.regex is not None else "neither"
+            return [f"truth: expected regex or column, found {keys}; set one of them"]
         if self.regex is None:
             return []
         try:

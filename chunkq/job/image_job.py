@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from chunkq.errors import JobError
 from chunkq.images.image_spec import ImageSpec
+from chunkq.job.fields import InferenceType
 from chunkq.job.model_config import SLEAP
 from chunkq.job.output_name import SLP, table_suffix
+from chunkq.job.output_values import class_problems
 from chunkq.paths import without_secret
 
 if TYPE_CHECKING:
@@ -41,6 +43,15 @@ VOLUME_INPUT_KEYS = ("axes", "level", "channels", "time", "order", "orientation"
 """Keys of `input` that only jobs over volumes have."""
 
 
+def is_over_images(values: Mapping[str, Any]) -> bool:
+    """Return whether the keys are those of a job over images.
+
+    Of one whose inference type is misspelled, nothing but that is reported.
+    """
+    kind = values.get("inference_type")
+    return kind == IMAGE or (kind not in get_args(InferenceType) and "image" in values)
+
+
 def with_image_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys of a job with those that follow from others in an image job.
 
@@ -48,7 +59,7 @@ def with_image_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     jobs, and values of a wrong type, stay unchanged.
     """
     result = dict(values)
-    if values.get("inference_type") != IMAGE:
+    if not is_over_images(values):
         return result
     model, image = values.get("model_config"), values.get("image", {})
     has_package = isinstance(model, Mapping) and model.get("package") is not None
@@ -164,9 +175,8 @@ def image_problems(job: Job) -> list[str]:
             for key, value in used.items()
             if value is not None
         ]
-    if job.peaks is not None:
-        problems += _peak_problems(job)
-    if job.model.package is not None:
+    problems += class_problems(job.classes) if job.peaks is None else _peak_problems(job)
+    if job.model.type == "package":
         return problems + _package_problems(job)
     if not problems:
         problems += _shape_problems(job, job.image_spec)

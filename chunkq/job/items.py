@@ -159,8 +159,10 @@ def images_of(job: Job, sources: Sequence[ImageSource]) -> tuple[Image, ...]:
         return ()
     if job.is_image:
         return (Image(0, "", tuple(sources)),)
-    found = sources[0].volume.channels
-    channels = declared_channels(job.model, len(sources[0].shape), (found, len(sources), 1))
+    source_channels = sources[0].volume.channels
+    channels = declared_channels(
+        job.model, len(sources[0].shape), (source_channels, len(sources), 1)
+    )
     is_joined = job.model.join_dim is not None
     is_stacked = channels == len(sources) > 1 and all(s.volume.channels == 1 for s in sources)
     if is_joined or is_stacked:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from reprlib import Repr
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
@@ -18,22 +15,19 @@ from pydantic import (
     model_validator,
 )
 
-from chunkq.access import BUCKET_SCHEMES
-from chunkq.errors import ArgumentError, ErrorCode, JobError
+from chunkq.errors import ArgumentError, JobError
 from chunkq.geometry.grids import Edge
 from chunkq.geometry.padding import PadMode
 from chunkq.images.image_spec import ImageSpec
 from chunkq.images.sleap_package import folder_of
+from chunkq.job.absolute_paths import make_absolute
 from chunkq.job.class_names import with_class_names
 from chunkq.job.fields import (
-    BY_HEAD,
-    ONE_SHAPE,
     Fill,
     InferenceType,
     InputConfig,
     Inputs,
     Mask,
-    MaskConfig,
     Names,
     NonNegative,
     Offsets,
@@ -46,12 +40,13 @@ from chunkq.job.fields import (
     key_doc,
 )
 from chunkq.job.image_config import GUIDE, ImageConfig, Keep, PeaksConfig, TruthConfig
-from chunkq.job.image_job import IMAGE, image_problems, kind_problems, with_image_defaults
+from chunkq.job.image_job import IMAGE, is_over_images, with_image_defaults
+from chunkq.job.job_document import read_document
 from chunkq.job.job_path import canonical, without_format
-from chunkq.job.model_config import ModelConfig, model_problems
+from chunkq.job.job_problems import job_problems
+from chunkq.job.model_config import ModelConfig
 from chunkq.job.output_config import (
     Classes,
-    CodecConfig,
     CodecKey,
     OutputConfig,
     OutputDtype,
@@ -60,16 +55,11 @@ from chunkq.job.output_config import (
     ValueRange,
 )
 from chunkq.job.output_name import check_new_output
-from chunkq.job.output_values import value_problems
-from chunkq.paths import absolute, absolute_input, split_format, without_secret
+from chunkq.paths import absolute_input
 from chunkq.plan.outputs import Activation, Combine
 
-MAX_FILE_BYTES = 1 << 20
-"""Maximum size of a job file. A larger file is something else."""
 SCHEMA_FILE = Path(__file__).with_name("job_file.schema.json")
 """JSON schema of the job file, for editors. `docs/job_file_page.py` writes it."""
-MAX_VALUES = 100_000
-"""Maximum number of values in a job file; each repetition by a YAML alias counts."""
 
 
 class DaskConfig(Section):
@@ -698,14 +688,7 @@ class Job(Section):
 
     @model_validator(mode="after")
     def _check_key_combinations(self) -> Job:
-        problems = [
-            *kind_problems(self),
-            *(_image_problems(self) if self.is_image else _volume_problems(self)),
-            *_path_problems(self),
-            *_credential_problems(self),
-            *_access_problems(self),
-        ]
-        if problems:
+        if problems := job_problems(self):
             raise JobError(problems)
         return self
 
@@ -738,6 +721,11 @@ class Job(Section):
     def is_precomputed(self) -> bool:
         """Whether the output is a Neuroglancer precomputed volume."""
         return self.output_path != self.output
+
+    @property
+    def has_known_empty(self) -> bool:
+        """Whether chunks can be known to be empty when the job is created."""
+        return self.mask is not None or self.skip_empty == "missing"
 
     def output_configs(self) -> dict[str, OutputConfig]:
         """Return the outputs by name, with the keys of the job where they have none of their own.
@@ -852,13 +840,13 @@ def job_values(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         values, base = dict(source), Path.cwd()
     elif isinstance(source, (str, os.PathLike)):
         path = Path(os.path.expanduser(source))
-        values, base = _read_file(path), path.absolute().parent
+        values, base = read_document(path), path.absolute().parent
     else:
         raise ArgumentError(
             "job: expected the path of a job file or a dict of its keys, found "
             f"{type(source).__name__}"
         )
-    _make_absolute(values, base)
+    make_absolute(values, base)
     return with_class_names(values, base)
 
 
@@ -870,8 +858,7 @@ def _parse_with_output(values: Mapping[str, Any]) -> Job:
     output, problem = values.get("output"), None
     if isinstance(output, str) and output:
         try:
-            is_table = values.get("inference_type") == IMAGE
-            check_new_output(output, Path("/"), is_table=is_table)
+            check_new_output(output, Path("/"), is_table=is_over_images(values))
         except JobError as error:
             problem = error
     try:
@@ -892,10 +879,12 @@ def parse_job(values: Mapping[str, Any]) -> Job:
         return Job.model_validate(values)
     except ValidationError as error:
         errors = _independent(error.errors())
+    from chunkq.job.error_lines import error_line, without_branches  # of invalid jobs only
+
     has_one_input = not isinstance(values.get("input"), (list, tuple))
     for detail in errors:
-        detail["loc"] = _without_branches(detail["loc"], has_one_input=has_one_input)
-    lines = [_message(error) for error in errors]
+        detail["loc"] = without_branches(detail["loc"], has_one_input=has_one_input)
+    lines = [error_line(error) for error in errors]
     raise JobError([*lines, *_combination_problems(values, [error["loc"] for error in errors])])
 
 
@@ -955,512 +944,3 @@ def _combination_problems(
 def job_schema() -> dict[str, Any]:
     """Return the JSON schema of the job file."""
     return Job.model_json_schema(by_alias=True)
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        text = _read_content(path).decode("utf-8-sig")  # editors on Windows write a mark
-    except FileNotFoundError:
-        raise JobError(
-            f"{path}: no such job file; fix the path, or run `chunkq init` to write a job file",
-            code=ErrorCode.JOB_FILE_MISSING,
-        ) from None
-    except UnicodeDecodeError as error:
-        problem = f"not text in UTF-8 (byte {error.start}); save a YAML or JSON file as UTF-8"
-        raise _unreadable(path, problem) from None
-    except (OSError, ValueError) as error:  # ValueError: an invalid path
-        reason = getattr(error, "strerror", None) or error
-        raise _unreadable(path, f"cannot be read: {reason}; use a YAML or JSON file") from None
-    import yaml  # imported here because most commands read no job file
-
-    from chunkq.job import yaml_values
-
-    try:
-        values = (
-            json.loads(text, object_pairs_hook=yaml_values.unique)
-            if path.suffix == ".json"
-            else yaml_values.load(text)
-        )
-    except json.JSONDecodeError as error:
-        position = f"line {error.lineno}, column {error.colno}"
-        raise _unreadable(path, f"not JSON: {error.msg} at {position}; fix the syntax") from None
-    except yaml.YAMLError as error:
-        raise _unreadable(path, f"not YAML: {_yaml_reason(error)}") from None
-    except yaml_values.DuplicateKeyError as error:
-        raise _unreadable(path, str(error)) from None
-    except RecursionError:
-        raise _unreadable(path, "lists or mappings are nested too deeply; remove levels") from None
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        # PyYAML and json raise these for a number of 5000 digits, or `!!timestamp 2001-99-99`.
-        reason = " ".join(str(error).split())
-        raise _unreadable(path, f"a value cannot be read: {reason}; fix the value") from None
-    if not isinstance(values, dict):
-        content = "no content" if values is None else _printed(values)
-        advice = "run `chunkq init` to write a job file"
-        if isinstance(values, str) and ":" in values:
-            advice = "write a space after each colon"
-        raise _unreadable(path, f"expected a mapping of keys to values, found {content}; {advice}")
-    _check_size(path, values)
-    return values
-
-
-def _yaml_reason(error: Exception) -> str:
-    """Return what is wrong with a YAML file, where, and what to do."""
-    problem = getattr(error, "problem", None)
-    mark = getattr(error, "problem_mark", None)
-    if problem is None or mark is None:
-        return f"{' '.join(str(error).split())}; fix the syntax"
-    position = f"line {mark.line + 1}, column {mark.column + 1}"
-    if r"'\t'" in problem:
-        return f"tab at {position}; use spaces"
-    context, begin = getattr(error, "context", None), getattr(error, "context_mark", None)
-    if "expected ':'" in problem and begin is not None:
-        return f"line {begin.line + 1} has no colon with a space behind its key; add it"
-    start = "" if begin is None or begin.line == mark.line else f" of line {begin.line + 1}"
-    advice = next((a for text, a in _YAML_ADVICE.items() if text in problem), "fix the syntax")
-    return f"{f'{context}{start}: ' if context else ''}{problem} at {position}; {advice}"
-
-
-_YAML_ADVICE = {
-    "cannot start any token": "put the value in quotes",
-    "undefined alias": "put a value with * in quotes",
-    "alphabetic or numeric": "put a value with * in quotes",
-    "unknown escape": "use single quotes, in which a backslash is a character",
-    "mapping values are not allowed": "fix the indentation, or put a value with a colon in quotes",
-}
-"""Part of a message of PyYAML -> what to do."""
-
-
-def _unreadable(path: Path, problem: str) -> JobError:
-    return JobError(f"{path}: {problem}", code=ErrorCode.JOB_FILE_UNREADABLE)
-
-
-def _read_content(path: Path) -> bytes:
-    """Return the content of a job file. Raises OSError if it is too large or not a file."""
-    with path.open("rb") as file:
-        mode = os.fstat(file.fileno()).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):  # reading a device may never end
-            raise OSError("not a regular file")
-        content = file.read(MAX_FILE_BYTES + 1)
-    if len(content) > MAX_FILE_BYTES:
-        raise OSError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
-    return content
-
-
-def _check_size(path: Path, values: Any) -> None:
-    """Raise JobError if there are more than `MAX_VALUES` values.
-
-    YAML aliases can expand a few lines into 10^11 values, or into a list that contains itself.
-    """
-    count, pending = 0, [values]
-    while pending:
-        value = pending.pop()
-        count += 1
-        if isinstance(value, dict):
-            pending.extend(value.values())
-        elif isinstance(value, (list, tuple, set)):
-            pending.extend(value)
-        if count + len(pending) > MAX_VALUES:
-            raise _unreadable(
-                path,
-                f"contains more than {MAX_VALUES} values, or an alias that contains itself; "
-                "remove values or aliases",
-            )
-
-
-def _make_absolute(values: dict[str, Any], base: Path) -> None:
-    """Make every path in the mapping absolute, in place.
-
-    Empty paths and values of a wrong type stay unchanged.
-    """
-    if isinstance(output := values.get("output"), str) and output:
-        values["output"] = canonical(output, base)
-    inputs = values.get("input")
-    if isinstance(inputs, (list, tuple)):
-        values["input"] = [_absolute_input(value, base) for value in inputs]
-    elif inputs is not None:
-        values["input"] = _absolute_input(inputs, base)
-    if (mask := values.get("mask")) is not None:
-        values["mask"] = _absolute_input(mask, base)
-    weights = values.get("weight_function")
-    if isinstance(weights, (list, tuple)) and len(weights) == 2 and isinstance(weights[0], str):
-        values["weight_function"] = [absolute(weights[0], base), weights[1]]
-    model = values.get("model_config")
-    if isinstance(model, dict):
-        paths = {"processing_steps"} | {k for k in ModelConfig.model_fields if k.endswith("_file")}
-        values["model_config"] = {
-            key: absolute(value, base)
-            if key in paths | {"checkpoint"} and isinstance(value, str) and value
-            else value
-            for key, value in model.items()
-        }
-        if (package := model.get("package")) is not None:
-            values["model_config"]["package"] = _absolute_folders(package, base)
-
-
-def _absolute_folders(value: object, base: Path) -> object:
-    """Return one folder, or a list of folders, with absolute paths; other values as they are."""
-    if isinstance(value, str):
-        return [absolute(value, base)] if value else value
-    if isinstance(value, (list, tuple)):
-        return [absolute(v, base) if isinstance(v, str) and v else v for v in value]
-    return value
-
-
-def _absolute_input(value: object, base: Path) -> object:
-    """Return an input with an absolute path; a value of a wrong type stays unchanged."""
-    if isinstance(value, str) and value:
-        return absolute_input(value, base)
-    if isinstance(value, dict) and isinstance(value.get("path"), str) and value["path"]:
-        return {**value, "path": absolute_input(value["path"], base)}
-    return value
-
-
-SECTIONS: Mapping[str, type[Section]] = MappingProxyType(
-    {
-        "": Job,
-        "model_config": ModelConfig,
-        "input": InputConfig,
-        "mask": MaskConfig,
-        "dask_config": DaskConfig,
-        "ray_config": RayConfig,
-        "outputs": OutputConfig,
-        "image": ImageConfig,
-        "truth": TruthConfig,
-        "pyramid": PyramidConfig,
-        "codec": CodecConfig,
-    }
-)
-"""Key of a section, '' for the top level -> its model."""
-
-
-def _names(section: type[Section]) -> list[str]:
-    return [field.alias or name for name, field in section.model_fields.items()]
-
-
-def _key_of(location: Sequence[int | str]) -> tuple[str, str]:
-    """Return the section and the key of a value of the job file."""
-    names = [part for part in location if isinstance(part, str)]
-    if names[:1] == ["outputs"]:
-        del names[1:2]  # the name of an output
-    is_inner = len(names) > 1 and names[0] in SECTIONS
-    return (names[0], names[1]) if is_inner else ("", names[0] if names else "")
-
-
-def _example(location: Sequence[int | str]) -> str:
-    """Return `; use a value such as EXAMPLE` for a key, or ''."""
-    example = _example_value(location)
-    if isinstance(example, dict):
-        return f"; `chunkq explain {_key_of(location)[1]}` has an example"
-    return "" if example is None else f"; use a value such as {json.dumps(example)}"
-
-
-def _example_value(location: Sequence[int | str]) -> object:
-    section, key = _key_of(location)
-    fields = SECTIONS[section].model_fields
-    field = next((f for name, f in fields.items() if key == (f.alias or name)), None)
-    return None if field is None or not field.examples else field.examples[0]
-
-
-_EXPECTED = {
-    "int_type": "an integer",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "string_type": "a string",
-    "tuple_type": "a list",
-    "model_type": "a mapping",
-    "greater_than": "a number greater than {gt}",
-    "greater_than_equal": "a number of at least {ge}",
-    "less_than_equal": "a number of at most {le}",
-    "too_short": "a list of at least {min_length} item",
-}
-"""pydantic's error type -> the expected value."""
-_LITERAL = re.compile(r"'[^']*'|\d+")
-_REPLACED_KEYS = {"model_config.autocast": "precision"}
-"""Key of an earlier version -> the key that has its values."""
-
-
-def _without_branches(
-    location: tuple[int | str, ...], *, has_one_input: bool
-) -> tuple[int | str, ...]:
-    """Return pydantic's location of an error without the parts that name a branch of a union."""
-    if location[:1] == ("input",):
-        first = 1 if has_one_input else 2
-        location = (*location[:first], *location[3:])
-    kept = 2 if location[:1] == ("outputs",) else 0  # an output can have any name
-    branches = ("int", "float", ONE_SHAPE, BY_HEAD)
-    rest = (part for part in location[kept:] if part not in branches)
-    return (*location[:kept], *rest)
-
-
-def _message(error: Any) -> str:
-    """Format one of pydantic's errors as `key.path: what is wrong; what to do`."""
-    from chunkq.job import hints  # for messages only
-
-    location = error["loc"]
-    path = ".".join(map(str, location)) or "a key"
-    kind, context, value = error["type"], error.get("ctx", {}), error["input"]
-    section, key = _key_of(location)
-    if kind == "extra_forbidden":
-        if path in _REPLACED_KEYS:
-            return f"{path}: unknown key; did you mean {_REPLACED_KEYS[path]!r}?"
-        names = {one: _names(model) for one, model in SECTIONS.items()}
-        return f"{path}: unknown key{hints.key_hint(str(location[-1]), section, names)}"
-    if kind == "missing":
-        return f"{path}: missing; set it (`chunkq explain {path}` has an example)"
-    found = "no value" if value is None else _printed(value)
-    if kind == "literal_error":
-        texts = _LITERAL.findall(str(context["expected"]))
-        legal = [text.strip("'") if text.startswith("'") else int(text) for text in texts]
-        hint = hints.value_hint(key, value, legal)
-        problem = "missing value" if value is None else f"invalid value {found}"
-        return f"{path}: {problem}; expected one of {', '.join(map(repr, legal))}{hint}"
-    if kind in _EXPECTED:
-        expected = _EXPECTED[kind].format(**context)
-        if path == "input" and kind == "tuple_type":
-            expected = "a path, a mapping with path, or a list of them"
-        return f"{path}: expected {expected}, found {found}{_typed_hint(location, kind, value)}"
-    message, hint = str(error["msg"]), ""
-    if kind == "picks":
-        hint = hints.picks_hint(value, has_labels=key == "channels")
-    elif kind == "letters":
-        hint = hints.letters_hint(value)
-    elif kind == "classes" and isinstance(value, (str, float)):
-        hint = hints.number_hint(value, is_integer=True)
-    hint = hint or _example(location)
-    return f"{path}: {message[0].lower()}{message[1:]}, found {found}{hint}"
-
-
-def _typed_hint(location: Sequence[int | str], kind: str, value: object) -> str:
-    """Return what to do about a value of a wrong type or out of its range."""
-    from chunkq.job import hints  # for messages only
-
-    if kind == "bool_type":
-        return hints.flag_hint(value) or ("; set one, or remove the key" if value is None else "")
-    example = _example_value(location)
-    is_of_integers = isinstance(example, list) and all(isinstance(n, int) for n in example)
-    if kind == "tuple_type" and is_of_integers and (hint := hints.list_hint(value)):
-        return hint
-    if kind in ("int_type", "float_type") and isinstance(value, (str, float)):
-        return hints.number_hint(value, is_integer=kind == "int_type") or _example(location)
-    return _example(location)
-
-
-def _printed(value: object) -> str:
-    """Return a value for a message: shortened, with the password of a URL masked."""
-    if isinstance(value, tuple):
-        value = list(value)
-    return VALUES.repr(without_secret(value) if isinstance(value, str) else value)
-
-
-class _ShortRepr(Repr):
-    """Representation of a value with at most 8 entries per list and 3 levels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlist = self.maxtuple = self.maxdict = 8
-        self.maxlevel, self.maxstring, self.maxlong = 3, 120, 60
-
-    def repr_int(self, x: int, level: int) -> str:
-        """Format an integer. Python cannot format one of more than 4300 digits."""
-        return super().repr_int(x, level) if abs(x) < 10**1000 else "a number of over 1000 digits"
-
-
-VALUES = _ShortRepr()
-
-
-def _volume_problems(job: Job) -> list[str]:
-    """Return the problems of the keys of a job over volumes."""
-    return [
-        *_geometry_problems(job),
-        *_weight_problems(job),
-        *model_problems(job.model),
-        *_input_problems(job),
-        *_head_problems(job),
-        *_output_problems(job),
-    ]
-
-
-def _image_problems(job: Job) -> list[str]:
-    """Return the problems of the keys of a job over images."""
-    return [*image_problems(job), *model_problems(job.model)]
-
-
-def _geometry_problems(job: Job) -> list[str]:
-    kind = job.inference_type
-    problems = []
-    if kind == "sliding_window" and job.strides is None:
-        problems.append(
-            "strides: missing for inference_type sliding_window; set the step along each axis"
-        )
-    if kind != "sliding_window" and job.strides is not None:
-        problems.append(_wrong_inference_type("strides", "sliding_window", kind))
-    if kind != "patch" and job.offsets:
-        problems.append(_wrong_inference_type("offsets", "patch", kind))
-    if kind == "crop_margin" and job.margin is None:
-        problems.append(
-            "margin: missing for inference_type crop_margin; set the margin to crop along each axis"
-        )
-    if kind != "crop_margin" and job.margin is not None:
-        problems.append(_wrong_inference_type("margin", "crop_margin", kind))
-    return problems
-
-
-def _wrong_inference_type(key: str, expected: InferenceType, kind: InferenceType) -> str:
-    return (
-        f"{key}: unsupported for inference_type {kind}; remove it, or use inference_type {expected}"
-    )
-
-
-def _weight_problems(job: Job) -> list[str]:
-    from chunkq.blend.weights import LOG_PROFILES
-
-    names = job.weight_function
-    if len(names) > 2 or (len(names) == 2 and Path(names[0]).name in LOG_PROFILES):
-        return [
-            "weight_function: expected [name] or [file.py, function], found "
-            f"{[Path(names[0]).name, *names[1:]]}; use a value such as [weight_gaussian]"
-        ]
-    if len(names) == 1 and names[0].endswith(".py"):
-        return [
-            f"weight_function: found the file {_printed(names[0])} without a function; use "
-            f"[{names[0]}, FUNCTION]"
-        ]
-    if len(names) == 1 and names[0] not in LOG_PROFILES:
-        from chunkq.job import hints  # for messages only
-
-        hint = hints.value_hint("weight_function", names[0], list(LOG_PROFILES))
-        return [
-            f"weight_function: invalid value {_printed(names[0])}; "
-            f"expected one of {', '.join(LOG_PROFILES)}{hint}"
-        ]
-    return []
-
-
-def _input_problems(job: Job) -> list[str]:
-    model, join = job.model, job.model.join_dim
-    if join is None:
-        return []
-    shape = model.model_input_shape
-    if not 1 <= join <= len(shape):
-        return [
-            f"model_config.join_dim: {join} is not an axis of a batch (N, {str(shape)[1:-1]}); "
-            f"use 1 to {len(shape)}"
-        ]
-    if join > 1 and shape[join - 1] != 1:  # the first axis can have the channels of an input
-        return [
-            f"model_config.join_dim: found length {shape[join - 1]} at axis {join - 1} of "
-            f"model_input_shape; expected 1, because the {len(job.input)} inputs are stacked there"
-        ]
-    return []
-
-
-def _head_problems(job: Job) -> list[str]:
-    """Return the problems of the heads that outputs name, and of the shapes of heads."""
-    heads = [config.head for config in job.output_configs().values()]
-    names = {str(head): head for head in heads if head is not None}
-    problems = []
-    if names and None in heads:
-        missing = [name for name, one in (job.outputs or {}).items() if one.head is None]
-        problems.append(
-            f"outputs.{missing[0]}.head: missing beside outputs with a head; set it, because the "
-            "network returns several arrays"
-        )
-    if len(names) < len({head for head in heads if head is not None}):
-        problems.append("outputs: two heads differ in their type only; use one of them")
-    shapes = job.model.model_output_shape
-    if isinstance(shapes, dict):
-        problems += [
-            f"model_config.model_output_shape.{head}: no output has this head; "
-            + (f"use one of {', '.join(names)}" if names else "use one shape instead of a mapping")
-            for head in shapes
-            if head not in names
-        ]
-    return problems
-
-
-def _output_problems(job: Job) -> list[str]:
-    """Return the problems of the outputs, whatever the network returns."""
-    configs = job.output_configs()
-    if job.is_precomputed:
-        problems = list(_precomputed_problems(job, configs.values()))
-        if problems:
-            return problems
-    if job.zarr_format == 2 and any(config.storage_shards for config in configs.values()):
-        return ["storage_shards: Zarr v2 has no shards; remove it, or set zarr_format: 3"]
-    if job.outputs is None:
-        return _value_problems(job, "", configs[""])
-    problems = []
-    for key in ("combine", "activation", "activation_after", "output_dtype", "range", "classes"):
-        if getattr(job, key) != Job.model_fields[key].default:
-            problems.append(f"{key}: unsupported beside outputs; move it into an output")
-    for name, config in configs.items():
-        problems += _value_problems(job, f"outputs.{name}.", config)
-    return problems
-
-
-def _precomputed_problems(job: Job, configs: Iterable[OutputConfig]) -> Iterator[str]:
-    """Yield a line for each key that a precomputed output does not have."""
-    reasons = {
-        "storage_shards": "blocks of a precomputed output are stored without shards",
-        "codec": "labels of a precomputed output are stored as compressed_segmentation, averages "
-        "without compression",
-    }
-    for key, reason in reasons.items():
-        if any(getattr(config, key) is not None for config in configs):
-            yield f"{key}: {reason}; remove it, or use a Zarr output"
-    if job.zarr_format != Job.model_fields["zarr_format"].default:
-        yield "zarr_format: the output is a precomputed volume; remove it, or use a Zarr output"
-
-
-def _value_problems(job: Job, prefix: str, output: OutputConfig) -> list[str]:
-    return value_problems(
-        prefix, output, has_mask=job.mask is not None, skips_empty=job.skip_empty is not None
-    )
-
-
-def _paths(job: Job) -> dict[str, str]:
-    """Return every path of a job by its key."""
-    inputs = job.input_paths
-    paths = {f"input.{n}" if len(inputs) > 1 else "input": path for n, path in enumerate(inputs)}
-    if job.mask is not None:
-        paths["mask.path"] = job.mask.path
-    return paths | {"output": job.output} | job.files
-
-
-def _path_problems(job: Job) -> list[str]:
-    """Return the problems of paths that no system call accepts: empty, with NUL, not Unicode."""
-    problems = []
-    for key, path in _paths(job).items():
-        if not path:
-            problems.append(f"{key}: empty path; set the path of a file or a folder, or a URL")
-            continue
-        try:
-            if b"\0" not in path.encode():
-                continue
-        except UnicodeEncodeError:
-            pass
-        problems.append(f"{key}: invalid path {path!r}; remove NUL and surrogate characters")
-    return problems
-
-
-def _credential_problems(job: Job) -> list[str]:
-    """Return the problems of paths with credentials. Paths are stored and printed."""
-    return [
-        f"{key}: {without_secret(path)} contains credentials; set them in the environment"
-        for key, path in _paths(job).items()
-        if without_secret(path) != path
-    ]
-
-
-def _access_problems(job: Job) -> list[str]:
-    """Return the problems of arrays whose storage has no anonymous access or requester pays."""
-    schemes = "s3:// and gs://"
-    arrays: list[tuple[str, InputConfig | MaskConfig]] = [("input", i) for i in job.inputs]
-    arrays += [] if job.mask is None else [("mask", job.mask)]
-    return [
-        f"{name}.{key}: unsupported for {without_secret(config.path)}; use it for {schemes} only"
-        for name, config in arrays
-        for key in config.access.options
-        if split_format(config.path)[1].partition("://")[0] not in BUCKET_SCHEMES
-    ]

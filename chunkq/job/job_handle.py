@@ -26,11 +26,7 @@ from chunkq.geometry.box import Box
 from chunkq.job.allowed_paths import with_allowed_files
 from chunkq.job.items import Image, Item
 from chunkq.job.job_folder import JobFolder
-from chunkq.job.known_empty import KnownEmpty, has_known_empty
 from chunkq.job.ledger import INPUTS, ItemLedger, Ledger
-from chunkq.job.level_arrays import Channels, LevelArray, channel_groups, level_box
-from chunkq.job.mask_source import mask_of, mask_time
-from chunkq.job.output import Output
 from chunkq.job.output_handle import OutputHandle
 from chunkq.job.pyramids import pyramids_of
 from chunkq.job.record import JobRecord
@@ -44,14 +40,16 @@ from chunkq.plan.pyramid import Pyramid
 from chunkq.storage.array import Array
 from chunkq.storage.formats.zarr_writing import WritableArray
 from chunkq.storage.images import ImageSource
-from chunkq.storage.mask import Mask
-from chunkq.storage.padded_reading import read_padded
 from chunkq.storage.staged import Slabs, StagedCopy
 
 if TYPE_CHECKING:
     from chunkq.blend.weights import Weights
     from chunkq.job.image_rows import ImageRows
+    from chunkq.job.known_empty import KnownEmpty
+    from chunkq.job.level_arrays import Channels, LevelArray
+    from chunkq.job.output import Output
     from chunkq.plan.patch_selection import SkipRules
+    from chunkq.storage.mask import Mask
 
 JOBS_CACHED = 8
 MASKS_KEPT = 2
@@ -86,6 +84,8 @@ class JobHandle:
             from chunkq.job.exported_output import ExportedOutput
 
             return ExportedOutput(self.record, self.ledger)
+        from chunkq.job.output import Output  # the status of a running job does without
+
         return Output(self.folder.output, self.record)
 
     @cached_property
@@ -267,6 +267,8 @@ class ImageHandle:
         source, config = self.job.record.mask, self.job.record.job.mask
         if source is None or config is None:
             raise ValueError("the job has no mask")
+        from chunkq.job.mask_source import mask_of, mask_time  # for such jobs only
+
         image, (number, _) = self.image.sources[0], item.series_point
         time, array = mask_time(source, image, number), self.job.mask
         with _lock:
@@ -320,12 +322,16 @@ class ItemHandle:
 
     def level(self, output: int, number: int) -> LevelArray:
         """The array of a level of an output, as the item reads and writes it."""
+        from chunkq.job.level_arrays import LevelArray  # where voxels are read or written
+
         array, view = self.image.level(output, number), self.plan.of_output(output)
         groups = self._channel_groups(output)
         return LevelArray(array, self.item.point, groups, view.storage_chunks)
 
     def level_object_names(self, output: int, number: int, box: Box) -> Iterator[str]:
         """Yield the names in the output of the objects of a box of a level, group by group."""
+        from chunkq.job.level_arrays import level_box
+
         stored = self.job.output.image(self.item.image, output)
         for channels in self._channel_groups(output):
             for name in stored.grids[number].names(level_box(self.item.point, box, channels)):
@@ -333,6 +339,8 @@ class ItemHandle:
 
     def _channel_groups(self, output: int) -> tuple[Channels, ...]:
         """The channels of an output that an object stores together."""
+        from chunkq.job.level_arrays import channel_groups
+
         view = self.plan.of_output(output)
         if not view.channel_axis:
             return channel_groups(None, 1)
@@ -345,8 +353,10 @@ class ItemHandle:
 
         Raises JobError if the record of it is damaged.
         """
-        if not has_known_empty(self.job.record.job):
+        if not self.job.record.job.has_known_empty:
             return None
+        from chunkq.job.known_empty import KnownEmpty  # for such jobs only
+
         try:
             return KnownEmpty.from_arrays(self.ledger.get_skipped(), self.plan)
         except PieceError as error:
@@ -402,6 +412,8 @@ class ItemHandle:
 
         Each array has the shape ([C,] *chunk.halo.shape) and the dtype of its input.
         """
+        from chunkq.storage.padded_reading import read_padded  # where voxels are read
+
         job = self.job.record.job
         return tuple(
             read_padded(source, chunk.halo, job.pad_mode, job.pad_value) for source in self.sources

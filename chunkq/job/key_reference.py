@@ -95,8 +95,8 @@ def _meant_path(name: str, entries: Mapping[str, Key]) -> list[str]:
         section, _, last = path.rpartition(".")
         names.setdefault(section, []).append(last)
     section, _, last = name.rpartition(".")
-    found = meant_key(last, section, names, exact=True)
-    return [] if found is None else [".".join(filter(None, found))]
+    section_and_key = meant_key(last, section, names, exact=True)
+    return [] if section_and_key is None else [".".join(filter(None, section_and_key))]
 
 
 def nearest_paths(name: str, paths: list[str]) -> list[str]:

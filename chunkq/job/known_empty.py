@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.job.items import Item
-from chunkq.job.job_file import Job
 from chunkq.job.mask_source import mask_of, mask_time
 from chunkq.job.record import JobRecord
 from chunkq.paths import without_secret
@@ -61,11 +60,6 @@ class KnownEmpty:
         return cls(counts, tuple(stored))
 
 
-def has_known_empty(job: Job) -> bool:
-    """Return whether a job can have chunks that are known to be empty beforehand."""
-    return job.mask is not None or job.skip_empty == MISSING
-
-
 def mask_counts(plan: Plan, mask: Mask) -> Counts:
     """Return how many patches of each chunk have a kept voxel, of any output, inside a mask."""
     return count_patches(plan, [_inside_any(plan, mask)])
@@ -103,7 +97,7 @@ class EmptyFinder:
         the mask cannot be read.
         """
         record, job = self._record, self._record.job
-        if not has_known_empty(job):
+        if not job.has_known_empty:
             return None
         plan = record.plan(item)
         if job.skip_empty == MISSING:

@@ -137,10 +137,10 @@ def check_mask_times(source: ImageSource, image: ImageSource) -> None:
         return
     times = _stored_times(image)
     if len(source.time) != times:
-        found = f"{times} time points" if times else "no time axis"
+        expected = f"{times} time points" if times else "no time axis"
         raise JobError(
             f"mask: {without_secret(source.path)} has {len(source.time)} time points, but the "
-            f"input has {found}; use one mask for all, or one per time point"
+            f"input has {expected}; use one mask for all, or one per time point"
         )
 
 

@@ -83,7 +83,7 @@ def _is_factor(value: object) -> bool:
 def _as_classes(value: object) -> object:
     """Return classes as a number or a tuple of names. Raise PydanticCustomError otherwise."""
     names = tuple(value) if isinstance(value, (list, tuple)) else ()
-    are_names = len(names) >= 2 and all(isinstance(n, str) and n.strip() for n in names)
+    are_names = names and all(isinstance(n, str) and n.strip() for n in names)
     if are_names and len(set(names)) == len(names) <= MAX_CLASSES:
         return names
     if type(value) is int and 2 <= value <= MAX_CLASSES:

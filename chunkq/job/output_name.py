@@ -166,17 +166,17 @@ def format_problem(path: str) -> str | None:
     last = suffixes[-1] if suffixes else ""
     if last in COMPRESSED and suffixes[-2:-1] and suffixes[-2] in FORMATS:
         last = suffixes[-2]
-    found = SCHEMES.get(scheme) or FORMATS.get(last)
-    if found is None:
+    format_name = SCHEMES.get(scheme) or FORMATS.get(last)
+    if format_name is None:
         return None
     if last == PRECOMPUTED:
-        return f"names {found}; write {PRECOMPUTED}:// before it, or use {stem or 'out'}.zarr"
+        return f"names {format_name}; write {PRECOMPUTED}:// before it, or use {stem or 'out'}.zarr"
     if table_suffix(path) is not None:
         return (
-            f"names {found}, which jobs with inference_type image write; set it, or use "
+            f"names {format_name}, which jobs with inference_type image write; set it, or use "
             f"{stem or 'out'}.zarr"
         )
-    return f"names {found}, which cannot be written; use {stem or 'out'}.zarr"
+    return f"names {format_name}, which cannot be written; use {stem or 'out'}.zarr"
 
 
 def _volume_problem(path: str, *, zarr_only: bool) -> str | None:
@@ -186,13 +186,13 @@ def _volume_problem(path: str, *, zarr_only: bool) -> str | None:
         return f"names a precomputed volume; use {stem or 'out'}.zarr, then chunkq convert"
     if suffixes in ([], [PRECOMPUTED]):
         return None
-    found = FORMATS.get(suffixes[0], "a Zarr image")
-    return f"names a precomputed volume and {found}; use {PRECOMPUTED}://{stem or 'out'}"
+    format_name = FORMATS.get(suffixes[0], "a Zarr image")
+    return f"names a precomputed volume and {format_name}; use {PRECOMPUTED}://{stem or 'out'}"
 
 
 def _split(name: str) -> tuple[str, list[str]]:
     """Return a file's name without the suffixes that name formats, and these in lower case."""
     stem, *suffixes = name.split(".")
     others = [s.lower() not in FORMATS.keys() | {"ome", "zarr"} for s in suffixes]
-    kept = max((n + 1 for n, is_other in enumerate(others) if is_other), default=0)
-    return ".".join([stem, *suffixes[:kept]]), [suffix.lower() for suffix in suffixes[kept:]]
+    end = max((n + 1 for n, is_other in enumerate(others) if is_other), default=0)
+    return ".".join([stem, *suffixes[:end]]), [suffix.lower() for suffix in suffixes[end:]]

@@ -8,11 +8,11 @@ from fractions import Fraction
 from functools import cached_property
 from math import prod
 
+from chunkq.geometry.position_range import positions_within
 from chunkq.job.job_file import Job
 from chunkq.job.output_config import OutputConfig, class_count, class_names
 from chunkq.job.output_values import range_of
 from chunkq.plan.outputs import KINDS, HeadName, OutputSpec
-from chunkq.storage.selection import RANGE
 
 MAX_PATCH_VALUES = 1 << 31
 """Upper limit for the values of one patch, channels included."""
@@ -59,13 +59,10 @@ class ResolvedOutput:
         if picks is None:
             return None
         if isinstance(picks, str):
-            match = RANGE.fullmatch(picks)
-            bounds = match.groups() if match else ()
-            start, stop, step = (int(part) if part else None for part in bounds)
-            positions = tuple(range(size))[start : stop : step or 1]
-            if (stop or 0) > size or not positions:
+            positions = positions_within(picks, size)
+            if not positions:
                 raise ValueError(f"{picks!r} is not in 0:{size}")
-            return positions
+            return tuple(positions)
         for pick in (entries := (picks,) if isinstance(picks, int) else picks):
             if not isinstance(pick, int) or not 0 <= pick < size:
                 raise ValueError(f"expected positions from 0 to {size - 1}, found {pick!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from chunkq.job.output_config import MAX_CLASSES, OutputConfig
+from chunkq.job.output_config import MAX_CLASSES, Classes, OutputConfig
 from chunkq.plan.outputs import KINDS, default_range, is_integer
 
 FLOAT32, FLOAT16 = float.fromhex("0x1.fffffep127"), 65504.0
@@ -19,12 +19,22 @@ def value_problems(
     `prefix` is that of the paths of its keys. The job has a mask, or skips empty patches, as the
     other parameters say.
     """
-    problems = [*_activation_problems(output, skips_empty=skips_empty), *_dtype_problems(output)]
+    problems = [
+        *_activation_problems(output, skips_empty=skips_empty),
+        *_dtype_problems(output),
+        *class_problems(output.classes),
+    ]
     if output.codec is not None and output.codec.name == "none" and output.codec.level is not None:
         problems.append("codec.level: unsupported for codec none; remove it")
     if not problems:
         problems += _fill_value_problems(output, fills=has_mask or skips_empty)
     return [f"{prefix}{problem}" for problem in problems]
+
+
+def class_problems(classes: Classes | None) -> Iterator[str]:
+    """Yield a line for a single class. Only a list of keypoints can have one name."""
+    if isinstance(classes, tuple) and len(classes) < 2:
+        yield "classes: found 1 name; expected at least 2; add a name such as background"
 
 
 def range_of(output: OutputConfig, channels: int) -> tuple[float, float] | None:

@@ -342,17 +342,19 @@ class _Shapes:
 
     def problems(self) -> list[str]:
         """Return one line per mistake in the patch shapes and the margin."""
-        found = input_channels(self.job.model, self.volume)
+        channels = input_channels(self.job.model, self.volume)
         problems = [
             line
             for head in head_names(self.job)
-            for line in order_problems(self.job.model.of_head(head), len(self.volume.shape), found)
+            for line in order_problems(
+                self.job.model.of_head(head), len(self.volume.shape), channels
+            )
         ]
         problems += [
             *self._lost_axis_problems(),
             *(line for output in self.outputs for line in output.problems()),
         ]
-        problems += self._channel_problems(found)
+        problems += self._channel_problems(channels)
         for output in self.outputs:
             problems += self._patch_problems(output)
         problems += self._multiple_problems()
@@ -532,12 +534,12 @@ class _Shapes:
         those of the outputs divide, in voxels of the input.
         """
         chunks, outputs = self.job.chunksize, self.outputs
-        given = [
+        written_shapes = [
             one.in_input(written)
             for one in outputs
             if (written := one.config.storage_shards or one.config.storage_chunks)
         ]
-        common = self._common_multiple(given) if given else None
+        common = self._common_multiple(written_shapes) if written_shapes else None
         chosen = common
         if chunks is None:
             # Not the input's dtype: the same voxels in another format have the same chunks.
@@ -587,13 +589,13 @@ def _chunk_problems(grid: GridSpec, source: str, prefix: str) -> list[str]:
     """
     problems = []
     for number, axis in enumerate(grid.axes):
-        kept = axis.grids[0].kept + 2 * axis.grids[0].reach  # of the widest output
-        if axis.chunk < min(kept, axis.volume):
+        width = axis.grids[0].kept + 2 * axis.grids[0].reach  # of the widest output
+        if axis.chunk < min(width, axis.volume):
             factor = 1 if grid.scale is None else grid.scale[number]
             problems.append(
                 f"chunksize: {axis.chunk * factor} along axis {number} is smaller than the output "
-                f"patch ({kept * factor} in {source}); use at least "
-                f"{min(kept, axis.volume) * factor}"
+                f"patch ({width * factor} in {source}); use at least "
+                f"{min(width, axis.volume) * factor}"
             )
         if axis.chunk < axis.volume and axis.chunk % axis.storage:
             key = "storage_chunks" if grid.shard is None else "storage_shards"

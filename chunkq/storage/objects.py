@@ -319,8 +319,8 @@ class ObjectFolder:
             )
         else:
             root = self._root.strip("/") + "/"
-            found = self._filesystem.find(self._root)
-            paths = (path.lstrip("/").removeprefix(root) for path in found)
+            contents = self._filesystem.find(self._root)
+            paths = (path.lstrip("/").removeprefix(root) for path in contents)
         for path in paths:
             name = path.rpartition("/")[2]
             if not (name.startswith(PARTIAL) or LOCK in name):

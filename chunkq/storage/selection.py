@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,13 +13,13 @@ from chunkq.geometry.axes import (
     lettered_axes,
     looks_like_color,
 )
+from chunkq.geometry.position_range import positions_within
 from chunkq.storage.formats.base import ArrayInfo
 from chunkq.storage.remedies import JOB_FILE, Remedies
 
 Picks = int | str | tuple[int | str, ...]
 """One index, a half-open range `START:STOP:STEP` of which all parts are optional, or a list of
 indices and labels."""
-RANGE = re.compile(r"(\d{0,12}):(\d{0,12})(?::(\d{1,12}))?")
 NAMED_BY_JOB = "the job file"
 
 
@@ -162,16 +161,15 @@ def _picks(
 
 
 def _range(key: str, text: str, size: int, prefix: str) -> tuple[int, ...]:
-    match = RANGE.fullmatch(text)
-    if match is None:
+    positions = positions_within(text, size)
+    if positions is None:
         raise JobError(
             f"{prefix}: {key}: expected a range such as '0:3', found {text!r}; use a list for "
             "single positions"
         )
-    start, stop, step = (int(part) if part else None for part in match.groups())
-    if (stop or 0) > size or not range(size)[start : stop : step or 1]:
+    if not positions:
         raise JobError(f"{prefix}: {key}: {text!r} is not in 0:{size}; use positions of the axis")
-    return tuple(range(size)[start : stop : step or 1])
+    return tuple(positions)
 
 
 def _index(key: str, entry: int | str, size: int, labels: Sequence[str], prefix: str) -> int:
@@ -183,11 +181,11 @@ def _index(key: str, entry: int | str, size: int, labels: Sequence[str], prefix:
         return entry
     matches = [n for n, label in enumerate(labels[:size]) if label == entry]
     if len(matches) != 1:
-        found = ", ".join(label for label in labels if label) or "no labels"
+        known = ", ".join(label for label in labels if label) or "no labels"
         count = "several channels are" if matches else "no channel is"
         hint = "" if matches else suggestion(entry, [label for label in labels if label])
         raise JobError(
-            f"{prefix}: {key}: {count} labelled {entry!r}; found {found}{hint or '; use the index'}"
+            f"{prefix}: {key}: {count} labelled {entry!r}; found {known}{hint or '; use the index'}"
         )
     return matches[0]
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from chunkq.errors import ErrorCode, JobError, QueueError
@@ -71,6 +72,18 @@ def test_the_innermost_mount_is_used(tmp_path: Path, mounts: Mounts) -> None:
 def test_of_two_mounts_on_one_point_the_later_one_is_used(tmp_path: Path, mounts: Mounts) -> None:
     mounts([("/", "ext4"), (str(tmp_path), "autofs"), (str(tmp_path), "nfs4")])
     open_error(tmp_path / "queue.db")
+
+
+def test_the_mounts_of_this_machine_are_those_that_psutil_finds() -> None:
+    found = psutil.disk_partitions(all=True)
+    assert sqlite._mounts() == [(one.mountpoint, one.fstype) for one in found]
+
+
+def test_paths_of_mounts_can_have_spaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = tmp_path / "mounts"
+    table.write_text(r"server:/a\040b /mnt/my\040data\134x nfs4 rw 0 0" + "\n")
+    monkeypatch.setattr(sqlite, "MOUNTS", table)
+    assert sqlite._mounts() == [("/mnt/my data\\x", "nfs4")]
 
 
 def test_a_link_into_a_network_file_system_is_followed(tmp_path: Path, mounts: Mounts) -> None:

@@ -33,11 +33,11 @@ def package(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Install the package in this process."""
     with monkeypatch.context() as patch:
         patch.syspath_prepend(OUTSIDE)
-        registry._found.cache_clear()
+        registry._by_kind.cache_clear()
         kinds = [stage.kind for stage in registry.stages()]
         assert kinds == ["ingest", "infer", "finalize", "downsample", "sum", "total", "export"]
         yield
-    registry._found.cache_clear()
+    registry._by_kind.cache_clear()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 
 from chunkq.errors import ErrorCode, JobError
 from chunkq.stages import registry
+from chunkq.stages.finalize import FinalizeStage
 from chunkq.stages.infer import InferStage
 from tests.harness.packages import install_package
 
@@ -56,10 +57,21 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
                 text = "\n".join(["[chunkq.stages]", *lines, ""])
                 install_package(tmp_path, f"package{number}", text)
             patch.syspath_prepend(tmp_path)
-            registry._found.cache_clear()
+            registry._by_kind.cache_clear()
 
         yield install
-    registry._found.cache_clear()
+    registry._by_kind.cache_clear()
+
+
+def test_a_stage_of_chunkq_is_found_without_a_search_of_all_packages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def find() -> None:
+        raise AssertionError("packages were searched")
+
+    monkeypatch.setattr(registry, "_by_kind", find)
+    assert isinstance(registry.stage_of("infer"), InferStage)
+    assert isinstance(registry.stage_of("finalize"), FinalizeStage)
 
 
 def test_a_stage_comes_behind_the_one_that_it_follows(install: Install) -> None:
@@ -104,5 +116,5 @@ def test_a_stage_that_cannot_be_used_is_one_line(
 def test_the_error_of_a_stage_that_cannot_be_loaded_has_a_code(install: Install) -> None:
     install({"broken": "BrokenStage"})
     with pytest.raises(JobError) as error:
-        registry.stage_of("infer")
+        registry.stages()
     assert error.value.code is ErrorCode.PACKAGE_MISSING

@@ -133,8 +133,8 @@ def _opened(
             "compute_chunk_sizes() first"
         )
     array = ObjectArray(name, values, shape, dtype, convert)
-    named = plain_axes(array.shape) if axes is None else tuple(axes)
-    return ObjectInput(array, named, **({"is_named": axes is not None} | more))
+    array_axes = plain_axes(array.shape) if axes is None else tuple(axes)
+    return ObjectInput(array, array_axes, **({"is_named": axes is not None} | more))
 
 
 def _named_axes(

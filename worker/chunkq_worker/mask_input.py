@@ -79,8 +79,8 @@ class MaskInput:
         source = in_order_of(self.source, replace(image, order=()) if volume.path else image)
         if has_times and not volume.path:
             source = replace(source, time=tuple(source.time[n] for n in volume.source.time))
-        kept = {key: value for key, value in values.items() if key in ("above", "scale")}
-        return OpenedInput(self.array, source), kept
+        keys = {key: value for key, value in values.items() if key in ("above", "scale")}
+        return OpenedInput(self.array, source), keys
 
 
 def open_mask(

@@ -89,8 +89,8 @@ def report_shapes(record: bytes) -> CheckReport:
     try:
         decoded = JobRecord.from_json(record)
         volume = decoded.largest_item.volume
-        found = get_device().run(lambda: find_output_shapes(decoded.job, volume)).result()
-        return CheckReport(shapes=tuple(found.values()))
+        shapes = get_device().run(lambda: find_output_shapes(decoded.job, volume)).result()
+        return CheckReport(shapes=tuple(shapes.values()))
     except Exception as error:
         known = as_chunkq_error(error)
         return CheckReport(error=str(known), code=known.code)

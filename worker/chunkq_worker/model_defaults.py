@@ -105,8 +105,8 @@ def _is_of_model(key: str) -> bool:
     top, model = list(Job.model_fields), list(ModelConfig.model_fields)
     if key in top or key in model:
         return key in model
-    found = meant_key(key, "", {"": top, "model_config": model})
-    return found is not None and found[0] == "model_config"
+    meant = meant_key(key, "", {"": top, "model_config": model})
+    return meant is not None and meant[0] == "model_config"
 
 
 def model_keys(path: str, keys: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,9 +53,9 @@ class NetworkObject:
                 f"model_config.runtime: {runtime} cannot run {self.name}; remove it, or use "
                 f"{self.runtime}"
             )
-        given = {key: value for key, value in keys.items() if value is not None}
+        set_keys = {key: value for key, value in keys.items() if value is not None}
         own = {"type": "class", "class_file": stand_in(), "class_name": self.name}
-        return {**self.keys, **given, "runtime": runtime, **own}
+        return {**self.keys, **set_keys, "runtime": runtime, **own}
 
     def identity(self) -> str:
         """Return a hash that changes with the object and with its weights."""

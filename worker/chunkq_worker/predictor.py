@@ -519,8 +519,8 @@ class Predictor:
         keys = {key: value for key, value in keys.items() if value is not None}
         if not keys:
             return selection
-        kept = {key: value for key, value in asdict(selection).items() if value is not None}
-        values = self._job.as_dict() | {"input": {"path": PLACEHOLDER, **kept, **keys}}
+        selected = {key: value for key, value in asdict(selection).items() if value is not None}
+        values = self._job.as_dict() | {"input": {"path": PLACEHOLDER, **selected, **keys}}
         return parse_job(values).inputs[0].selection
 
     def _request_in_memory(
@@ -574,9 +574,9 @@ class Predictor:
         if unknown := unknown_heads(job):
             with UserErrors():
                 shapes = self._output_shapes(job, image.volume)
-            found = {head: shapes[head] for head in unknown}
-            self._job = with_output_shapes(self._job, found)
-            job = with_output_shapes(job, found)
+            shapes_of_heads = {head: shapes[head] for head in unknown}
+            self._job = with_output_shapes(self._job, shapes_of_heads)
+            job = with_output_shapes(job, shapes_of_heads)
         if self._half_strides:
             strides = tuple(half_strides(job, image.volume))
             job = job.model_copy(update={"strides": strides})

@@ -88,8 +88,8 @@ class ValueWatch:
         texts = tuple(suspicion.text for suspicion in self.suspicions())
         spans = [span for _, span in self._results if span is not None]
         span = (min(low for low, _ in spans), max(high for _, high in spans)) if spans else None
-        named = tuple((name, one) for name, one in self._results if name)
-        return ValueCheck(self._input, span, texts, named)
+        by_output = tuple((name, one) for name, one in self._results if name)
+        return ValueCheck(self._input, span, texts, by_output)
 
     def suspicions(self) -> list[Suspicion]:
         """Return what the values suggest; empty before a batch is computed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from chunkq.errors import ErrorCode, QueueError
 from chunkq.queue.backends.tables.queue import TableQueue
 from chunkq.queue.backends.tables.task_table import TaskTable
 
+MOUNTS = Path("/proc/self/mounts")
+"""Linux's table of mounts."""
 NETWORK_FILESYSTEMS = frozenset(
     [
         "nfs",
@@ -99,7 +102,16 @@ def _require_local_disk(
         )
 
 
+def _unescaped(path: str) -> str:
+    """Return a path of the table of mounts, in which white space is octal, such as `\\040`."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)
+
+
 def _mounts() -> list[tuple[str, str]]:
-    import psutil
+    """Return the path and the type of each file system, in the order in which they were mounted."""
+    if MOUNTS.exists():
+        lines = os.fsdecode(MOUNTS.read_bytes()).splitlines()
+        return [(_unescaped(line.split(" ")[1]), line.split(" ")[2]) for line in lines]
+    import psutil  # not on Linux: it takes a twentieth of `chunkq status` to import
 
     return [(part.mountpoint, part.fstype) for part in psutil.disk_partitions(all=True)]

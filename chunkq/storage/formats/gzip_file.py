@@ -172,7 +172,7 @@ class _Cache:
             if content is None:
                 content = load()
             self._contents[key] = content
-            while sum(kept.nbytes for kept in self._contents.values()) > self.limit:
+            while sum(stored.nbytes for stored in self._contents.values()) > self.limit:
                 self._contents.popitem(last=False)
             return content
 

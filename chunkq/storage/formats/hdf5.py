@@ -65,8 +65,8 @@ class Hdf5Array(Array):
             with HDF5_LOCK:
                 self._stream = self._stream or open_stream(self.path, self._access)
             with open_dataset(self.path, self._access, self._stream) as dataset:
-                found = tuple(dataset.shape), native_dtype(dataset.dtype.str)
-                if found != (self.shape, self.dtype):
+                opened = tuple(dataset.shape), native_dtype(dataset.dtype.str)
+                if opened != (self.shape, self.dtype):
                     raise OSError("the dataset was replaced")
                 values = buffers.zeros(box.shape, self.dtype)
                 if values.size:

@@ -185,7 +185,7 @@ def group_members(path: str, access: Access) -> list[str]:
 
 def _parents(path: str, access: Access) -> list[dict[str, Any]]:
     """Return the attributes of the groups above a dataset, up to the root of its container."""
-    found: list[dict[str, Any]] = []
+    parents: list[dict[str, Any]] = []
     parent = path.rstrip("/")
     for _ in range(PARENTS):
         parent = parent.rpartition("/")[0]
@@ -196,10 +196,10 @@ def _parents(path: str, access: Access) -> list[dict[str, Any]]:
         except Exception:  # each file system raises different errors
             break
         if node is not None:
-            found.append(node.attributes)
+            parents.append(node.attributes)
             if "n5" in node.attributes:
                 break
-    return found
+    return parents
 
 
 def described_axes(

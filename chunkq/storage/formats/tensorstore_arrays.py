@@ -211,11 +211,11 @@ def kvstore(path: str, access: Access = DEFAULT_ACCESS) -> dict[str, Any] | None
         return {"driver": "file", "path": path + "/", "file_io_locking": NO_LOCKS}
     scheme, _, rest = path.partition("://")
     bucket, _, key = rest.partition("/")
-    place = {"bucket": bucket, "path": f"{key}/" if key else ""}
+    shared = {"bucket": bucket, "path": f"{key}/" if key else ""}
     if scheme in GCS_SCHEMES and access == DEFAULT_ACCESS:
-        return {"driver": "gcs", **place}
+        return {"driver": "gcs", **shared}
     members = tensorstore_s3(bucket, access) if scheme in S3_SCHEMES else None
-    return None if members is None else {"driver": "s3", **place, **members}
+    return None if members is None else {"driver": "s3", **shared, **members}
 
 
 def web_kvstore(path: str) -> dict[str, Any] | None:

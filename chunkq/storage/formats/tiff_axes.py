@@ -117,8 +117,8 @@ def _ome_metadata(xml: str, series_name: str) -> ImageMetadata:
         images = _children(ElementTree.fromstring(xml), "Image")
     except ElementTree.ParseError:
         return ImageMetadata()
-    named = [image for image in images if series_name and image.get("Name") == series_name]
-    for image in named or images:
+    of_series = [image for image in images if series_name and image.get("Name") == series_name]
+    for image in of_series or images:
         for pixels in _children(image, "Pixels"):
             channels = _children(pixels, "Channel")
             labels = tuple(str(channel.get("Name") or "") for channel in channels)

@@ -184,11 +184,11 @@ class PagesArray(Array):
             if page.decoder is None:
                 continue
             for segment in _segments(page, window):
-                kept = CACHE.get((self._token, pick, segment.number))
-                if kept is None:
+                cached = CACHE.get((self._token, pick, segment.number))
+                if cached is None:
                     wanted.append((number, segment))
                 else:
-                    _copy_segment(segment, kept, views[number], window)
+                    _copy_segment(segment, cached, views[number], window)
         pages = [self.pages[picks[number]] for number, _ in wanted]
         ranges = [
             Range(page.offsets[n], page.offsets[n] + page.sizes[n])

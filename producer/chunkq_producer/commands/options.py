@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from click.shell_completion import CompletionItem
 
 from chunkq.errors import MissingJobError
 from chunkq.job.job_path import job_folder_of, output_path
@@ -16,6 +15,8 @@ from chunkq.queue.contract.executor import Executor
 from chunkq.queue.registry import QUEUE_VARIABLE, open_shared, queue_url
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from chunkq.job.job_folder import JobFolder
     from chunkq.job.job_handle import JobHandle
 
@@ -24,6 +25,8 @@ def complete_folders(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
     """Let the shell complete a folder, such as an output."""
+    from click.shell_completion import CompletionItem  # for shells only
+
     return [CompletionItem(incomplete, type="dir")]
 
 

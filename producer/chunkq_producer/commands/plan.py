@@ -17,7 +17,7 @@ from chunkq.errors import ChunkqError, ErrorCode, JobError, ModelError
 from chunkq.geometry.axes import Axis
 from chunkq.install_hint import install_command
 from chunkq.job.job_file import Job, load_job, select_job_file
-from chunkq.job.known_empty import MISSING, has_known_empty
+from chunkq.job.known_empty import MISSING
 from chunkq.job.model_config import STOCHASTIC
 from chunkq.job.output import output_axes
 from chunkq.job.output_shapes import unknown_heads
@@ -404,7 +404,7 @@ def _skipped_rows(job: CheckedJob, trial: Trial | None) -> list[tuple[str, str]]
         return []
     total = total_costs(job.plans)
     parts = []
-    if has_known_empty(job.record.job):
+    if job.record.job.has_known_empty:
         text = (
             f"{values['patches']} of {total.patches} patches and {values['chunks']} of "
             f"{total.chunks} chunks are skipped, which saves "

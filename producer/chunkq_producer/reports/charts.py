@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ MAX_BARS = 64
 """Workers in a plot; of more workers, an evenly spaced selection by utilization is plotted."""
 MAX_NAMED_LABELS, MAX_NUMBERED_LABELS = 60, 15
 """Labels of a confusion matrix up to which it shows their names, and the numbers of images."""
+MAX_LABEL_LENGTH = 24
+"""Characters of a label beside a confusion matrix."""
 BLUE = "#0072B2"
 COLORS = {
     "compute": BLUE,
@@ -185,13 +188,22 @@ def confusion_chart(accuracy: Accuracy) -> Markup:
     axes.set_xlabel("predicted label")
     axes.set_ylabel("true label")
     if size <= MAX_NAMED_LABELS:
-        axes.set_xticks(range(size), labels, rotation=90)
-        axes.set_yticks(range(size), labels)
+        names = [_shorten(label) for label in labels]
+        axes.set_xticks(range(size), names, rotation=90, parse_math=False)
+        axes.set_yticks(range(size), names, parse_math=False)
     if size <= MAX_NUMBERED_LABELS:
         for (row, column), number in np.ndenumerate(accuracy.counts):
             color = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, f"{number}", ha="center", va="center", color=color)
-    return _svg(figure, f"Confusion matrix of {size} labels")
+    with warnings.catch_warnings():
+        # The reader of the page draws the names, in a font of its own.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        return _svg(figure, f"Confusion matrix of {size} labels")
+
+
+def _shorten(label: str) -> str:
+    """Return a label of at most `MAX_LABEL_LENGTH` characters."""
+    return label if len(label) <= MAX_LABEL_LENGTH else f"{label[: MAX_LABEL_LENGTH - 1]}…"
 
 
 def _svg(figure: Figure, alt: str) -> Markup:

@@ -76,7 +76,7 @@ FAULTS = (
     ),
     Fault(
         "gaussian-twice-as-wide",
-        "chunkq/blend/weights.py",
+        "chunkq/blend/weight_profiles.py",
         "n / 8",
         "n / 4",
         "weight_gaussian gives a patch's edge more weight than documented",

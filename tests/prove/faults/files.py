@@ -62,8 +62,8 @@ FAULTS = (
     Fault(
         "decoded-segments-mixed-up",
         PAGES,
-        "kept = CACHE.get((self._token, pick, segment.number))",
-        "kept = CACHE.get((self._token, 0, segment.number))",
+        "cached = CACHE.get((self._token, pick, segment.number))",
+        "cached = CACHE.get((self._token, 0, segment.number))",
         "a slice is that of another slice that was read before",
         named(TIFF_TESTS, "every_dtype"),
     ),

@@ -3,6 +3,7 @@
 from tests.prove.fault import Fault, named
 
 READING, DECODING = "tests/unit/images/test_reading.py", "tests/unit/images/test_decoding.py"
+VIDEOS = "tests/unit/images/test_videos.py"
 DAMAGED = "tests/integration/test_damaged_images.py"
 
 FAULTS = (
@@ -29,6 +30,22 @@ FAULTS = (
         'f"{error}"',
         "the table of errors has other bytes each time",
         named(DECODING, "same_in_each_process"),
+    ),
+    Fault(
+        "decoding-begins-after-the-frame",
+        "chunkq/images/videos.py",
+        " and key.pts <= latest:",
+        ":",
+        "frames at the start of a chunk are errors, depending on the chunks",
+        named(VIDEOS, "first_of_a_chunk"),
+    ),
+    Fault(
+        "guessed-pixels-are-predicted",
+        "chunkq/images/videos.py",
+        "if frame.is_corrupt:",
+        "if False:",
+        "frames of a damaged video have keypoints of pixels that nobody recorded",
+        named(VIDEOS, "damage_reaches"),
     ),
     Fault(
         "results-merged-backwards",

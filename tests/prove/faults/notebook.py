@@ -51,8 +51,8 @@ FAULTS = (
     Fault(
         "axes-of-objects-are-forgotten",
         "worker/chunkq_worker/input_objects.py",
-        "named = plain_axes(array.shape) if axes is None else tuple(axes)",
-        "named = plain_axes(array.shape)",
+        "array_axes = plain_axes(array.shape) if axes is None else tuple(axes)",
+        "array_axes = plain_axes(array.shape)",
         "the channels that an object names are predicted as a spatial axis",
         (INPUTS,),
     ),

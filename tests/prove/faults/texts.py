@@ -32,8 +32,8 @@ FAULTS = (
     Fault(
         "zarr-folder-named-like-a-tiff-file",
         "chunkq/job/output_name.py",
-        "found = SCHEMES.get(scheme) or FORMATS.get(last)",
-        "found = SCHEMES.get(scheme)",
+        "format_name = SCHEMES.get(scheme) or FORMATS.get(last)",
+        "format_name = SCHEMES.get(scheme)",
         "`output: labels.tif` becomes a folder",
         named("tests/unit/test_output_name.py", "another_format"),
     ),

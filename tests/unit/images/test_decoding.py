@@ -14,6 +14,7 @@ import tifffile
 from PIL import Image, ImageOps
 
 from chunkq.errors import ErrorCode
+from chunkq.images import decoding
 from chunkq.images.decoding import decode
 from chunkq.images.image_error import ImageError
 
@@ -145,6 +146,18 @@ def png_that_declares(width: int, height: int, depth: int) -> bytes:
 def test_a_file_that_declares_a_huge_image_is_refused_before_it_is_decoded(depth: int) -> None:
     with pytest.raises(ImageError) as caught:
         decode(png_that_declares(50_000, 50_000, depth), "RGB")
+    assert caught.value.code == ErrorCode.IMAGE_TOO_LARGE
+
+
+def test_a_tiff_of_many_channels_is_refused_before_it_is_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 64)
+    file = BytesIO()
+    pixels = np.zeros((8, 8, 5), np.uint16)
+    tifffile.imwrite(file, pixels, photometric="minisblack", planarconfig="contig")
+    with pytest.raises(ImageError) as caught:
+        decode(file.getvalue(), "RGB")
     assert caught.value.code == ErrorCode.IMAGE_TOO_LARGE
 
 

@@ -14,6 +14,7 @@ from chunkq_worker.images.frames import FrameReader, frame_inputs
 
 from chunkq.access import DEFAULT_ACCESS
 from chunkq.errors import ErrorCode, StoreError
+from chunkq.geometry.position_range import positions_in
 from chunkq.images.frame_list import FRAME, picked_frames, with_frames
 from chunkq.images.image_error import ImageError
 from chunkq.images.image_list import PATH, ImageList, find_images
@@ -57,6 +58,12 @@ def test_each_frame_is_a_row_and_a_broken_video_is_one(folder: Path) -> None:
 )
 def test_frames_are_picks_or_a_range(frames: Any, expected: Any) -> None:
     assert picked_frames(frames, 10).tolist() == list(expected)
+
+
+def test_a_step_of_0_is_no_range() -> None:
+    assert positions_in("0:10:0", 10) is None
+    with pytest.raises(ValueError, match="no range"):
+        picked_frames("0:10:0", 10)
 
 
 def test_a_list_can_name_frames_itself(folder: Path) -> None:
@@ -112,8 +119,8 @@ def test_rows_of_a_video_are_decoded_once(folder: Path, monkeypatch: pytest.Monk
 
 def test_what_cannot_be_decoded_is_an_error_of_its_row(folder: Path) -> None:
     broken, missing = str(folder / "c.mp4"), str(folder / "d.mp4")
-    paths = [str(folder / "a.mp4")] * 2 + [broken, missing]
-    inputs = list(frame_inputs(paths, [19, 20, None, 0], DEFAULT_ACCESS, "L"))
+    paths = [str(folder / "a.mp4")] * 3 + [broken, missing]
+    inputs = list(frame_inputs(paths, [19, 20, -1, None, 0], DEFAULT_ACCESS, "L"))
     assert inputs[0].read().shape == (32, 48, 1)
     codes = []
     for one in inputs[1:]:
@@ -122,9 +129,33 @@ def test_what_cannot_be_decoded_is_an_error_of_its_row(folder: Path) -> None:
         codes.append(error.value.code)
     assert codes == [
         ErrorCode.IMAGE_MISSING,  # a number beyond the end
+        ErrorCode.IMAGE_MISSING,  # a number below 0
         ErrorCode.IMAGE_DAMAGED,
         ErrorCode.IMAGE_MISSING,
     ]
+
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [
+        ("/a\0.mp4", ErrorCode.IMAGE_MISSING),
+        (f"/{'a' * 300}.mp4", ErrorCode.IMAGE_MISSING),
+        ("nothing://bucket/a.mp4", ErrorCode.STORE_UNUSABLE),
+        ("simplecache::file:///a.mp4", ErrorCode.STORE_UNUSABLE),
+    ],
+)
+def test_a_path_that_names_no_video_is_an_error_of_its_row(path: str, code: ErrorCode) -> None:
+    images = with_frames(ImageList(pa.table({PATH: [path]})))
+    assert images.table.column(FRAME).to_pylist() == [None]
+    [one] = frame_inputs([path], [None], DEFAULT_ACCESS, "RGB")
+    with pytest.raises(ImageError) as error:
+        one.read()
+    assert error.value.code is code
+
+
+def test_a_server_that_does_not_answer_is_no_error_of_a_video() -> None:
+    with pytest.raises(StoreError):
+        with_frames(ImageList(pa.table({PATH: ["http://127.0.0.1:9/a.mp4"]})))
 
 
 def test_a_playlist_that_names_other_files_is_no_video(folder: Path) -> None:

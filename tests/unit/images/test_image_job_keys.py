@@ -79,10 +79,27 @@ def test_scores_are_those_of_softmax_unless_the_job_names_another_activation() -
             {"model_config.model_input_shape"},
         ),
         ({"image": {"resize": 8}}, {"model_config.model_input_shape"}),
+        ({"inference_type": "images"}, {"inference_type"}),
+        ({"classes": ["cat"]}, {"classes"}),
+        ({"input": {"path": "/a.mp4", "frames": "0:9:0"}}, {"input.frames"}),
+        (
+            {"image": None, "model_config": {"package": ["/a", "/b", "/c"]}},
+            {"model_config.package"},
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_by_its_key(keys: dict[str, Any], wrong: set[str]) -> None:
     assert problems(**keys) == wrong
+
+
+def test_a_misspelled_key_of_peaks_is_named() -> None:
+    with pytest.raises(JobError, match="'threshold'"):
+        load_job(values(peaks={"treshold": 0.5}))
+
+
+def test_a_single_keypoint_has_a_name() -> None:
+    job = load_job(values(peaks={}, classes=["nose"], output="/out.slp"))
+    assert job.classes == ("nose",)
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,8 @@ def test_rows_of_a_path_can_be_left_out(folder: Path) -> None:
 def test_a_file_whose_name_looks_like_a_pattern_is_one_row(folder: Path) -> None:
     (folder / "x[1].png").write_bytes(b"")
     assert relative(folder, find_images(f"{folder}/x[1].png").paths) == ["x[1].png"]
+    (folder / "x[1].csv").write_text("path\na.png\n")
+    assert relative(folder, find_images(f"{folder}/x[1].csv").paths) == ["a.png"]
 
 
 def test_a_csv_keeps_its_order_and_its_columns(folder: Path) -> None:

@@ -109,6 +109,31 @@ def test_a_broken_image_of_a_list_is_an_error_of_its_row(colors: Predictor, tmp_
         colors.predict(tmp_path / "broken.png")
 
 
+def test_without_a_prediction_there_are_no_labels(colors: Predictor) -> None:
+    with pytest.warns(PredictionWarning):
+        outputs = colors.predict(["/missing/a.png", "/missing/b.mp4"])
+    assert outputs.labels == [None, None]
+    assert outputs.scores.shape == (2, 0)
+    assert "job" in str(outputs.errors[1])
+    assert colors.predict([]).labels == []
+
+
+def test_images_with_different_numbers_of_scores_have_no_table() -> None:
+    with predictor(lambda batch: batch.mean(axis=(1, 2))) as one:
+        outputs = one.predict([PHOTOS[0], PHOTOS[1][:, :5]])
+        with pytest.raises(ModelError, match="5 scores for an image and 7"):
+            outputs.to_arrow()
+
+
+@pytest.mark.parametrize("keys", [{}, {"peaks": {}}])
+def test_a_network_that_returns_nothing_is_refused(keys: dict[str, Any]) -> None:
+    with (
+        predictor(lambda batch: batch[:, :, :0] if keys else batch[:, :0, 0, 0], **keys) as one,
+        pytest.raises(ModelError),
+    ):
+        one.predict(PHOTOS)
+
+
 def test_keypoints_are_where_the_maps_are_largest() -> None:
     points = np.array([[3, 2], [5, 4]])
 

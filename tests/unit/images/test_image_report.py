@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from chunkq_producer.reports import charts
 from chunkq_producer.reports.image_rows import MAX_LABELS, class_rows, confusion_rows
@@ -77,3 +78,13 @@ def test_the_picture_of_a_confusion_matrix_names_its_labels() -> None:
         picture = str(charts.confusion_chart(ACCURACY))
     assert picture.startswith("<svg")
     assert all(f">{label}<" in picture for label in ACCURACY.labels)
+
+
+def test_labels_of_a_picture_are_text_whatever_they_contain() -> None:
+    labels = ["<script>", r"$\bad{$", "猫", "x" * 300]
+    accuracy = Accuracy.of(pa.array(labels), pa.array(labels[::-1]))
+    with charts.style():
+        picture = str(charts.confusion_chart(accuracy))
+    assert "<script>" not in picture
+    assert picture.count(">&lt;script&gt;<") == picture.count(r">$\bad{$<") == 2
+    assert picture.count(">猫<") == picture.count(f">{'x' * 23}…<") == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from datetime import date
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,7 @@ def test_one_output_is_a_decision_at_one_half() -> None:
     columns = ScoreSpec("sigmoid", ("no", "yes")).columns(outputs)
     assert columns["prediction"].to_pylist() == [1, 0, 1]
     assert columns["label"].to_pylist() == ["yes", "no", "yes"]
+    assert columns["top_labels"].to_pylist() == [["yes"], ["no"], ["yes"]]
 
 
 @given(st.lists(st.tuples(st.sampled_from("abxy"), st.sampled_from(["a", "b", "x", None]))))
@@ -85,6 +87,38 @@ def test_a_chunk_has_its_results_its_errors_and_the_columns_of_the_list() -> Non
         {"path": "/b", "row": 257, "stage": "read", "code": "image_missing",
          "message": "missing; fix the path"}
     ]  # fmt: skip
+
+
+def test_a_column_of_the_list_keeps_its_values_whatever_its_name_is() -> None:
+    table = pa.table({"path": ["/a"], "label": [1], "label_list": [2], "label_list_list": [3]})
+    rows = chunk_result(table, 0, {"label": pa.array(["x"])}, [0], []).rows
+    assert rows.drop_columns(["path", "label"]).to_pylist() == [
+        {"label_list_list_list": 1, "label_list": 2, "label_list_list": 3}
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_every_type_of_a_column_is_written_as_text(suffix: str) -> None:
+    values = {
+        "struct": {"a": [1]},
+        "number": float("nan"),
+        "list": [float("inf"), 1.0],
+        "dates": [date(2020, 1, 2)],
+        "bytes": b"\xff",
+    }
+    file = io.BytesIO()
+    write_table([pa.table({name: [value] for name, value in values.items()})], suffix, file)
+    text = file.getvalue().decode()
+    if suffix == ".jsonl":
+        row = json.loads(text, parse_constant=pytest.fail)
+        assert row["number"] is None
+    else:
+        [row] = csv.DictReader(io.StringIO(text))
+        row |= {name: json.loads(row[name]) for name in ("struct", "list", "dates", "bytes")}
+    assert row["struct"] == {"a": [1]}
+    assert row["list"] == [None, 1.0]
+    assert row["dates"] == ["2020-01-02"]
+    assert row["bytes"] == "/w=="
 
 
 def test_equal_results_have_equal_bytes() -> None:

@@ -49,6 +49,12 @@ def test_an_image_smaller_than_the_crop_is_refused() -> None:
     assert (caught.value.code, caught.value.stage) == (ErrorCode.IMAGE_UNSUITABLE, "transform")
 
 
+def test_a_narrow_image_that_would_become_huge_is_refused() -> None:
+    with pytest.raises(ImageError) as caught:
+        transform(np.zeros((1, 3000, 3), np.uint8), ImageSpec(resize=1024))
+    assert caught.value.code == ErrorCode.IMAGE_UNSUITABLE
+
+
 @given(
     st.tuples(st.integers(8, 60), st.integers(8, 60)),
     st.tuples(st.integers(16, 40), st.integers(16, 40)),

@@ -37,7 +37,8 @@ def all_frames(path: Path) -> npt.NDArray[Any]:
 CODECS = {
     "B-frames": ("libx264", "mp4", {"bf": "3", "g": "20"}),
     "one keyframe": ("libx264", "mkv", {"bf": "2", "g": "1000"}),
-    "mpeg4": ("mpeg4", "avi", {"g": "12"}),
+    "shown before the keyframe": ("mpeg4", "avi", {"bf": "2", "g": "12"}),
+    "no index": ("libx264", "ts", {"bf": "3", "g": "20"}),
     "keyframes only": ("libx264", "mov", {"g": "1"}),
 }
 
@@ -60,6 +61,13 @@ def test_every_range_has_the_frames_of_the_whole_video(video: Path) -> None:
             np.testing.assert_array_equal(frame, expected[number])
 
 
+def test_each_frame_can_be_the_first_of_a_chunk(video: Path) -> None:
+    index, expected = index_video(str(video)), all_frames(video)
+    for number in range(FRAMES):
+        [(_, frame)] = read_frames(str(video), index, [number], "RGB")
+        np.testing.assert_array_equal(frame, expected[number])
+
+
 def test_gray_frames_have_one_channel(video: Path) -> None:
     index = index_video(str(video))
     [(number, frame)] = read_frames(str(video), index, range(9, 10), "L")
@@ -79,6 +87,28 @@ def test_frames_that_are_cut_off_are_errors_and_those_before_are_not(tmp_path: P
     assert 10 < len(good) < FRAMES
     assert good == list(range(len(good)))
     np.testing.assert_array_equal(frames[5], expected[5])
+
+
+@pytest.mark.parametrize("damaged", [20, 23])
+@pytest.mark.parametrize("is_half", [True, False])
+def test_damage_reaches_to_the_next_keyframe_whatever_the_first_frame_is(
+    tmp_path: Path, damaged: int, is_half: bool
+) -> None:
+    path = tmp_path / "video.mkv"
+    write_video(path, "mpeg4", g="10")
+    index, expected = index_video(str(path)), all_frames(path)
+    with av.open(str(path)) as container:
+        packet = bytes(next(p for n, p in enumerate(container.demux(video=0)) if n == damaged))
+    # A decoder returns the frame of which one half is valid, with guessed pixels.
+    kept = packet[: len(packet) // 2 * is_half]
+    content = path.read_bytes()
+    path.write_bytes(content.replace(packet, kept + b"\x55" * (len(packet) - len(kept))))
+    for first in (0, 15, 22, 26, 30):
+        frames = dict(read_frames(str(path), index, range(first, 40), "RGB"))
+        bad = [n for n, frame in frames.items() if isinstance(frame, ImageError)]
+        assert bad == list(range(max(first, damaged), 30))
+        for number in set(frames) - set(bad):
+            np.testing.assert_array_equal(frames[number], expected[number])
 
 
 @pytest.mark.parametrize(

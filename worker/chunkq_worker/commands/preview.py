@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import click
 
 from chunkq.errors import ChunkqError, ErrorCode, JobError
+from chunkq.geometry.position_range import positions_in
 from chunkq.install_hint import install_command
 from chunkq.job.job_path import job_folder_of, output_path
 from chunkq.paths import open_filesystem, without_secret
@@ -19,7 +19,6 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEOS = (".mp4", ".mkv", ".mov")
 DEFAULT_PICTURES, DEFAULT_FRAMES = 12, 250
 """Rows of a picture, spread over the table, and of a video, from its start."""
-RANGE = re.compile(r"(\d*):(\d*)(?::([1-9]\d*))?")
 
 
 @click.command()
@@ -78,10 +77,10 @@ def _rows(path: str, picks: str | None, *, is_video: bool) -> list[dict[str, Any
         ) from None
     numbers = range(table.num_rows)
     if picks is not None:
-        match = RANGE.fullmatch(picks)
-        if match is None:
+        positions = positions_in(picks, table.num_rows)
+        if positions is None:
             raise JobError(f"--rows: found {picks!r}; expected a range such as 0:100:5")
-        numbers = numbers[slice(*(int(part) if part else None for part in match.groups()))]
+        numbers = positions
     elif is_video:
         numbers = numbers[:DEFAULT_FRAMES]
     else:

@@ -66,12 +66,21 @@ def reduced(job: Job, output: RowOutput) -> Any:
 
 
 def columns_of(job: Job, outputs: Sequence[Any]) -> dict[str, pa.Array]:
-    """Return the columns of some images, one result of `reduced` per image."""
+    """Return the columns of some images, one result of `reduced` per image.
+
+    Raises ModelError if the numbers of scores differ.
+    """
     if job.peaks is not None:
         maps = outputs[0].points.shape[1] if outputs else None
         return pose_columns(outputs, keypoint_names(job, maps))
     columns: dict[str, pa.Array] = {}
     if job.keep != "features":
+        counts = {len(values) for values in outputs}
+        if len(counts) > 1:
+            raise ModelError(
+                f"the network returned {min(counts)} scores for an image and {max(counts)} for "
+                "another one; set image.resize and image.crop, or use keep: features"
+            )
         scores = np.stack(outputs) if outputs else np.zeros((0, 1), np.float32)
         columns = score_spec(job).columns(scores)
     if job.keep in OUTPUTS:
@@ -82,7 +91,7 @@ def columns_of(job: Job, outputs: Sequence[Any]) -> dict[str, pa.Array]:
 
 def _check_scores(job: Job, values: npt.NDArray[np.float32]) -> None:
     """Raise ModelError unless an output has one score per class."""
-    if values.ndim != 1:
+    if values.ndim != 1 or not len(values):
         raise ModelError(
             f"the network returned shape {list(values.shape)} for an image; expected one score per "
             "class; use keep: features to store any outputs"

@@ -61,18 +61,19 @@ class FrameReader:
         from chunkq.images.videos import read_frames  # an extra
 
         index = _index(self._path, self._access)
-        known = [n for n in self._numbers if n < len(index)]
+        present = [n for n in self._numbers if 0 <= n < len(index)]
+        for number in self._numbers:
+            if number not in range(len(index)):
+                yield (
+                    number,
+                    ImageError(
+                        "read",
+                        f"frame {number}: the video has {len(index)} frames, from 0; fix frames",
+                        code=ErrorCode.IMAGE_MISSING,
+                    ),
+                )
         with open_video(self._path, self._access) as file:
-            yield from read_frames(file, index, known, self._mode)
-        for number in self._numbers[len(known) :]:
-            yield (
-                number,
-                ImageError(
-                    "read",
-                    f"frame {number}: the video has {len(index)} frames; fix frames",
-                    code=ErrorCode.IMAGE_MISSING,
-                ),
-            )
+            yield from read_frames(file, index, present, self._mode)
 
 
 _index = lru_cache(INDEXES)(video_index)

@@ -28,7 +28,7 @@ def poses_of(job: Job, output: RowOutput) -> Poses:
     if job.model.package is not None:
         return poses_of_values(output.values)
     config, [maps] = job.peaks or PeaksConfig(), output.values
-    if maps.ndim != 3:
+    if maps.ndim != 3 or not maps.size:
         raise ModelError(
             f"{KEY}: the network returned shape {list(maps.shape)} for an image, expected one map "
             "per keypoint, (K, h, w); use another network, or remove peaks"

@@ -71,10 +71,12 @@ class Outputs:
         Raises ArgumentError if the network returns no scores of classes.
         """
         self._check_classes("labels")
-        names = score_spec(self.job).names
+        names, scores = score_spec(self.job).names, self.scores
+        if not scores.size:
+            return [None] * len(self)
         classes = [
             None if n in self.errors else int(number)
-            for n, number in enumerate(predicted_classes(np.nan_to_num(self.scores)))
+            for n, number in enumerate(predicted_classes(np.nan_to_num(scores)))
         ]
         return [None if n is None else names[n] if names else str(n) for n in classes]
 
@@ -82,10 +84,13 @@ class Outputs:
     def scores(self) -> npt.NDArray[np.float32]:
         """Score of each class after `activation`, (n, C); NaN for images that failed.
 
-        Raises ArgumentError if the network returns no scores of classes.
+        It is (n, 0) if all failed. Raises ArgumentError if the network returns no scores of
+        classes.
         """
         self._check_classes("scores")
         values = self.numpy()
+        if not values.size:
+            return values
         scores: npt.NDArray[np.float32] = activate_rows(values, score_spec(self.job).activation)
         return scores
 

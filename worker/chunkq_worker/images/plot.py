@@ -35,7 +35,7 @@ def draw(job: Job, pixels: Pixels, value: Any, path: str | None) -> Figure:
         columns = score_spec(job).columns(np.asarray(value).reshape(1, -1))
         label, score = columns["label"][0].as_py(), columns["score"][0].as_py()
         title = f"{title}: {label} ({score:.3g})" if title else f"{label} ({score:.3g})"
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)  # a name can have dollars
     axes.set_axis_off()
     return figure
 
@@ -48,4 +48,5 @@ def _draw_poses(axes: Any, poses: Poses, names: tuple[str, ...]) -> None:
             color = tuple(part / 255 for part in label_color(number + 1))
             axes.plot(points[:, 0], points[:, 1], "o", color=color, label=name, markersize=5)
     if 0 < len(axes.lines) <= MAX_LEGEND_ENTRIES:
-        axes.legend(loc="upper right", fontsize="small")
+        for text in axes.legend(loc="upper right", fontsize="small").get_texts():
+            text.set_parse_math(False)

@@ -14,7 +14,7 @@ import numpy as np
 from chunkq.errors import ArgumentError
 from chunkq.images.decoding import Pixels, decode, of_array, of_pillow
 from chunkq.images.image_error import ImageError
-from chunkq.images.image_list import find_images
+from chunkq.images.image_list import find_images, is_video
 from chunkq.images.image_spec import CHANNELS, Mode
 from chunkq.images.reading import read_image
 from chunkq.job.events import Sink, StageProgress
@@ -112,8 +112,13 @@ def _sources(images: Any, job: Job) -> tuple[bool, list[tuple[str | None, Read]]
     mode: Mode = job.image_spec.mode
     access = job.inputs[0].access
 
+    def read(path: str) -> Pixels:
+        if is_video(path):
+            raise ImageError("read", "a video; use a job, or predict its frames as an array")
+        return decode(read_image(path, access), mode)
+
     def of_path(path: str) -> tuple[str, Read]:
-        return path, lambda: decode(read_image(path, access), mode)
+        return path, partial(read, path)
 
     if isinstance(images, (str, os.PathLike)):
         path = _absolute(images)

@@ -33,10 +33,7 @@ def annotated(pixels: Pixels, row: dict[str, Any], side: int | None = None) -> P
         image = image.resize([max(1, round(n * factor)) for n in image.size])
     draw = ImageDraw.Draw(image)
     radius = max(2, round(max(image.size) / 100))
-    names: list[str] = []
     for keypoint in chain.from_iterable(row.get("keypoints") or ()):
-        if keypoint["name"] not in names:
-            names.append(keypoint["name"])
         x, y = ((keypoint[axis] + 0.5) * factor - 0.5 for axis in "xy")
         corners = (x - radius, y - radius, x + radius, y + radius)
         draw.ellipse(corners, fill=label_color(_number(keypoint["name"])), outline=TEXT)

@@ -134,10 +134,10 @@ def prediction_in(
     shapes = [_describe(name, value) for name, value in values.items()]
     more = f", and {len(shapes) - MAX_LISTED} more" if len(shapes) > MAX_LISTED else ""
     head = next((head for head, part in heads_of(returned).items() if is_array(part)), None)
-    named = "" if head is None else f"name one as head of an output, for example head: {head}, or "
+    remedy = "" if head is None else f"name one as head of an output, for example head: {head}, or "
     raise ModelError(
         f"{source} with {len(values)} values, {', '.join(shapes[:MAX_LISTED])}{more}; expected one "
-        f"{kind}: {named}return the prediction in {STEP}({NAME}) of {KEY}, for example "
+        f"{kind}: {remedy}return the prediction in {STEP}({NAME}) of {KEY}, for example "
         f"{next(iter(arrays))}"
     )
 

@@ -189,9 +189,10 @@ def _exported_channels(package: SleapPackage) -> int | None:
 
 def _pixels(batch: npt.NDArray[Any]) -> Pixels:
     """Return the frames of a batch. Raise ModelError for pixels that have no 8 bits."""
-    if batch.size and (batch.min() < 0 or batch.max() > 255):
+    pixels = batch.clip(0, 255).astype(np.uint8)
+    if not np.array_equal(pixels, batch):
         raise ModelError("sleap-nn takes frames of 8 bits; convert the images")
-    return np.moveaxis(batch, 1, -1).astype(np.uint8)
+    return np.moveaxis(pixels, 1, -1)
 
 
 def _poses(instances: Sequence[Any], keypoints: int) -> Poses:

@@ -42,10 +42,10 @@ def device_problem(error: BaseException | None, device: str) -> str | None:
     problem = None
     while error is not None:
         if not isinstance(error, ModelError) and DEVICE_ERROR.search(str(error)):
-            name, place = _named_device(error, device)
+            name, line = _named_device(error, device)
             if name is not None:
                 problem = (
-                    f"the code of the network{place} uses the device {name}, but "
+                    f"the code of the network{line} uses the device {name}, but "
                     f"model_config.device is {device} ({_first_sentence(error)}); use the device "
                     "of the input there (x.device), or set model_config.device"
                 )
@@ -57,13 +57,13 @@ def _named_device(error: BaseException, device: str) -> tuple[str | None, str]:
     """Return the other device in the code or the message of an error, and the line of the code."""
     text = str(error)
     files = TRACEBACK_FILE.findall(text)  # of TorchScript
-    place = f" ({files[-1][0]}, line {files[-1][1]})" if files else ""
+    line = f" ({files[-1][0]}, line {files[-1][1]})" if files else ""
     if (name := _other_device(text, device)) is not None and files:
-        return name, place
+        return name, line
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if (named := _other_device(frame.line or "", device)) is not None and not _is_torch(frame):
-            return named, f" ({frame.filename}, line {frame.lineno})"
-    return name, place
+        if (other := _other_device(frame.line or "", device)) is not None and not _is_torch(frame):
+            return other, f" ({frame.filename}, line {frame.lineno})"
+    return name, line
 
 
 def _first_sentence(error: BaseException) -> str:

@@ -196,13 +196,13 @@ def _states(content: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[st
     """
     if not isinstance(content, Mapping):
         return
-    named = {key: value for key, value in content.items() if isinstance(key, str)}
-    if any(isinstance(value, torch.Tensor) for value in named.values()):
-        yield keys, named
+    values = {key: value for key, value in content.items() if isinstance(key, str)}
+    if any(isinstance(value, torch.Tensor) for value in values.values()):
+        yield keys, values
     if len(keys) < DEPTH:
         rank = {key: number for number, key in enumerate(STATE_KEYS)}
-        for key in sorted(named, key=lambda key: rank.get(key, len(rank))):
-            yield from _states(named[key], (*keys, key))
+        for key in sorted(values, key=lambda key: rank.get(key, len(rank))):
+            yield from _states(values[key], (*keys, key))
 
 
 def _fits(keys: tuple[str, ...], state: Mapping[str, Any], names: NetworkNames) -> list[Fit]:
@@ -240,21 +240,21 @@ def _fit(
 
     `name_of` maps names in the checkpoint, after the prefix, to the network's.
     """
-    found = {name: state[prefix + key] for key, name in name_of.items() if prefix + key in state}
+    weights = {name: state[prefix + key] for key, name in name_of.items() if prefix + key in state}
     for name in names.shapes:
-        others = [other for other in names.tied.get(name, ()) if other in found]
-        if name not in found and others:
-            found[name] = found[others[0]]
-        elif name not in found and not name.endswith(COUNTERS):
+        others = [other for other in names.tied.get(name, ()) if other in weights]
+        if name not in weights and others:
+            weights[name] = weights[others[0]]
+        elif name not in weights and not name.endswith(COUNTERS):
             return None
-    if any(not _has_shape(value, names.shapes[name]) for name, value in found.items()):
+    if any(not _has_shape(value, names.shapes[name]) for name, value in weights.items()):
         return None
     used = {prefix + key for key in name_of}
     unused = [name for name in state if name not in used and not name.endswith(COUNTERS)]
     is_usual = all(part in ATTRIBUTES for part in prefix.split(".")[:-1])
     if any(name.startswith(prefix) for name in unused) or (unused and not is_usual):
         return None
-    return Fit(keys, found, (), prefix, tuple(unused))
+    return Fit(keys, weights, (), prefix, tuple(unused))
 
 
 def _without_wrappers(values: Mapping[str, Any]) -> dict[str, Any] | None:
