@@ -19,12 +19,18 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from distributed.scheduler import KilledWorker
 
 from chunkq.errors import ErrorCode
 from chunkq.install_hint import install_command, remote_hint
-from chunkq.queue.backends.dask.plugin import OPERATION, REMOTE_TASK, QueuePlugin
+from chunkq.queue.backends.dask.plugin import (
+    OPERATION,
+    REMOTE_TASK,
+    QueuePlugin,
+    RemoteWorkerLauncher,
+)
 from chunkq.queue.backends.dask.tls import create_certificate
-from chunkq.queue.backends.hosted.queue_host import VERSION
+from chunkq.queue.backends.hosted.queue_host import MAX_LOADING_DEATHS, VERSION, QueueHost
 from tests.harness.processes import CommandResult, RunningCommand
 from tests.harness.servers.dask import HOST, DaskCluster
 from tests.harness.servers.redis import free_port
@@ -684,6 +690,31 @@ def test_deaths_of_a_worker_count_against_a_thread_only_before_it_has_its_networ
     scheduler.handlers[OPERATION](json.dumps(call))
     plugin.remove_worker(scheduler, "tcp://node")
     assert [task.suspicious for task in scheduler.tasks.values()] == [0, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "tolerated"), [(0, MAX_LOADING_DEATHS), (3, 0)], ids=["of a site", "of Dask"]
+)
+def test_tasks_that_dask_gives_up_end_a_group_after_four_deaths_in_a_row(
+    allowed: int, tolerated: int
+) -> None:
+    host = QueueHost()
+    host.start_group("ab", "/out.zarr.chunkq", "dask://host:1", 1, gpu=False, cores=1)
+    scheduler = SimpleNamespace(allowed_failures=allowed, workers={}, task_prefixes={})
+    launcher = RemoteWorkerLauncher(scheduler, host)
+
+    def is_reported() -> bool:
+        error = KilledWorker("task", None, allowed)
+        state = SimpleNamespace(exception=error)
+        given_up = SimpleNamespace(status="error", done=lambda: True, _state=state)
+        launcher._tasks["ab"] = [given_up]
+        launcher._update(None, "ab")
+        return bool(host.group("ab").messages)
+
+    assert not any(is_reported() for _ in range(tolerated))
+    launcher.deaths.clear()  # a worker that had its network
+    assert not any(is_reported() for _ in range(tolerated))
+    assert is_reported()
 
 
 def test_a_scheduler_with_an_idle_timeout_is_idle_when_its_queue_is_empty() -> None:

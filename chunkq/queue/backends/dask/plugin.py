@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 import distributed
 from distributed.diagnostics.plugin import SchedulerPlugin
+from distributed.scheduler import KilledWorker
 from tornado.ioloop import PeriodicCallback
 
 from chunkq.queue.backends.dask.page import add_pages
-from chunkq.queue.backends.hosted.queue_host import QueueHost
+from chunkq.queue.backends.hosted.queue_host import MAX_LOADING_DEATHS, QueueHost
 
 OPERATION = "chunkq"
 """Name of the plugin, and of the operation that it adds to the scheduler."""
@@ -68,6 +69,7 @@ class QueuePlugin(SchedulerPlugin):
         cluster for a whole job, so deaths count against it only if no chunkq worker has started.
         """
         if self._host.expire_workers(worker):
+            self._launcher.deaths.clear()
             for key, task in scheduler.tasks.items():
                 if str(key).startswith(REMOTE_TASK):
                     task.suspicious = 0
@@ -84,6 +86,8 @@ class RemoteWorkerLauncher:
     def __init__(self, scheduler: Any, host: QueueHost) -> None:
         self._scheduler, self._host = scheduler, host
         self._tasks: defaultdict[str, list[Any]] = defaultdict(list)
+        self.deaths: Counter[str] = Counter()
+        """Deaths of workers for which Dask gave up tasks, by group, since one had its network."""
         self._numbers = itertools.count()
         self._loop: asyncio.Task[None] | None = None
 
@@ -110,8 +114,12 @@ class RemoteWorkerLauncher:
         """Submit remote workers of a group, and record those that Dask has given up."""
         from chunkq.queue.backends.dask.remote import run_remote_thread
 
-        ended = [task for task in self._tasks[name] if task.done()]
-        if errors := {_text(task) for task in ended if task.status == "error"}:
+        failed = [task for task in self._tasks[name] if task.status == "error"]
+        killed = [task for task in failed if isinstance(_error(task), KilledWorker)]
+        # Dask gives up a task after four deaths of its workers, or fewer, as a site configures it.
+        self.deaths[name] += (self._scheduler.allowed_failures + 1) * len(killed)
+        is_tolerable = self.deaths[name] <= MAX_LOADING_DEATHS
+        if errors := {_text(task) for task in failed if not (is_tolerable and task in killed)}:
             self._host.record_exit(name, sorted(errors))
         running = [task for task in self._tasks[name] if not task.done()]
         workers = self._scheduler.workers.values()
@@ -136,7 +144,23 @@ class RemoteWorkerLauncher:
             prefix.duration_average = TASK_SECONDS
 
 
-def _text(task: Any) -> str:
+def _error(task: Any) -> BaseException:
     """Return the error of a task that has failed, without waiting for more than its message."""
-    error = task._state.exception
-    return " ".join(str(error).split())[:MAX_MESSAGE]
+    error: BaseException = task._state.exception
+    return error
+
+
+def _text(task: Any) -> str:
+    """Return the error of a task that has failed as one line, without the name of the task."""
+    error = _error(task)
+    if isinstance(error, KilledWorker):
+        return (
+            "queue: workers of the Dask cluster died again and again before they had the network, "
+            "possibly out of memory; see their logs"
+        )
+    if type(error).__name__ == "NoWorkerError":
+        return (
+            f"queue: the Dask cluster has had no worker for {error.args[1]:g} s, its "
+            "no-workers-timeout; start workers, or set a longer timeout"
+        )
+    return " ".join(str(_error(task)).split())[:MAX_MESSAGE]
