@@ -20,9 +20,9 @@ from chunkq.job.job_handle import JobHandle, open_job
 from chunkq.job.job_path import job_folder_of
 from chunkq.job.known_empty import MISSING, EmptyFinder, KnownEmpty
 from chunkq.job.mask_source import check_mask_times, find_mask, mask_doubts, nothing_inside
-from chunkq.job.output import check_outputs, new_record
 from chunkq.job.pyramids import pyramid_doubts, pyramids_of
 from chunkq.job.record import KEYS_WITHOUT_EFFECT, JobRecord
+from chunkq.job.stored_images import check_outputs, new_record
 from chunkq.job.tasks import JobId
 from chunkq.job.user_code import load_blend_weights
 from chunkq.paths import is_url, is_web, open_filesystem, without_secret

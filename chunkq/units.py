@@ -35,6 +35,11 @@ def count(value: float) -> str:
     return f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
 
 
+def counted(number: int, one: str, many: str) -> str:
+    """Return a number with its noun: `1 image`, `3 images`."""
+    return f"{number} {one if number == 1 else many}"
+
+
 def device_cost(seconds: float | None, price: float | None, devices: int = 1) -> float | None:
     """Return what a time (s) on each of some devices costs, at a price per device and hour.
 

@@ -7,15 +7,16 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any
 
 from chunkq.access import BUCKET_SCHEMES, DEFAULT_ACCESS, S3_SCHEMES, Access, is_forbidden
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.images.image_error import ImageError
-from chunkq.paths import WEB_SCHEMES, is_url, mask_secrets, open_filesystem, without_secret
+from chunkq.paths import WEB_SCHEMES, is_url, is_web, mask_secrets, open_filesystem, without_secret
 
 MAX_BYTES = 1 << 30
 """Largest file that is read as one image."""
+PART_BYTES = 1 << 20
 KNOWN_SCHEMES = BUCKET_SCHEMES | WEB_SCHEMES
 """Schemes whose missing package is no mistake in the list."""
 OF_PATHS = frozenset(
@@ -129,9 +130,23 @@ def _remote(path: str, access: Access) -> bytes:
     filesystem, inner = listed_filesystem(path, access)
     if path.partition("://")[0] in BUCKET_SCHEMES:
         return _object(filesystem, inner)
-    _check_size(filesystem.size(inner) or 0)
+    size = filesystem.size(inner) or 0
+    _check_size(size)
+    if is_web(path):
+        with filesystem.open(inner, "rb", block_size=0, size=size or 1) as stream:
+            return _limited(stream)
     content: bytes = filesystem.cat_file(inner)
     return content
+
+
+def _limited(stream: IO[bytes]) -> bytes:
+    """Return the content of a stream, which can be longer than the server says, or endless."""
+    parts, size = list[bytes](), 0
+    while part := stream.read(PART_BYTES):
+        parts.append(part)
+        size += len(part)
+        _check_size(size)
+    return b"".join(parts)
 
 
 def _is_supported(scheme: str) -> bool:

@@ -116,6 +116,31 @@ def test_other_tables_have_the_rows_of_the_parquet_file(
     rows = rows_of(tmp_path / "out.parquet")
     assert [line["path"] for line in lines] == [row["path"] for row in rows]
     assert [line["label"] for line in lines] == [row["label"] for row in rows]
+    preview(tmp_path / "out.parquet", tmp_path / "parquet.png")
+    preview(path, tmp_path / "other.png")
+    pictures = [(tmp_path / name).read_bytes() for name in ("parquet.png", "other.png")]
+    assert pictures[0] == pictures[1]
+
+
+def preview(table: Path, picture: Path) -> None:
+    Workspace(table.parent, {}).call("preview", str(table), "--to", str(picture)).ok()
+
+
+def test_a_job_of_which_all_images_failed_says_so_and_ends_well(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("path\n" + "".join(f"{n}.png\n" for n in range(5)))
+    values = photo_job(tmp_path, input=str(tmp_path / "list.csv"), truth=None)
+    _, report = run_inline(values)
+    assert (report["images"]["failed"], report["images"]["rows"]) == (5, 5)
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert (table.num_rows, table.column_names[0]) == (0, "path")
+    workspace = Workspace(tmp_path, values)
+    workspace.write_job()
+    answer = workspace.call("finalize", "out.parquet").ok()
+    assert "no image has a result" in answer.err.splitlines()[-1]
+    Workspace(tmp_path, values | {"max_errors": 4, "output": "b.csv"}).write_job()
+    workspace.call("produce", "job.json").ok()
+    run_tasks(open_job(f"{tmp_path}/b.csv.chunkq"))
+    workspace.call("finalize", "b.csv").refused(3, ErrorCode.TOO_MANY_ERRORS)
 
 
 @pytest.mark.parametrize("backend", ["sqlite", "redis"])
