@@ -712,9 +712,38 @@ def test_tasks_that_dask_gives_up_end_a_group_after_four_deaths_in_a_row(
         return bool(host.group("ab").messages)
 
     assert not any(is_reported() for _ in range(tolerated))
-    launcher.deaths.clear()  # a worker that had its network
+    launcher.record_death(has_worked=True, was_loading=False)
     assert not any(is_reported() for _ in range(tolerated))
     assert is_reported()
+
+
+def test_workers_that_dask_loses_while_they_load_end_a_group_in_the_end() -> None:
+    plugin = QueuePlugin(has_page=False)
+    scheduler = SimpleNamespace(
+        handlers={}, idle_timeout=None, tasks={}, allowed_failures=3, workers={}, task_prefixes={}
+    )
+
+    def call(method: str, *arguments: object) -> None:
+        values = {"method": method, "params": arguments, "version": VERSION}
+        assert "result" in json.loads(plugin._host.answer(json.dumps(values)))
+
+    def lose(number: int) -> bool:
+        """Lose a worker, which has a new address each time; return whether the group has ended."""
+        address = f"tcp://node:{number}"
+        call("register_worker", f"worker-{number}", address)
+        call("set_loading", f"worker-{number}", True)
+        plugin.remove_worker(scheduler, address)
+        plugin._launcher._update(None, "ab")
+        return bool(plugin._host.group("ab").messages)
+
+    asyncio.run(plugin.start(scheduler))
+    call("start_group", "ab", "/out.zarr.chunkq", "dask://host:1", 1, False, 1)
+    assert [lose(number) for number in range(3)] == [False] * 3
+    job = ("/out.zarr.chunkq", "00000001")
+    call("submit", [(*job, "infer/0/1", "{}")])
+    call("reserve", "worker", 60.0, None, [])
+    call("ack", *job, "infer/0/1", "worker")
+    assert [lose(number) for number in range(4)] == [False, False, False, True]
 
 
 def test_a_scheduler_with_an_idle_timeout_is_idle_when_its_queue_is_empty() -> None:

@@ -26,6 +26,10 @@ SPARE_WORKERS = 8
 TASK_SECONDS = 3600.0
 """Duration that Dask assumes for a remote worker, so that it asks for one thread for each."""
 MAX_MESSAGE = 300
+DIED_LOADING = (
+    "queue: workers of the Dask cluster ended again and again before they had the network, "
+    "possibly out of memory, or silent for longer than Dask's worker-ttl; see their logs"
+)
 
 
 class QueuePlugin(SchedulerPlugin):
@@ -68,8 +72,10 @@ class QueuePlugin(SchedulerPlugin):
         Dask fails a task whose worker has died four times. A task of chunkq is one thread of the
         cluster for a whole job, so deaths count against it only if no chunkq worker has started.
         """
-        if self._host.expire_workers(worker):
-            self._launcher.deaths.clear()
+        was_loading = self._host.is_loading(worker)
+        has_worked = self._host.expire_workers(worker)
+        self._launcher.record_death(has_worked=has_worked, was_loading=was_loading)
+        if has_worked:
             for key, task in scheduler.tasks.items():
                 if str(key).startswith(REMOTE_TASK):
                     task.suspicious = 0
@@ -86,10 +92,23 @@ class RemoteWorkerLauncher:
     def __init__(self, scheduler: Any, host: QueueHost) -> None:
         self._scheduler, self._host = scheduler, host
         self._tasks: defaultdict[str, list[Any]] = defaultdict(list)
-        self.deaths: Counter[str] = Counter()
-        """Deaths of workers for which Dask gave up tasks, by group, since one had its network."""
+        self._given_up: Counter[str] = Counter()
+        self._lost_loading = 0
+        self._done = 0
         self._numbers = itertools.count()
         self._loop: asyncio.Task[None] | None = None
+
+    def record_death(self, *, has_worked: bool, was_loading: bool) -> None:
+        """Count the deaths of workers before one has its network, or a task is done.
+
+        A worker that the scheduler does not hear, because loading holds Python's lock, is restarted
+        by Dask again and again.
+        """
+        done = self._host.tasks_done()
+        if has_worked or done != self._done:
+            self._done, self._lost_loading = done, 0
+            self._given_up.clear()
+        self._lost_loading += was_loading
 
     def start(self) -> None:
         """Start the loop in the scheduler's event loop if a group needs it."""
@@ -117,8 +136,11 @@ class RemoteWorkerLauncher:
         failed = [task for task in self._tasks[name] if task.status == "error"]
         killed = [task for task in failed if isinstance(_error(task), KilledWorker)]
         # Dask gives up a task after four deaths of its workers, or fewer, as a site configures it.
-        self.deaths[name] += (self._scheduler.allowed_failures + 1) * len(killed)
-        is_tolerable = self.deaths[name] <= MAX_LOADING_DEATHS
+        self._given_up[name] += (self._scheduler.allowed_failures + 1) * len(killed)
+        is_tolerable = self._given_up[name] <= MAX_LOADING_DEATHS
+        if self._lost_loading > MAX_LOADING_DEATHS * max(1, self._host.group(name).active or 1):
+            self._lost_loading = 0
+            self._host.record_exit(name, [DIED_LOADING])
         if errors := {_text(task) for task in failed if not (is_tolerable and task in killed)}:
             self._host.record_exit(name, sorted(errors))
         running = [task for task in self._tasks[name] if not task.done()]
@@ -154,10 +176,7 @@ def _text(task: Any) -> str:
     """Return the error of a task that has failed as one line, without the name of the task."""
     error = _error(task)
     if isinstance(error, KilledWorker):
-        return (
-            "queue: workers of the Dask cluster died again and again before they had the network, "
-            "possibly out of memory; see their logs"
-        )
+        return DIED_LOADING
     if type(error).__name__ == "NoWorkerError":
         return (
             f"queue: the Dask cluster has had no worker for {error.args[1]:g} s, its "
