@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 from chunkq.create import CheckedJob, check_job, check_output
-from chunkq.errors import ChunkqError, ErrorCode, IncompleteError
+from chunkq.errors import ChunkqError, ErrorCode, IncompleteError, QueueError
 from chunkq.finalize import finalize_job
 from chunkq.job.events import Message, Sink, StageProgress
 from chunkq.job.job_file import Job
@@ -33,6 +33,7 @@ from chunkq_producer.worker_command import RunOptions, WorkerCommand, Workers
 from chunkq_producer.workers import (
     InterruptedRunError,
     WorkersOfLeader,
+    ended_cluster,
     have_failed,
     run_workers,
     start_workers,
@@ -78,7 +79,7 @@ def run_steps(
     for line in checked.warnings:
         emit(Message(f"chunkq: warning: {line}"))
     rerun = "run the same command" + (" without --overwrite" if overwrite else "")
-    with cluster_for(job, engine, options.workers) as cluster:
+    with cluster_for(job, engine, options.workers) as cluster, _named(cluster, rerun):
         is_interrupted = _check_before_writing(checked, engine, cluster, early, overwrite, emit)
         for recovery in range(MAX_RECOVERIES + 1):
             is_first = recovery == 0
@@ -100,6 +101,17 @@ def run_steps(
             else:
                 break
     return RunResult(handle, report)
+
+
+@contextmanager
+def _named(cluster: Cluster, rerun: str) -> Iterator[None]:
+    """Replace the error of an unreachable queue if the run's own cluster has ended."""
+    try:
+        yield
+    except QueueError as error:
+        if cluster.has_died():
+            raise ended_cluster(rerun) from error
+        raise
 
 
 def _check_before_writing(

@@ -246,16 +246,21 @@ def run_workers(
     if wait_for_workers(workers, poll, cluster.has_died) or is_interrupted:
         raise InterruptedRunError.of(rerun)
     if cluster.has_died():
-        raise ChunkqError(
-            f"run: the cluster that this run started has ended; {rerun} to continue",
-            code=ErrorCode.CLUSTER_UNAVAILABLE,
-        )
+        raise ended_cluster(rerun)
     if have_failed(workers):
         raise ChunkqError(
             f"run: a worker ended with an error; fix the cause above, then {rerun}",
             code=ErrorCode.WORKER_FAILED,
         ).with_notes(workers.messages)
     return poller().failures
+
+
+def ended_cluster(rerun: str) -> ChunkqError:
+    """Return the error of a run whose own cluster has ended."""
+    return ChunkqError(
+        f"run: the cluster that this run started has ended; {rerun} to continue",
+        code=ErrorCode.CLUSTER_UNAVAILABLE,
+    )
 
 
 def _begins(executor: Executor, job: JobId) -> Callable[[], bool]:

@@ -77,7 +77,7 @@ def test_a_signal_to_a_step_whose_network_is_checked_lets_the_first_chunks_be_fi
     allocated: StandardWorkspace, undisturbed: StandardWorkspace, engine: str
 ) -> None:
     workspace = allocated
-    with running(workspace, engine, NET_HOLD="load") as run:
+    with running(workspace, engine, NET_HOLD="load", NET_SLEEP="0.5") as run:
         workspace.wait_until_stopped()
         for pid in (run.pid, *run.children()):
             with suppress(ProcessLookupError):

@@ -65,7 +65,7 @@ def test_a_signal_while_the_network_is_checked_lets_the_first_chunks_be_finished
     workspace: StandardWorkspace, undisturbed: StandardWorkspace
 ) -> None:
     arguments = ("run", str(workspace.job_file), "--gpus", "none", "-w", "1")
-    with workspace.start(*arguments, NET_HOLD="load") as command:
+    with workspace.start(*arguments, NET_HOLD="load", NET_SLEEP="0.5") as command:
         workspace.wait_until_stopped()
         for pid in (command.pid, *command.children()):
             os.kill(pid, signal.SIGTERM)

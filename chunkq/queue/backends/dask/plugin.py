@@ -94,6 +94,7 @@ class RemoteWorkerLauncher:
         self._tasks: defaultdict[str, list[Any]] = defaultdict(list)
         self._given_up: Counter[str] = Counter()
         self._lost_loading = 0
+        self._most_threads = 1
         self._done = 0
         self._numbers = itertools.count()
         self._loop: asyncio.Task[None] | None = None
@@ -138,14 +139,15 @@ class RemoteWorkerLauncher:
         # Dask gives up a task after four deaths of its workers, or fewer, as a site configures it.
         self._given_up[name] += (self._scheduler.allowed_failures + 1) * len(killed)
         is_tolerable = self._given_up[name] <= MAX_LOADING_DEATHS
-        if self._lost_loading > MAX_LOADING_DEATHS * max(1, self._host.group(name).active or 1):
+        workers = self._scheduler.workers.values()
+        threads = sum(w.nthreads for w in workers if w.status == distributed.Status.running)
+        self._most_threads = max(self._most_threads, threads)
+        if self._lost_loading > MAX_LOADING_DEATHS * self._most_threads:
             self._lost_loading = 0
             self._host.record_exit(name, [DIED_LOADING])
         if errors := {_text(task) for task in failed if not (is_tolerable and task in killed)}:
             self._host.record_exit(name, sorted(errors))
         running = [task for task in self._tasks[name] if not task.done()]
-        workers = self._scheduler.workers.values()
-        threads = sum(w.nthreads for w in workers if w.status == distributed.Status.running)
         limit = 2 * threads + SPARE_WORKERS
         group = self._host.group(name)
         output = group.job.rpartition("/")[2].removesuffix(".chunkq")
