@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING
@@ -16,7 +15,7 @@ from chunkq.errors import ErrorCode, StoreError
 from chunkq.geometry.position_range import positions_in
 from chunkq.images.image_error import ImageError
 from chunkq.images.image_list import PATH, ImageList, is_video
-from chunkq.images.reading import failed, listed_filesystem, missing, storage_errors
+from chunkq.images.reading import failed, listed_filesystem, open_local, storage_errors
 from chunkq.install_hint import install_command
 from chunkq.paths import is_url
 
@@ -44,7 +43,7 @@ def with_frames(
     StoreError if PyAV is missing, and if `frames` is set for a list without videos or beside the
     column.
     """
-    paths = images.paths
+    paths = images.paths if images.has_videos else []
     numbers = [n for n, path in enumerate(paths) if path and is_video(path)]
     has_column = FRAME in images.table.column_names
     if not numbers or has_column:
@@ -147,25 +146,26 @@ def video_index(path: str, access: Access = DEFAULT_ACCESS) -> VideoIndex:
 
 
 @contextmanager
-def open_video(path: str, access: Access = DEFAULT_ACCESS) -> Iterator[str | IO[bytes]]:
+def open_video(path: str, access: Access = DEFAULT_ACCESS) -> Iterator[IO[bytes]]:
     """Open a video for `chunkq.images.videos`. Raises ImageError unless it is a file.
 
-    Raises StoreError if the storage fails, also while the video is read.
+    Raises StoreError if the storage fails, also while the video is read: FFmpeg would take it for
+    damage of the video.
     """
-    if not is_url(path):
-        with storage_errors(path):
-            is_file = stat.S_ISREG(os.stat(path).st_mode)
-        if not is_file:
-            raise missing("not a regular file")
-        yield path
-        return
     with storage_errors(path):
-        filesystem, inner = listed_filesystem(path, access)
-        file = filesystem.open(inner, "rb")
+        file = _open_url(path, access) if is_url(path) else open_local(path)
     with file:
         try:
             yield file
         except (ImageError, StoreError, MemoryError):
             raise
         except Exception as error:  # each file system raises different errors
-            raise failed(path, error) from error
+            if is_url(path) or isinstance(error, OSError):
+                raise failed(path, error) from error
+            raise
+
+
+def _open_url(path: str, access: Access) -> IO[bytes]:
+    filesystem, inner = listed_filesystem(path, access)
+    file: IO[bytes] = filesystem.open(inner, "rb")
+    return file

@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from chunkq.access import BUCKET_SCHEMES, DEFAULT_ACCESS, S3_SCHEMES, Access, is_forbidden
 from chunkq.errors import ErrorCode, StoreError
@@ -97,17 +97,22 @@ def _is_unreachable(error: FileNotFoundError) -> bool:
 
 
 def _local(path: str) -> bytes:
+    with open_local(path) as file:
+        _check_size(os.fstat(file.fileno()).st_size)
+        return file.read(MAX_BYTES)
+
+
+def open_local(path: str) -> BinaryIO:
+    """Open a regular file. Raises OSError, ValueError, and ImageError for another kind of file."""
     # Without O_NONBLOCK, opening a pipe waits for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise missing("not a regular file")
-        _check_size(status.st_size)
-        with open(descriptor, "rb", closefd=False) as file:
-            return file.read(MAX_BYTES)
-    finally:
+        return open(descriptor, "rb")
+    except BaseException:
         os.close(descriptor)
+        raise
 
 
 def listed_filesystem(path: str, access: Access) -> tuple[Any, str]:

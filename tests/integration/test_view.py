@@ -456,7 +456,8 @@ def test_neuroglancer_in_a_browser_shows_the_input_and_its_labels(
     ):
         url = printed_by(command)["url"]
         picture = tmp_path / "page.png"
-        pixels = asyncio.run(shown_pixels(address, url, picture))
+        pixels, names = asyncio.run(shown_pixels(address, url, picture))
+    assert names == ("shell,core" if output.startswith("precomputed") else "none")
     for x, y in CENTERS:
         nothing, outer, bright_outer, inner = (
             pixels[y - offset, x - offset] for offset in (34, 26, 16, 10)
@@ -490,8 +491,18 @@ def built_page(folder: Path) -> Path:
     return folder / "page"
 
 
-async def shown_pixels(address: str, url: str, picture: Path) -> np.ndarray[Any, Any]:
-    """Open a page, wait until it has drawn all data, and return its picture (y, x, RGB)."""
+NAMES = """(() => {
+    const group = viewer.layerManager.managedLayers[1].layer.displayState.segmentationGroupState;
+    const names = group.value.segmentPropertyMap.value;
+    return names ? [1n, 2n].map(segment => names.getSegmentLabel(segment)).join() : "none";
+})()"""
+
+
+async def shown_pixels(address: str, url: str, picture: Path) -> tuple[np.ndarray[Any, Any], str]:
+    """Open a page and wait until it has drawn all data.
+
+    Return its picture (y, x, RGB), and the names of segments 1 and 2 of the second layer.
+    """
     import aiohttp
     from PIL import Image
 
@@ -509,5 +520,6 @@ async def shown_pixels(address: str, url: str, picture: Path) -> np.ndarray[Any,
             while not await page.evaluate("!!(window.viewer && viewer.isReady())"):
                 await asyncio.sleep(0.5)
         await page.screenshot(picture)
+        names = await page.evaluate(NAMES)
     with Image.open(picture) as image:
-        return np.asarray(image.convert("RGB")).astype(int)
+        return np.asarray(image.convert("RGB")).astype(int), names

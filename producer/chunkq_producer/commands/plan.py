@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,7 +22,6 @@ from chunkq.job.model_config import STOCHASTIC
 from chunkq.job.output_shapes import unknown_heads
 from chunkq.job.stored_images import output_axes
 from chunkq.job.tasks import chunk_count
-from chunkq.model_check import MemoryCheck, ModelCheck, PatchCheck
 from chunkq.paths import without_secret
 from chunkq.plan.fetches import Fetches
 from chunkq.plan.footprint import largest_footprint
@@ -43,6 +42,9 @@ from chunkq_producer.commands.options import (
 )
 from chunkq_producer.engine import is_cpu_only
 from chunkq_producer.stored_sizes import file_rows, file_sizes, level_sizes, size_text
+
+if TYPE_CHECKING:
+    from chunkq.model_check import MemoryCheck, ModelCheck, PatchCheck
 
 LABEL_COLUMNS, NARROW_LABEL_COLUMNS, WIDE = 20, 14, 60
 """Columns of the labels, on terminals of at least `WIDE` columns and on narrower ones."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ from chunkq_worker.images.frames import FrameReader, check_videos, frame_inputs
 from chunkq.access import DEFAULT_ACCESS
 from chunkq.errors import ChunkReadError, ErrorCode, StoreError
 from chunkq.geometry.position_range import positions_in
+from chunkq.images import frame_list
 from chunkq.images.decoding import unlimited
 from chunkq.images.frame_list import (
     FRAME,
@@ -166,6 +169,25 @@ def test_a_path_that_names_no_video_is_an_error_of_its_row(path: str, code: Erro
     with pytest.raises(ImageError) as error:
         one.read(unlimited)
     assert error.value.code is code
+
+
+class FailingFile(io.FileIO):
+    """A file that cannot be read, as of a server that has lost its disk."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_a_disk_that_fails_is_no_damage_of_a_video(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frame_list, "open_local", FailingFile)
+    paths = [str(folder / "a.mp4")]
+    with pytest.raises(StoreError):
+        with_frames(ImageList(pa.table({PATH: paths})))
+    [one] = frame_inputs(paths, [0], [None], DEFAULT_ACCESS, "RGB")
+    with pytest.raises(StoreError):
+        one.read(unlimited)
 
 
 def test_a_server_that_does_not_answer_is_no_error_of_a_video() -> None:
