@@ -176,6 +176,9 @@ parity: $(VENV)/test-installed
 	  $(VENV)/parity/$$name/bin/python tests/fixtures/write_inputs.py $$name || exit 1; \
 	done
 	$(BIN)/python tests/fixtures/read_outputs.py $(VENV)/parity
+	@$(PYTHON) -m venv $(VENV)/parity/duckdb && \
+	  $(VENV)/parity/duckdb/bin/python -m pip --disable-pip-version-check install --quiet duckdb==2.0.0
+	$(BIN)/python -m tests.parity.read_tables $(VENV)/parity/duckdb/bin/python
 	@echo "installing sleap-nn, which needs Python below 3.14 (7 GB on disk), and training tiny models"
 	@$(PYTHON) -m venv $(SLEAP) && \
 	  $(SLEAP)/bin/python -m pip --disable-pip-version-check install --quiet 'sleap-nn[export]==0.3.5' \

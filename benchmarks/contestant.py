@@ -1,12 +1,14 @@
 """Run a network over a stored volume in one of several ways; print the figures as JSON.
 
 network.py starts it as: python contestant.py NAME JOB OUTPUT. The clock starts after the libraries
-are imported and before the network is loaded. borders.py has its own contestants.
+are imported and before the network is loaded. As in chunkq's worker processes, what is imported is
+excluded from garbage collection. borders.py has its own contestants.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import resource
@@ -233,6 +235,8 @@ def compete(contestants: Mapping[str, Contestant]) -> None:
     for path in (output, f"{output}.chunkq"):
         shutil.rmtree(path, ignore_errors=True)  # deletion is not measured
     run = contestants[name](load_job(job_file), output)
+    gc.collect()
+    gc.freeze()
     before = peak_memory()
     started, cpu = time.perf_counter(), time.process_time()
     figures = run()

@@ -77,10 +77,15 @@ def loader(settings: Settings, output: str) -> Figures:
         multiprocessing_context="spawn" if settings["loader_workers"] else None,
     )
     net = load_network(settings)
+    scores: list[torch.Tensor] = []
+    first = 0.0
     with torch.inference_mode():
-        scores = torch.cat([torch.softmax(net(batch), 1) for batch in batches])
-    write(paths, scores.numpy(), output)
-    return {"images": len(paths)}
+        for batch in batches:
+            scores.append(torch.softmax(net(batch), 1))
+            first = first or time.perf_counter()
+    seconds = time.perf_counter() - first
+    write(paths, torch.cat(scores).numpy(), output)
+    return {"images": len(paths), "rate": (len(paths) - len(scores[0])) / seconds}
 
 
 class Predictor:

@@ -29,7 +29,7 @@ from chunkq_worker.child_env import child_env
 from benchmarks import turns
 from benchmarks.turns import THREADS, Figures
 
-ROUNDS = {"small": 7, "large": 3, "basic": 7, "copy": 7}
+ROUNDS = {"small": 7, "large": 3, "basic": 3, "copy": 5}
 UNET = Path(__file__).parents[1] / "examples" / "brain" / "unet.ts"
 MONAI = "monai==1.6.1"
 SIZES = {

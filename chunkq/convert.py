@@ -18,9 +18,9 @@ from chunkq.job.events import Message, Sink, StageProgress, ignore
 from chunkq.job.fields import InputConfig
 from chunkq.job.job_folder import JobFolder
 from chunkq.job.job_path import PRECOMPUTED, SUFFIX, job_folder_of
-from chunkq.job.output import image_folder, output_axes
 from chunkq.job.output_documents import ATTRIBUTE, parsed
 from chunkq.job.output_name import export_target
+from chunkq.job.stored_images import image_folder, output_axes
 from chunkq.paths import absolute_input, is_url, join, read_bytes, split_format, without_secret
 from chunkq.storage.array import Array
 from chunkq.storage.formats.precomputed_metadata import INFO
@@ -66,6 +66,7 @@ class Conversion:
             json_values.to_values(writer.options),
             json_values.to_values(writer.image.axes),
             writer.image.is_labels,
+            writer.image.classes,
         ]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -110,6 +111,7 @@ def plan_conversion(
         tuple(array.labels[n] for n in image_source.channels) if any(array.labels) else (),
         space,
         _stored_values(attributes),
+        output.classes if output and labels else (),
     )
     if _overlap(path, image_source.path):
         raise StoreError(
@@ -187,6 +189,7 @@ class ChunkqOutput:
 
     is_labels: bool
     space: FileSpace | None
+    classes: tuple[str, ...] = ()
 
 
 def _chunkq_output(path: str) -> ChunkqOutput | None:
@@ -210,7 +213,8 @@ def _chunkq_output(path: str) -> ChunkqOutput | None:
                     plan.region.start,
                     [float(factor) for factor in spec.scale],
                 )
-                return ChunkqOutput(spec.has_labels, space)
+                classes = spec.class_names if spec.has_labels else ()
+                return ChunkqOutput(spec.has_labels, space, classes)
     return None
 
 

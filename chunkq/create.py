@@ -16,26 +16,25 @@ from chunkq.job.exports import ExportedFile, check_exports, exported_files
 from chunkq.job.items import find_sources
 from chunkq.job.job_file import Job
 from chunkq.job.job_folder import RECORD, JobFolder
-from chunkq.job.job_handle import JobHandle, open_job
 from chunkq.job.job_path import job_folder_of
 from chunkq.job.known_empty import MISSING, EmptyFinder, KnownEmpty
 from chunkq.job.mask_source import check_mask_times, find_mask, mask_doubts, nothing_inside
-from chunkq.job.output import check_outputs, new_record
 from chunkq.job.pyramids import pyramid_doubts, pyramids_of
 from chunkq.job.record import KEYS_WITHOUT_EFFECT, JobRecord
+from chunkq.job.stored_images import check_outputs, new_record
 from chunkq.job.tasks import JobId
 from chunkq.job.user_code import load_blend_weights
 from chunkq.paths import is_url, is_web, open_filesystem, without_secret
 from chunkq.plan.item_tasks import ItemTasks
 from chunkq.plan.plan import Costs, Plan, total_costs
 from chunkq.plan.pyramid import Pyramid
-from chunkq.stages.completion import chunks_of, job_completion
 from chunkq.storage.formats.precomputed_metadata import INFO
 from chunkq.storage.images import ImageSource
 from chunkq.storage.objects import ObjectFolder
 
 if TYPE_CHECKING:
     from chunkq.job.image_rows import ImageRows
+    from chunkq.job.job_handle import JobHandle
 
 UPDATED_KEYS = ("queue", "max_errors", "price")
 """Keys that a job which is continued has from its job file."""
@@ -223,6 +222,8 @@ def create_job(
             _replace(folder, record)
         else:
             _create(folder, record)
+    from chunkq.job.job_handle import open_job  # `plan` creates no job
+
     handle = open_job(folder.path)
     _check_same(handle.record, record)
     _store_known_empty(handle, job)
@@ -319,6 +320,8 @@ def _store_rows(handle: JobHandle, rows: ImageRows | None) -> None:
 
 def _prepare_output(job: JobHandle) -> None:
     """Create, unseal or seal the output."""
+    from chunkq.stages.completion import chunks_of, job_completion  # `plan` creates no job
+
     remaining = len(job_completion(job).missing())
     done = chunks_of(job) - remaining
     with _storage_errors(job.folder.output):

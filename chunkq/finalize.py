@@ -33,7 +33,6 @@ from chunkq.stages.registry import stage_of, stages
 from chunkq.timing.aggregation import aggregate_timing
 from chunkq.timing.diagnosis import advice, conclusion
 
-PROGRESS_STAGE = "finalizing blocks"
 BATCH_SIZE = 1000
 """Number of blocks submitted to the thread pool at a time; bounds memory."""
 FINALIZER_BYTES = 2 << 30
@@ -107,7 +106,7 @@ def _run_tasks(
     def report(label: str, done: int, total: int) -> None:
         emit(StageProgress(label, done, total))
 
-    emit(StageProgress(PROGRESS_STAGE, 0, len(tasks)))
+    emit(StageProgress(stage.label, 0, len(tasks)))
     for first in range(0, len(tasks), BATCH_SIZE):
         batch = tasks[first : first + BATCH_SIZE]
         futures = {
@@ -121,7 +120,7 @@ def _run_tasks(
                 except PieceError as error:
                     item = futures[future][0].number
                     lost |= {(item, source): str(error) for source in error.sources}
-                emit(StageProgress(PROGRESS_STAGE, done, len(tasks)))
+                emit(StageProgress(stage.label, done, len(tasks)))
         except BaseException:
             for future in futures:
                 future.cancel()

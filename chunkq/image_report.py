@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from chunkq.images.result_table import read_columns
 from chunkq.images.scores import Accuracy
@@ -15,6 +15,7 @@ from chunkq.job.job_handle import JobHandle
 from chunkq.job.output_name import table_suffix
 from chunkq.job.task_records import EXPORT
 from chunkq.paths import open_filesystem, without_secret
+from chunkq.units import counted
 
 LABEL, TRUTH = "label", "truth"
 """Columns of the table from which classes and accuracy are counted."""
@@ -46,14 +47,14 @@ def image_values(job: JobHandle) -> dict[str, Any]:
     files = {file.number: file.path for file in exported_files(job.record)}
     if (ERRORS_NUMBER,) in written:
         values["errors"] = without_secret(files[ERRORS_NUMBER])
-        codes = _read(files[ERRORS_NUMBER], ["code"])
+        codes = _read(files[ERRORS_NUMBER], "code")
         if codes is not None:
-            values["by_code"] = _counts(codes.column("code").to_pylist())
+            values["by_code"] = _counts(codes.column("code"))
     if (TABLE_NUMBER,) in written:
-        table = _read(files[TABLE_NUMBER], [LABEL, TRUTH])
+        table = _read(files[TABLE_NUMBER], LABEL, TRUTH)
         if table is not None and LABEL in table.column_names:
             labels = table.column(LABEL).combine_chunks()
-            values["predicted"] = _counts(labels.to_pylist())
+            values["predicted"] = _counts(labels)
             if TRUTH in table.column_names and job.record.job.truth is not None:
                 truth = table.column(TRUTH).combine_chunks()
                 classes = job.record.job.classes
@@ -95,25 +96,32 @@ def image_lines(values: dict[str, Any]) -> list[str]:
     if failed := values["failed"]:
         codes = ", ".join(f"{count} {code}" for code, count in values["by_code"].items())
         where = f", see {values['errors']}" if values["errors"] else ""
-        lines.append(
-            f"errors: {failed} of {values['computed']} images "
-            f"{'has' if failed == 1 else 'have'} no result"
-            f"{f' ({codes})' if codes else ''}{where}"
-        )
+        images = counted(values["computed"], "image", "images")
+        share = f"{failed} of {images} {'has' if failed == 1 else 'have'} no result"
+        if nothing_predicted(values):
+            share = f"none of {images} has a result"
+        lines.append(f"errors: {share}{f' ({codes})' if codes else ''}{where}")
     return lines
 
 
-def _counts(values: list[str]) -> dict[str, int]:
+def nothing_predicted(values: dict[str, Any]) -> bool:
+    """Return whether all images have failed."""
+    return bool(values["failed"]) and values["failed"] == values["computed"]
+
+
+def _counts(values: pa.ChunkedArray) -> dict[str, int]:
     """Return how often each value occurs, the most frequent first."""
-    return dict(Counter(values).most_common())
+    counts = pc.value_counts(values)
+    pairs = zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True)
+    return dict(sorted(pairs, key=lambda pair: -pair[1]))
 
 
-def _read(path: str, names: list[str]) -> pa.Table | None:
-    """Return columns of a table of the job; None if it is missing or cannot be read."""
+def _read(path: str, *names: str) -> pa.Table | None:
+    """Return columns of texts of a table of the job; None if it is missing or cannot be read."""
     suffix = table_suffix(path)
     filesystem, inner = open_filesystem(path)
     try:
         with filesystem.open(inner, "rb") as file:
-            return read_columns(file, suffix or "", names)
+            return read_columns(file, suffix or "", pa.schema(dict.fromkeys(names, pa.string())))
     except (OSError, pa.ArrowInvalid):
         return None

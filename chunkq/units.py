@@ -35,6 +35,11 @@ def count(value: float) -> str:
     return f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
 
 
+def counted(number: int, one: str, many: str) -> str:
+    """Return a number with its noun: `1 image`, `3 images`."""
+    return f"{number} {one if number == 1 else many}"
+
+
 def device_cost(seconds: float | None, price: float | None, devices: int = 1) -> float | None:
     """Return what a time (s) on each of some devices costs, at a price per device and hour.
 
@@ -45,6 +50,8 @@ def device_cost(seconds: float | None, price: float | None, devices: int = 1) ->
 
 def money(value: float) -> str:
     """Return an amount of money, in the currency of the price: `3.27`, `0.004`."""
+    if 0 < value < 1e-4:
+        return "less than 0.0001"
     return f"{value:.2f}" if value >= 0.995 or value == 0 else f"{value:.2g}"
 
 

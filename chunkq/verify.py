@@ -16,10 +16,10 @@ import numpy.typing as npt
 
 from chunkq.job.events import Sink, StageProgress, ignore
 from chunkq.job.exported_output import ExportedOutput, first_item
+from chunkq.job.image_output import StoredArray
 from chunkq.job.job_handle import ItemHandle, JobHandle
 from chunkq.job.ledger import BATCH_SIZE
 from chunkq.job.object_checksums import decode_checksums, encode_checksums
-from chunkq.job.output import StoredArray
 from chunkq.job.output_documents import Damage, WrittenDocument
 from chunkq.job.output_layouts import ARRAY_DOCUMENTS
 from chunkq.job.task_records import EXPORT, Commit

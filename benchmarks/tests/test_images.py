@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import image_contestant as contestant
 from benchmarks import images, results
+from benchmarks.turns import Figures
 from chunkq.images.decoding import decode
 from chunkq.images.transform import transform
 from chunkq.job.job_file import parse_job
@@ -43,7 +44,7 @@ def test_the_loop_and_the_job_predict_the_same(folder: Path) -> None:
         "batch": 2,
         "loader_workers": 0,
     }
-    assert contestant.loader(settings, str(folder / "loop.parquet")) == {"images": COUNT}
+    assert contestant.loader(settings, str(folder / "loop.parquet"))["images"] == COUNT
     columns = ["path", "prediction", "score"]
     rows, expected = (
         pq.read_table(path, columns=columns).to_pydict()
@@ -59,12 +60,13 @@ def test_rates_leave_the_start_of_commands_out(monkeypatch: pytest.MonkeyPatch) 
     start = {"chunkq": 5.0, "loader": 1.0, "ray": 9.0}
     speed = {"chunkq": 20, "loader": 25, "ray": 10}
 
-    def run(name: str, size: str) -> float:
-        slow = 2.0 if name == "loader" and contest.loader_workers != 1 else 0.0
-        return start[name] + slow + contest.counts[size] / speed[name]
+    def run(name: str, size: str) -> Figures:
+        seconds = start[name] + contest.counts[size] / speed[name]
+        return {"seconds": seconds, "rate": [7, 9, 8][contest.loader_workers]}
 
     monkeypatch.setattr(contest, "run", run)
-    figures = images.compare(contest, images.NAMES, 2)
+    figures = images.compare(contest, 2, 0)
+    assert figures["rounds"] == 2
     assert figures["loader_workers"] == 1
     assert figures["rate"] == pytest.approx(speed)
     assert figures["ratios"] == {"loader": pytest.approx([0.8] * 2), "ray": pytest.approx([2] * 2)}

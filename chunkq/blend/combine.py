@@ -7,6 +7,7 @@ device. Predictions are channels first.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, cast
 
 import numpy as np
@@ -18,6 +19,8 @@ from chunkq.system import buffers
 
 Array = Any
 """A NumPy array or a torch tensor."""
+PRODUCT_BYTES = 1 << 18
+"""Bytes of products of weights and predictions that are computed before they are added."""
 
 
 def namespace(array: Array) -> Any:
@@ -85,10 +88,21 @@ def label_votes(labels: Array, classes: int) -> Array:
 def add_weighted(total: Array, weights: Array, values: Array) -> None:
     """Add `weights * values` to `total` in place: weights (*S), values and total (C, *S)."""
     if isinstance(total, np.ndarray):
-        for channel, value in zip(total, values, strict=True):
-            np.add(channel, weights * value, out=channel)
+        products = len(total) * PRODUCT_BYTES // total.itemsize  # of one channel at a time
+        for _, rows in row_slabs(total.shape, products):
+            product = np.empty(total[0, rows].shape, total.dtype)
+            for channel, value in zip(total, values, strict=True):
+                np.multiply(weights[rows], value[rows], out=product)
+                channel[rows] += product
     else:
         total.addcmul_(weights, values)
+
+
+def row_slabs(shape: Sequence[int], values: int) -> list[tuple[slice, slice]]:
+    """Return slices of the first two axes that cover (K, *S) in parts of about so many values."""
+    row = max(1, prod(shape) // max(1, shape[1]))
+    step = max(1, values // row)
+    return [(slice(None), slice(first, first + step)) for first in range(0, shape[1], step)]
 
 
 def copy_into(total: Array, values: Array) -> None:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from chunkq.blend.combine import Array, to_numpy
 from chunkq.blend.patch_weights import PatchWeights
 from chunkq.blend.rules import rule_of
-from chunkq.blend.weights import Weights, multiply_out, neighbors
+from chunkq.blend.weights import Weights, multiply_out
 from chunkq.geometry.box import Box
 from chunkq.plan.plan import Chunk, Index, Patch, Plan
 from chunkq.system import buffers
@@ -77,7 +77,8 @@ class EmptyChunks:
             start = grid.start(number) + grid.lead
             first, last = max(start, low), min(start + grid.kept, high)
             if first < last:
-                profile = self._weights.profile(axis, neighbors(along, 0, number))
+                near = self._weights.neighbors_along(axis, 0, number)
+                profile = self._weights.profile(axis, near)
                 total[first - low : last - low] += profile[first - start : last - start]
         return total
 

@@ -21,6 +21,8 @@ from chunkq.plan.plan import Patch, Plan
 from chunkq.system import buffers
 
 MAP_CACHE_BYTES = 256 << 20
+NEIGHBORS_CACHED = 1 << 14
+"""Neighbors along one axis in the cache; adjacent patches share them along all but one axis."""
 SHARES_CACHED = 1 << 10
 """Profiles of neighborhoods in the cache; an axis has about as many as patches overlap."""
 NeighborsPerAxis = tuple[Neighbors, ...]
@@ -44,6 +46,9 @@ class PatchWeights:
     ) -> None:
         self._plan, self._weights, self._to_device = plan, weights, to_device
         self._map_bytes = MAP_CACHE_BYTES if map_bytes is None else map_bytes
+        self._neighbors = [
+            lru_cache(NEIGHBORS_CACHED)(partial(neighbors, axis)) for axis in plan.axes
+        ]
         self._maps: dict[NeighborsPerAxis, Array] = {}
         self._stored_bytes = 0
         self._dtype = plan.output.sums_dtype
@@ -57,10 +62,12 @@ class PatchWeights:
 
     def neighbors(self, patch: Patch) -> NeighborsPerAxis:
         """Return the neighbors of a patch along each axis."""
-        return tuple(
-            neighbors(axis, patch.grid, number)
-            for axis, number in zip(self._plan.axes, patch.numbers, strict=True)
-        )
+        along = zip(self._neighbors, patch.numbers, strict=True)
+        return tuple([find(patch.grid, number) for find, number in along])
+
+    def neighbors_along(self, axis: int, grid: int, number: int) -> Neighbors:
+        """Return the neighbors of a patch of a grid along one axis."""
+        return self._neighbors[axis](grid, number)
 
     def has_no_overlap(self, patch: Patch) -> bool:
         """Return whether no other patch covers the patch's target; its weights are then all 1."""
@@ -127,6 +134,7 @@ class PatchWeights:
         return weights
 
 
+@lru_cache(SHARES_CACHED)
 def _has_no_overlap(neighbors: NeighborsPerAxis) -> bool:
     """Return whether a patch has no neighbor except itself."""
     starts_per_grid = zip(*(near.starts for near in neighbors), strict=True)

@@ -9,9 +9,9 @@ the host and on a device.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
-from math import log, prod
+from math import log
 from types import MappingProxyType
 from typing import Any
 
@@ -29,6 +29,7 @@ from chunkq.blend.combine import (
     is_host_array,
     labels_of,
     namespace,
+    row_slabs,
     to_numpy,
 )
 from chunkq.errors import PredictionError
@@ -148,7 +149,12 @@ class DeviationRule(CombineRule):
 
     @override
     def add(self, sums: Array, weights: Array, values: Array) -> None:
-        moments.add_values(sums, weights, values)
+        if not is_host_array(sums):
+            moments.add_values(sums, weights, values)
+            return
+        sums, weights, values = to_numpy(sums), to_numpy(weights), to_numpy(values)
+        for slab in row_slabs(sums.shape, SLAB_BYTES // sums.itemsize):
+            moments.add_values(sums[slab], weights[slab[1]], values[slab])
 
     @override
     def merge(self, sums: Array, others: Array) -> None:
@@ -214,13 +220,6 @@ def _by_slabs(function: Callable[[Array], Array], sums: Array, channels: int) ->
         return function(sums)
     sums = to_numpy(sums)
     result = buffers.zeros((channels, *sums.shape[1:]), np.float32)
-    for slab in _slabs(sums.shape, SLAB_BYTES // sums.itemsize):
+    for slab in row_slabs(sums.shape, SLAB_BYTES // sums.itemsize):
         result[slab] = function(sums[slab])
     return result
-
-
-def _slabs(shape: Sequence[int], values: int) -> list[tuple[slice, slice]]:
-    """Return slices of the first two axes that cover (K, *S) in parts of about so many values."""
-    row = max(1, prod(shape) // max(1, shape[1]))
-    step = max(1, values // row)
-    return [(slice(None), slice(first, first + step)) for first in range(0, shape[1], step)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import add, lt, sub
 from typing import Any
 
 import numpy as np
@@ -53,24 +54,45 @@ class Contribution:
 
 
 class Accumulator:
-    """Weighted sums over one chunk's region (K, *region). Patches are added one by one."""
+    """Weighted sums of one chunk, as arrays (K, *box.shape) of disjoint boxes of its region.
 
-    def __init__(self, plan: Plan, chunk: Chunk, weights: PatchWeights, zeros: Array) -> None:
-        """Use `zeros` of shape (K, *chunk.region.shape), in their dtype, as storage of the sums."""
-        self._plan, self._chunk, self._weights, self._sums = plan, chunk, weights, zeros
-        self._rule = rule_of(plan.output)
+    The boxes are those of which results are made, so that no result is cut out of a larger array.
+    Patches are added one by one.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        chunk: Chunk,
+        weights: PatchWeights,
+        zeros: Callable[[tuple[int, ...]], Array],
+        boxes: Sequence[Box] | None = None,
+    ) -> None:
+        """Store the sums in arrays that `zeros` returns for shapes, in the dtype of the sums.
+
+        `boxes` are those of `results` by default.
+        """
+        self._plan, self._chunk, self._weights = plan, chunk, weights
+        self._rule, self._crop = rule_of(plan.output), output_crop(plan)
+        if boxes is None:
+            boxes = (chunk.interior, *_shared_boxes(plan, chunk))
+        channels = plan.output.sums_channels
+        self.sums = {box: zeros((channels, *box.shape)) for box in boxes}
 
     def add(self, batch: Sequence[Patch], predictions: Array) -> None:
         """Add predictions (n, C, *output patch), float32, after activation and voting."""
         for patch, prediction in zip(batch, predictions, strict=True):
             if not patch.target.size:
                 continue
-            used = prediction[(slice(None), *target_slices(self._plan, patch))]
-            sums = self._view(patch.target)
-            if self._weights.has_no_overlap(patch):
-                self._rule.put(sums, used)
-            else:
-                self._rule.add(sums, self._weights.weights(patch), used)
+            used = prediction[(slice(None), *target_slices(patch, self._crop))]
+            weights = None
+            if not self._weights.has_no_overlap(patch):
+                weights = self._weights.weights(patch)
+            for sums, inner in self._parts(patch.target):
+                if weights is None:
+                    self._rule.put(sums, used[(slice(None), *inner)])
+                else:
+                    self._rule.add(sums, weights[inner], used[(slice(None), *inner)])
 
     def add_empty(self, patches: Sequence[Patch]) -> None:
         """Add the predictions of patches that are skipped because they are empty."""
@@ -78,25 +100,42 @@ class Accumulator:
         if patches and output.nothing_counts:
             share = buffers.zeros(region.shape, output.sums_dtype)
             add_share(share, self._weights, patches, region)
-            self._rule.add_nothing(to_numpy(self._sums), share)
+            for sums, inner in self._parts(region):
+                self._rule.add_nothing(to_numpy(sums), share[inner])
 
     def results(self) -> list[Array]:
-        """Return the arrays from which `contribution` is made; they can be views of the sums."""
-        return chunk_results(self._plan, self._chunk, self._view)
+        """Return the arrays from which `contribution` is made; they can be the sums."""
+        return chunk_results(self._plan, self._chunk, self.sums.__getitem__)
 
     def contribution(self, inside: Bools | None = None) -> Contribution:
         """Return the result of the chunk as NumPy arrays; `inside` as in `contribution`."""
         parts = [to_numpy(part) for part in self.results()]
         return contribution(self._plan, self._chunk, parts, inside)
 
-    def _view(self, box: Box) -> Array:
-        return self._sums[(slice(None), *box.slices(self._chunk.region.start))]
+    def _parts(self, box: Box) -> Iterator[tuple[Array, tuple[slice, ...]]]:
+        """Yield the sums in a box as views (K, *S), and the slices of each in an array of the box.
+
+        This runs for every patch, so it calls no Python for each axis.
+        """
+        for part, sums in self.sums.items():
+            low, high = (*map(max, part.start, box.start),), (*map(min, part.stop, box.stop),)
+            if all(map(lt, low, high)):
+                own = map(slice, map(sub, low, part.start), map(sub, high, part.start))
+                inner = map(slice, map(sub, low, box.start), map(sub, high, box.start))
+                yield sums[(slice(None), *own)], tuple(inner)
 
 
-def target_slices(plan: Plan, patch: Patch) -> tuple[slice, ...]:
-    """Return the slices that select a patch's target in its prediction (*output patch)."""
-    axes = zip(patch.source.start, plan.input_patch, plan.output_patch, strict=True)
-    return patch.target.slices([start + (p - q) // 2 for start, p, q in axes])
+def output_crop(plan: Plan) -> tuple[int, ...]:
+    """Return where the output patch starts in the input patch of a plan."""
+    return tuple((p - q) // 2 for p, q in zip(plan.input_patch, plan.output_patch, strict=True))
+
+
+def target_slices(patch: Patch, crop: Sequence[int]) -> tuple[slice, ...]:
+    """Return the slices that select a patch's target in its prediction (*output patch).
+
+    `crop` is the `output_crop` of its plan.
+    """
+    return patch.target.slices(list(map(add, patch.source.start, crop)))
 
 
 def chunk_results(plan: Plan, chunk: Chunk, sums_of: Callable[[Box], Array]) -> list[Array]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,14 +21,13 @@ from chunkq.blend.weight_profiles import LOG_PROFILES, Float64
 from chunkq.geometry.grids import AxisGeometry
 from chunkq.system import buffers
 
-NEIGHBORS_CACHED = 1 << 14
-"""Entries in the cache of neighbors; adjacent patches share them along all but one axis."""
 Floats = npt.NDArray[np.floating]
 
 
-@dataclass(frozen=True, slots=True)
-class Neighbors:
+class Neighbors(NamedTuple):
     """The patches that overlap one patch along one axis, itself included.
+
+    A tuple, because it is a key of caches: Python does not run to hash or compare it.
 
     Positions are relative to the first kept voxel of the patch. `[low, high)` is the part of its
     kept voxels inside the volume; it can be empty. `starts[g]` holds the first kept voxels of the
@@ -40,7 +40,6 @@ class Neighbors:
     starts: tuple[tuple[int, ...], ...]
 
 
-@lru_cache(maxsize=NEIGHBORS_CACHED)
 def neighbors(axis: AxisGeometry, grid: int, number: int) -> Neighbors:
     """Return the neighbors of patch `number` of grid `grid` along the axis."""
     own_grid = axis.grids[grid]

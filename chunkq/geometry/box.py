@@ -1,10 +1,15 @@
-"""Half-open, axis-aligned boxes of voxels with integer corners, of any rank."""
+"""Half-open, axis-aligned boxes of voxels with integer corners, of any rank.
+
+What is done for every patch calls functions of `operator`: Python code that runs for each axis
+would keep other threads waiting for the interpreter.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from operator import gt, sub
 from types import EllipsisType
 
 
@@ -22,7 +27,7 @@ class Box:
     def __post_init__(self) -> None:
         if len(self.start) != len(self.stop):
             raise ValueError(f"start {self.start} and stop {self.stop} differ in rank")
-        if any(b < a for a, b in zip(self.start, self.stop, strict=True)):
+        if any(map(gt, self.start, self.stop)):
             raise ValueError(f"stop {self.stop} is less than start {self.start}")
 
     @classmethod
@@ -33,7 +38,7 @@ class Box:
     @property
     def shape(self) -> tuple[int, ...]:
         """Number of voxels along each axis."""
-        return tuple(b - a for a, b in zip(self.start, self.stop, strict=True))
+        return tuple(map(sub, self.stop, self.start))
 
     @property
     def size(self) -> int:
@@ -61,9 +66,9 @@ class Box:
 
     def slices(self, origin: Sequence[int]) -> tuple[slice, ...]:
         """Return the slices that select this box in an array whose first voxel is `origin`."""
-        return tuple(
-            slice(a - o, b - o) for a, b, o in zip(self.start, self.stop, origin, strict=True)
-        )
+        if len(origin) != len(self.start):
+            raise ValueError(f"origin {tuple(origin)} and start {self.start} differ in rank")
+        return tuple(map(slice, map(sub, self.start, origin), map(sub, self.stop, origin)))
 
     def index(self, origin: Sequence[int]) -> tuple[slice | EllipsisType, ...]:
         """Return the index that selects this box in an array (…, *S) whose first voxel is `origin`.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import numpy as np
 
@@ -20,6 +20,20 @@ EMPTY_RANGE = 1 << 61
 """Start of a range without elements; larger than any position."""
 BLOCKS_CACHED = 1 << 14
 """Entries in the cache of axis blocks; adjacent chunks share all but one of them."""
+
+
+class AxisPatch(NamedTuple):
+    """One patch along one axis.
+
+    It reads `[start, stop)`, which can extend beyond the volume. `[low, high)` are its kept voxels
+    inside the volume; there can be none.
+    """
+
+    number: int
+    start: int
+    stop: int
+    low: int
+    high: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +104,11 @@ class AxisGrid:
         start = self.start(number) + self.lead
         low = min(max(0, start), self.volume)
         return low, max(low, min(start + self.kept, self.volume))
+
+    def patch_at(self, number: int) -> AxisPatch:
+        """Return patch `number`."""
+        start = self.start(number)
+        return AxisPatch(number, start, start + self.patch, *self.kept_in_volume(number))
 
     def count_below(self, position: IntArray, reach: int = 0) -> IntArray:
         """Return the number of patches whose kept voxels start before `position`.
@@ -234,6 +253,10 @@ class AxisGeometry:
     def block(self, number: int) -> AxisBlock:
         """Return block `number`; one outside of `numbers` is empty."""
         return _axis_block(self, number)
+
+    def patch_at(self, g: int, number: int) -> AxisPatch:
+        """Return a patch of grid `g`."""
+        return self.grids[g].patch_at(number)
 
     def start(self, block: IntArray) -> IntArray:
         """Return the first voxel of each block."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import cache
 from io import BytesIO
 from typing import Any
@@ -18,6 +19,11 @@ from chunkq.install_hint import install_command
 
 Pixels = npt.NDArray[Any]
 """Pixels (H, W, C)."""
+Decoded = npt.NDArray[Any] | Image.Image
+"""Pixels (H, W, C). Those with 8 bits per channel can be an image of Pillow, which resizes them
+without a copy as an array; see `pixels_of`."""
+Reserve = Callable[[int], None]
+"""Waits until this process may hold so many pixels of an image."""
 MAX_PIXELS = 178_956_970
 """Largest number of pixels of an image, Pillow's own limit. Use a volume job for larger ones."""
 MAX_CHANNELS = 4
@@ -40,14 +46,18 @@ ORIENTATION, BITS_PER_SAMPLE = 0x0112, 0x0102
 """Tags of EXIF and TIFF."""
 
 
-def decode(content: bytes, mode: Mode) -> Pixels:
+def unlimited(pixels: int) -> None:
+    """Hold any number of pixels; a `Reserve`."""
+
+
+def decode(content: bytes, mode: Mode, reserve: Reserve = unlimited) -> Decoded:
     """Decode the bytes of an image file to pixels (H, W, C) with the channels of `mode`.
 
     The pixels are turned as EXIF says. Those with 8 bits per channel are converted by Pillow to
     uint8. Those with more keep their values, as uint16, int32 or float32: gray is repeated for
     each color, colors become gray by the weights of ITU-R 601-2, as float32. Opacity is dropped
     or is the largest value of the dtype (1 for floats). Of a file with several images the first
-    one is decoded.
+    one is decoded. `reserve` is called with the number of pixels before they are decoded.
 
     Raises ImageError if the content is no image of `FORMATS`, is damaged or too large, with the
     same message in each process.
@@ -55,7 +65,7 @@ def decode(content: bytes, mode: Mode) -> Pixels:
     if not content:
         raise ImageError("decode", "the file is empty; replace it")
     try:
-        return _decode(content, mode)
+        return _decode(content, mode, reserve)
     except (ImageError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
@@ -76,37 +86,43 @@ def _too_large() -> ImageError:
     )
 
 
-def _decode(content: bytes, mode: Mode) -> Pixels:
+def _decode(content: bytes, mode: Mode, reserve: Reserve) -> Decoded:
     if content[:8] == PNG_SIGNATURE and content[PNG_DEPTH] == 16 and content[PNG_COLOR] != 0:
         # Pillow reduces colors of 16 bits to 8.
-        return _to_mode(_turned(_deep_png(content), _orientation(content)), mode)
+        return _to_mode(_turned(_deep_png(content, reserve), _orientation(content)), mode)
     try:
         image = _open(content)
     except UnidentifiedImageError:
         if content[:4] not in TIFF_SIGNATURES:
             raise
-        return _to_mode(_tiff(content), mode)
+        return _to_mode(_tiff(content, reserve), mode)
     with image:
         if image.format == "TIFF" and _is_deep_color(image):
-            return _to_mode(_tiff(content), mode)
-        return of_pillow(ImageOps.exif_transpose(image), mode)
+            return _to_mode(_tiff(content, reserve), mode)
+        reserve(image.width * image.height)
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return of_pillow(image, mode)
 
 
-def of_pillow(image: Image.Image, mode: Mode) -> Pixels:
-    """Return the pixels (H, W, C) of an image of Pillow with the channels of `mode`, see `decode`.
+def pixels_of(decoded: Decoded) -> Pixels:
+    """Return the pixels (H, W, C) of a decoded image."""
+    if not isinstance(decoded, Image.Image):
+        return decoded
+    return np.asarray(decoded).reshape(decoded.height, decoded.width, CHANNELS[decoded.mode])
 
-    The image is not turned.
-    """
+
+def of_pillow(image: Image.Image, mode: Mode) -> Decoded:
+    """Return an image of Pillow with the channels of `mode`, see `decode`. It is not turned."""
     if image.mode[0] in DEEP_MODES:
         pixels = np.asarray(image)
         return _to_mode(pixels.astype(pixels.dtype.newbyteorder("="))[..., None], mode)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    pixels = np.asarray(image.convert(mode))
-    return pixels.reshape(*pixels.shape[:2], CHANNELS[mode])
+    return image if image.mode == mode else image.convert(mode)
 
 
-def of_array(pixels: Pixels, mode: Mode) -> Pixels:
+def of_array(pixels: Pixels, mode: Mode) -> Decoded:
     """Return an image (H, W) or (H, W, 1 to 4) with the channels of `mode`, as of a decoded file.
 
     Raises ImageError for other shapes, and for values that are no numbers.
@@ -120,7 +136,10 @@ def of_array(pixels: Pixels, mode: Mode) -> Pixels:
 
 def _open(content: bytes) -> Image.Image:
     """Open an image file without decoding it. Raises UnidentifiedImageError and others."""
-    return Image.open(BytesIO(content), formats=_formats())
+    image = Image.open(BytesIO(content), formats=_formats())
+    if image.width * image.height > MAX_PIXELS:  # code of users can lift Pillow's own limit
+        raise _too_large()
+    return image
 
 
 @cache
@@ -151,17 +170,19 @@ def _turned(pixels: Pixels, orientation: int) -> Pixels:
     return pixels
 
 
-def _deep_png(content: bytes) -> Pixels:
+def _deep_png(content: bytes, reserve: Reserve) -> Pixels:
     """Decode a PNG file whose colors have 16 bits."""
-    _open(content).close()  # refuses one that is too large
+    with _open(content) as image:  # refuses one that is too large
+        pixels = image.width * image.height
     try:
         import imagecodecs
     except ImportError:
         raise _no_package("PNG files with 16 bits per color") from None
+    reserve(pixels)
     return _with_channels(imagecodecs.png_decode(content))
 
 
-def _tiff(content: bytes) -> Pixels:
+def _tiff(content: bytes, reserve: Reserve) -> Pixels:
     """Decode the first image of a TIFF file that Pillow does not support, and turn it."""
     try:
         import tifffile
@@ -171,6 +192,7 @@ def _tiff(content: bytes) -> Pixels:
         page = file.pages.first
         if page.size > MAX_PIXELS * MAX_CHANNELS:  # also of many channels or slices
             raise _too_large()
+        reserve(max(page.imagewidth * page.imagelength, page.size // MAX_CHANNELS))
         pixels = page.asarray()
         if page.axes == "SYX":
             pixels = np.moveaxis(pixels, 0, -1)

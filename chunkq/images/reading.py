@@ -7,15 +7,16 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any, BinaryIO
 
 from chunkq.access import BUCKET_SCHEMES, DEFAULT_ACCESS, S3_SCHEMES, Access, is_forbidden
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.images.image_error import ImageError
-from chunkq.paths import WEB_SCHEMES, is_url, mask_secrets, open_filesystem, without_secret
+from chunkq.paths import WEB_SCHEMES, is_url, is_web, mask_secrets, open_filesystem, without_secret
 
 MAX_BYTES = 1 << 30
 """Largest file that is read as one image."""
+PART_BYTES = 1 << 20
 KNOWN_SCHEMES = BUCKET_SCHEMES | WEB_SCHEMES
 """Schemes whose missing package is no mistake in the list."""
 OF_PATHS = frozenset(
@@ -96,17 +97,22 @@ def _is_unreachable(error: FileNotFoundError) -> bool:
 
 
 def _local(path: str) -> bytes:
+    with open_local(path) as file:
+        _check_size(os.fstat(file.fileno()).st_size)
+        return file.read(MAX_BYTES)
+
+
+def open_local(path: str) -> BinaryIO:
+    """Open a regular file. Raises OSError, ValueError, and ImageError for another kind of file."""
     # Without O_NONBLOCK, opening a pipe waits for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise missing("not a regular file")
-        _check_size(status.st_size)
-        with open(descriptor, "rb", closefd=False) as file:
-            return file.read(MAX_BYTES)
-    finally:
+        return open(descriptor, "rb")
+    except BaseException:
         os.close(descriptor)
+        raise
 
 
 def listed_filesystem(path: str, access: Access) -> tuple[Any, str]:
@@ -129,9 +135,23 @@ def _remote(path: str, access: Access) -> bytes:
     filesystem, inner = listed_filesystem(path, access)
     if path.partition("://")[0] in BUCKET_SCHEMES:
         return _object(filesystem, inner)
-    _check_size(filesystem.size(inner) or 0)
+    size = filesystem.size(inner) or 0
+    _check_size(size)
+    if is_web(path):
+        with filesystem.open(inner, "rb", block_size=0, size=size or 1) as stream:
+            return _limited(stream)
     content: bytes = filesystem.cat_file(inner)
     return content
+
+
+def _limited(stream: IO[bytes]) -> bytes:
+    """Return the content of a stream, which can be longer than the server says, or endless."""
+    parts, size = list[bytes](), 0
+    while part := stream.read(PART_BYTES):
+        parts.append(part)
+        size += len(part)
+        _check_size(size)
+    return b"".join(parts)
 
 
 def _is_supported(scheme: str) -> bool:

@@ -26,6 +26,8 @@ ERROR_SCHEMA = pa.schema(
 )  # fmt: skip
 """Columns of `errors.parquet`: one row per image without a result; `row` counts from 0."""
 COMPRESSION = "zstd"
+LONGEST_LINE = 1 << 24
+"""Bytes of a line of JSON that can be read."""
 
 
 @dataclass(frozen=True)
@@ -96,20 +98,38 @@ def write_table(chunks: Iterable[pa.Table], suffix: str, file: IO[bytes]) -> int
     return write(first.schema, _counted(first, stream), file)
 
 
-def read_columns(file: IO[bytes], suffix: str, names: Sequence[str]) -> pa.Table:
-    """Read columns of texts of a file of `write_table`; columns that it lacks are left out."""
+def read_columns(file: IO[bytes], suffix: str, columns: pa.Schema) -> pa.Table:
+    """Read columns of a file of `write_table`; those that it lacks are left out.
+
+    Lists of a CSV file stay JSON texts. Raises pyarrow.ArrowInvalid if the file is no such table.
+    """
     if suffix == ".parquet":
         parquet = pq.ParquetFile(file)
-        return parquet.read([name for name in names if name in parquet.schema_arrow.names])
-    types = dict.fromkeys(names, pa.string())
+        return parquet.read([name for name in columns.names if name in parquet.schema_arrow.names])
     if suffix == ".csv":
-        options = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=True)
+        options = pa.csv.ConvertOptions(
+            column_types={field.name: _csv_type(field) for field in columns},
+            strings_can_be_null=True,
+        )
         table = pa.csv.read_csv(file, convert_options=options)
     else:
-        fields = pa.schema([(name, pa.string()) for name in names])
-        parse = pa.json.ParseOptions(explicit_schema=fields, unexpected_field_behavior="ignore")
-        table = pa.json.read_json(file, parse_options=parse)
-    return table.select([name for name in names if name in table.column_names])
+        parse = pa.json.ParseOptions(explicit_schema=columns, unexpected_field_behavior="ignore")
+        blocks = pa.json.ReadOptions(block_size=LONGEST_LINE)
+        table = pa.json.read_json(file, read_options=blocks, parse_options=parse)
+    return table.select([name for name in columns.names if name in table.column_names])
+
+
+def to_rows(table: pa.Table, columns: pa.Schema) -> list[dict[str, Any]]:
+    """Return the rows of a table of `read_columns`, with the lists of a CSV file as lists."""
+    rows: list[dict[str, Any]] = table.to_pylist()
+    texts = [
+        name
+        for name in table.column_names
+        if pa.types.is_string(table.schema.field(name).type) and _is_json(columns.field(name).type)
+    ]
+    for row in rows:
+        row |= {name: None if row[name] is None else json.loads(row[name]) for name in texts}
+    return rows
 
 
 def _counted(first: pa.Table, others: Iterator[pa.Table]) -> Iterator[pa.Table]:
@@ -129,8 +149,13 @@ def _write_parquet(schema: pa.Schema, tables: Iterator[pa.Table], file: IO[bytes
     return rows
 
 
+def _csv_type(field: pa.Field) -> pa.DataType:
+    """Return the type of a column in a CSV file, where lists are JSON texts."""
+    return pa.string() if _is_json(field.type) else field.type
+
+
 def _write_csv(schema: pa.Schema, tables: Iterator[pa.Table], file: IO[bytes]) -> int:
-    fields = [f.with_type(pa.string()) if _is_json(f.type) else f for f in schema]
+    fields = [field.with_type(_csv_type(field)) for field in schema]
     rows = 0
     with pa.csv.CSVWriter(file, pa.schema(fields)) as writer:
         for table in tables:

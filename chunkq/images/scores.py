@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 Activation = Literal["none", "softmax", "sigmoid"]
 
@@ -87,18 +88,18 @@ class Accuracy:
     @classmethod
     def of(cls, truth: pa.Array, predicted: pa.Array, names: Sequence[str] = ()) -> Accuracy:
         """Count the rows of two columns of labels; rows without a true label are left out."""
-        pairs = [
-            (t, p)
-            for t, p in zip(truth.to_pylist(), predicted.to_pylist(), strict=True)
-            if t is not None
+        columns = [
+            column.filter(truth.is_valid()).cast(pa.string()) for column in (truth, predicted)
         ]
-        others = sorted({label for pair in pairs for label in pair} - {*names})
-        labels = (*names, *others)
-        numbers = {label: n for n, label in enumerate(labels)}
-        counts = np.zeros((len(labels), len(labels)), np.int64)
-        for true, guess in pairs:
-            counts[numbers[true], numbers[guess]] += 1
-        return cls(labels, counts)
+        others = {label for column in columns for label in column.unique().to_pylist()} - {*names}
+        labels = (*names, *sorted(others))
+        known, size = pa.array(labels, pa.string()), len(labels)
+        true, guess = (
+            pc.index_in(column, known).to_numpy(zero_copy_only=False).astype(np.int64)
+            for column in columns
+        )
+        counts = np.bincount(true * size + guess, minlength=size * size)
+        return cls(labels, counts.reshape(size, size).astype(np.int64))
 
     @property
     def total(self) -> int:

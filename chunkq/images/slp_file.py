@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from chunkq.images.image_list import is_video
 from chunkq.images.poses import Poses
 from chunkq.images.skeleton import Skeleton
 from chunkq.images.slp_packages import check_slp_packages
@@ -44,24 +45,37 @@ class SlpFrame:
     poses: Poses
 
 
-def places_of(
-    paths: Sequence[str], frames: Sequence[int | None]
-) -> tuple[list[SlpVideo], npt.NDArray[np.int64]]:
-    """Return the videos of the rows of a list, and the place (n, 2) of each: video and frame.
+Row = tuple[str, int | None]
+"""A row of a list: its path, and the number of the frame in a video, None for an image."""
 
-    `frames` has the number of the frame of each row of a video, None for images. All images are
-    one video, in which they have the order of the list. Videos are in the order of their first row.
+
+def videos_of(rows: Iterable[Row]) -> list[SlpVideo]:
+    """Return the videos of the rows of a list, in the order of their first row.
+
+    All images are one video, in which they have the order of the list.
     """
-    images = tuple(path for path, frame in zip(paths, frames, strict=True) if frame is None)
+    images: list[str] = []
+    paths: dict[str | None, None] = {}
+    for path, _ in rows:
+        is_image = not is_video(path)
+        if is_image:
+            images.append(path)
+        paths.setdefault(None if is_image else path)
+    return [SlpVideo(tuple(images) if path is None else path) for path in paths]
+
+
+def places_of(rows: Iterable[Row]) -> Iterator[tuple[int, int]]:
+    """Yield the place of each row: the number of its video in `videos_of`, and of the frame.
+
+    The place of a video that could not be read has no meaning.
+    """
     numbers: dict[str | None, int] = {}
-    places = np.zeros((len(paths), 2), np.int64)
     image = 0
-    for row, (path, frame) in enumerate(zip(paths, frames, strict=True)):
-        video = numbers.setdefault(None if frame is None else path, len(numbers))
-        places[row] = video, image if frame is None else frame
-        image += frame is None
-    videos = [SlpVideo(images if path is None else path) for path in numbers]
-    return videos, places
+    for path, frame in rows:
+        is_image = not is_video(path)
+        video = numbers.setdefault(None if is_image else path, len(numbers))
+        yield video, image if is_image else frame or 0
+        image += is_image
 
 
 def write_slp(

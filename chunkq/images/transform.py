@@ -10,7 +10,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from chunkq.errors import ErrorCode
-from chunkq.images.decoding import MAX_PIXELS, Pixels
+from chunkq.images.decoding import MAX_PIXELS, Decoded, Pixels, pixels_of
 from chunkq.images.image_error import ImageError
 from chunkq.images.image_spec import ImageSpec
 
@@ -42,8 +42,8 @@ class Placement:
         return shifted
 
 
-def transform(pixels: Pixels, spec: ImageSpec) -> tuple[npt.NDArray[np.float32], Placement]:
-    """Return the input of a network (C, h, w), float32, of pixels (H, W, C), and where it lies.
+def transform(decoded: Decoded, spec: ImageSpec) -> tuple[npt.NDArray[np.float32], Placement]:
+    """Return the input of a network (C, h, w), float32, of an image (H, W, C), and where it lies.
 
     Resizing is bilinear and antialiased, as in Pillow, and rounds pixels of 8 bits. The shorter
     side gets the length `resize`, the longer one is rounded down. The crop begins at half of the
@@ -52,7 +52,7 @@ def transform(pixels: Pixels, spec: ImageSpec) -> tuple[npt.NDArray[np.float32],
     Raises ImageError if the image is smaller than the crop, or so narrow that it has more than
     MAX_PIXELS when it is resized.
     """
-    height, width = pixels.shape[:2]
+    height, width = _shape(decoded)
     resized = _resized_shape((height, width), spec.resize)
     if resized[0] * resized[1] > max(MAX_PIXELS, height * width):
         raise ImageError(
@@ -62,7 +62,7 @@ def transform(pixels: Pixels, spec: ImageSpec) -> tuple[npt.NDArray[np.float32],
             code=ErrorCode.IMAGE_UNSUITABLE,
         )
     if resized != (height, width):
-        pixels = _resize(pixels, resized)
+        decoded = _resize(decoded, resized)
     origin = (0, 0)
     if spec.crop is not None:
         if any(n < c for n, c in zip(resized, spec.crop, strict=True)):
@@ -74,18 +74,35 @@ def transform(pixels: Pixels, spec: ImageSpec) -> tuple[npt.NDArray[np.float32],
             )
         top, left = (round((n - c) / 2) for n, c in zip(resized, spec.crop, strict=True))
         origin = (top, left)
-        pixels = pixels[top : top + spec.crop[0], left : left + spec.crop[1]]
-    size = pixels.shape[:2]
+        decoded = _crop(decoded, origin, spec.crop)
+    pixels = pixels_of(decoded)
+    size = _shape(pixels)
     padding = [(0, p - n) for n, p in zip(size, spec.padded(size), strict=True)]
     if any(after for _, after in padding):
         pixels = np.pad(pixels, (*padding, (0, 0)))
-    values = np.ascontiguousarray(np.moveaxis(pixels, 2, 0), np.float32)
+    values = np.moveaxis(pixels, 2, 0).astype(np.float32, order="C")
     if spec.scale != 1:
-        values = values / np.float32(spec.scale)
-    for terms, apply in ((spec.mean, np.subtract), (spec.std, np.divide)):
-        if terms:
-            values = apply(values, np.array(terms, np.float32)[:, None, None])
+        values /= np.float32(spec.scale)
+    if spec.mean:
+        values -= np.array(spec.mean, np.float32)[:, None, None]
+    if spec.std:
+        values /= np.array(spec.std, np.float32)[:, None, None]
     return values, Placement((height, width), resized, origin, size)
+
+
+def _shape(decoded: Decoded) -> tuple[int, int]:
+    """Return height and width."""
+    if isinstance(decoded, Image.Image):
+        return decoded.height, decoded.width
+    height, width = decoded.shape[:2]
+    return height, width
+
+
+def _crop(decoded: Decoded, origin: tuple[int, int], size: tuple[int, int]) -> Decoded:
+    (top, left), (height, width) = origin, size
+    if isinstance(decoded, Image.Image):
+        return decoded.crop((left, top, left + width, top + height))
+    return decoded[top : top + height, left : left + width]
 
 
 def _resized_shape(shape: tuple[int, int], resize: int | tuple[int, int] | None) -> tuple[int, int]:
@@ -99,12 +116,14 @@ def _resized_shape(shape: tuple[int, int], resize: int | tuple[int, int] | None)
     return resize * height // width, resize
 
 
-def _resize(pixels: Pixels, shape: tuple[int, int]) -> Pixels:
+def _resize(decoded: Decoded, shape: tuple[int, int]) -> Decoded:
     size = shape[::-1]
+    if isinstance(decoded, Image.Image):
+        return decoded.resize(size, Image.Resampling.BILINEAR)
+    pixels: Pixels = decoded
     if pixels.dtype == np.uint8:
         image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-        resized = np.asarray(image.resize(size, Image.Resampling.BILINEAR))
-        return resized.reshape(*shape, pixels.shape[2])
+        return image.resize(size, Image.Resampling.BILINEAR)
     channels = [
         Image.fromarray(np.ascontiguousarray(pixels[..., c], np.float32)).resize(
             size, Image.Resampling.BILINEAR

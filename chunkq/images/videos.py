@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, takewhile
@@ -35,13 +35,11 @@ class VideoIndex:
     keys   time stamp of each keyframe, and the earlier one of this and of its decoding, ascending,
            int64 (k, 2); at least one
     shape  height and width of a frame, in pixels
-    rate   frames per second, 0 if the file does not say
     """
 
     times: npt.NDArray[np.int64]
     keys: npt.NDArray[np.int64]
     shape: tuple[int, int]
-    rate: float
 
     def __len__(self) -> int:
         return len(self.times)
@@ -55,17 +53,19 @@ class VideoIndex:
         number = int(np.searchsorted(self.keys[:, 0], time, side="right"))
         return float(self.keys[number, 0]) if number < len(self.keys) else np.inf
 
-    def positions(self, time: int) -> Iterator[int]:
+    def positions(self, time: int) -> Iterator[tuple[int, bool]]:
         """Yield where to seek for the frame at a time, from keyframe to keyframe, ever earlier.
 
-        Some formats have an index of times of display, others of decoding, or none.
+        Each is a time and whether to seek backward from it. Some formats have an index of times of
+        display, others of decoding, or none, and some find nothing before their first keyframe.
         """
-        yield time
+        yield time, True
         number, step = self.key_before(time), 1
         while number > 0:
-            yield int(self.keys[number, 1])
+            yield int(self.keys[number, 1]), True
             number, step = number - step, 2 * step
-        yield int(self.keys[0, 1])
+        yield int(self.keys[0, 1]), True
+        yield int(self.keys[0, 1]), False
 
 
 def index_video(file: str | IO[bytes]) -> VideoIndex:
@@ -84,7 +84,6 @@ def index_video(file: str | IO[bytes]) -> VideoIndex:
                 keys.append((packet.pts, min(packet.pts, decoded)))
             if not packet.is_discard:
                 stamps.append(packet.pts)
-        rate = float(stream.average_rate or 0)
         shape = (stream.codec_context.height, stream.codec_context.width)
     times = np.array(sorted(stamp for stamp in stamps if stamp is not None), np.int64)
     if not len(times) or len(times) != len(stamps) or len(np.unique(times)) != len(times):
@@ -93,7 +92,7 @@ def index_video(file: str | IO[bytes]) -> VideoIndex:
         )
     if not keys:
         raise ImageError("read", "the video has no keyframe; convert it to MP4")
-    return VideoIndex(times, np.array(sorted(keys), np.int64), shape, rate)
+    return VideoIndex(times, np.array(sorted(keys), np.int64), shape)
 
 
 def read_frames(
@@ -124,6 +123,8 @@ def read_frames(
                         yield number, pixels.reshape(frame.height, frame.width, -1)
                     if not wanted:
                         return
+            except MemoryError:  # FFmpeg's is an FFmpegError, too
+                raise
             except FFmpegError as error:
                 resumed, reason = index.key_after(reached), f"damaged: {error.strerror}"
             for time in [time for time in wanted if time < resumed]:
@@ -131,24 +132,34 @@ def read_frames(
 
 
 def _frames_from(container: Any, stream: Any, index: VideoIndex, time: int) -> Iterator[Any]:
-    """Yield frames in the order of display, from a keyframe that is not later than `time`.
+    """Yield frames in the order of display, from one on that is not later than `time`.
 
-    Frames that are decoded after the keyframe and shown before it are left out: they can depend on
-    others. Raises FFmpegError for damage.
+    Frames that are decoded after a keyframe and shown before it are left out: they can depend on
+    others. Of a stream without whole keyframes a decoder shows none until all of a frame was
+    refreshed, so decoding begins one earlier. Raises FFmpegError for damage.
     """
-    latest = max(time, int(index.keys[0, 0]))
-    for position in index.positions(time):
+    earliest = int(index.keys[0, 0])
+    for position, is_backward in index.positions(time):
+        key = None
         with suppress(FFmpegError):  # no packet of the stream is there
-            container.seek(position, stream=stream, backward=True)
+            container.seek(position, stream=stream, backward=is_backward)
             packets = container.demux(stream)
             key = next((packet for packet in packets if packet.is_keyframe), None)
-            if key is not None and key.pts is not None and key.pts <= latest:
-                break
-    else:
-        return
-    for packet in chain([key], packets):
-        frames = packet.decode()
-        yield from (frame for frame in frames if frame.pts is not None and frame.pts >= key.pts)
+        if key is None or key.pts is None:
+            continue
+        frames = _decoded(chain([key], packets), key.pts)
+        first = next(frames, None)
+        if key.pts <= earliest or (first is not None and first.pts <= time):
+            yield from chain([] if first is None else [first], frames)
+            return
+
+
+def _decoded(packets: Iterable[Any], start: int) -> Iterator[Any]:
+    """Yield the frames of packets that are shown from a time on."""
+    for packet in packets:
+        for frame in packet.decode():
+            if frame.pts is not None and frame.pts >= start:
+                yield frame
 
 
 def _failed(number: int, reason: str) -> tuple[int, ImageError]:
@@ -167,6 +178,8 @@ def _opened(file: str | IO[bytes]) -> Iterator[tuple[Any, Any]]:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             yield container, stream
+    except MemoryError:
+        raise
     except FileNotFoundError as error:
         raise ImageError("read", "missing; fix the path", code=ErrorCode.IMAGE_MISSING) from error
     except FFmpegError as error:

@@ -8,8 +8,9 @@ from typing_extensions import override
 
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.job.exports import ExportedFile, exported_files
+from chunkq.job.image_output import StoredArray
 from chunkq.job.ledger import Ledger
-from chunkq.job.output import Output, StoredArray
+from chunkq.job.output import Output
 from chunkq.job.output_documents import WrittenDocument
 from chunkq.job.record import JobRecord
 from chunkq.job.task_records import EXPORT, FILE_SIZE

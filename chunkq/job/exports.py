@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from chunkq.errors import JobError
 from chunkq.job.items import Image
 from chunkq.job.job_path import job_folder_of
-from chunkq.job.output import output_axes
 from chunkq.job.output_name import SLP, table_suffix
 from chunkq.job.record import JobRecord
+from chunkq.job.stored_images import output_axes
 from chunkq.paths import join
 from chunkq.writers.base import ExportWriter, ImageToWrite, StoredValues, WriterOptions
 from chunkq.writers.file_space import file_space

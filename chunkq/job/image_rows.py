@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc
 import pyarrow.parquet as pq
+from typing_extensions import Buffer, override
 
 from chunkq.errors import ErrorCode, JobError, StoreError
 from chunkq.geometry.axes import Axis
-from chunkq.images.frame_list import FRAME, with_frames
+from chunkq.images.frame_list import FRAME, STATE, with_frames
 from chunkq.images.image_list import PATH, ImageList, find_images, join_lists
 from chunkq.images.scores import ScoreSpec
 from chunkq.job.image_config import TruthConfig
@@ -26,8 +27,10 @@ from chunkq.storage.images import DIGEST, IMAGE_LIST, ImageSource
 TRUTH = "chunkq:truth"
 """Column of the stored table with the true label of each row; absent without `truth`."""
 SAMPLE = "sample"
-"""Option of the source: path and frame of a few rows as JSON, on which the network is checked."""
+"""Option of the source: path, frame and state of some rows as JSON, for the network's check."""
 SAMPLE_ROWS = 16
+GROUP_ROWS = 1 << 14
+"""Rows that are stored, and read again, together."""
 NAMES_SHOWN = 6
 DEFAULT_TOP_K = 5
 
@@ -57,8 +60,17 @@ class ImageRows:
 
     @property
     def listed(self) -> pa.Table:
-        """The rows without their true labels: `path`, then the columns of the list."""
-        return self.table.drop_columns([TRUTH]) if self.has_truth else self.table
+        """The rows as they were listed: `path`, then the columns of the list."""
+        added = [name for name in (TRUTH, STATE) if name in self.table.column_names]
+        return self.table.drop_columns(added) if added else self.table
+
+    @property
+    def states(self) -> list[str | None]:
+        """The state of the video of each row when the job was created, see `STATE`."""
+        if STATE not in self.table.column_names:
+            return [None] * len(self)
+        states: list[str | None] = self.table.column(STATE).to_pylist()
+        return states
 
     @property
     def has_truth(self) -> bool:
@@ -79,8 +91,8 @@ class ImageRows:
         count = len(self)
         picks = sorted({round(n * (count - 1) / SAMPLE_ROWS) for n in range(SAMPLE_ROWS + 1)})
         picked = ImageRows(self.table.take(pa.array(picks, pa.int64())))
-        pairs = zip(picked.paths, picked.frames, strict=True)
-        sample = json.dumps([[path, frame] for path, frame in pairs if path])
+        sampled = zip(picked.paths, picked.frames, picked.states, strict=True)
+        sample = json.dumps([row for row in sampled if row[0]])
         options = {DIGEST: self._digest(), SAMPLE: sample}
         axes = (Axis("row", "space", count),)
         return ImageSource(IMAGE_LIST, path, axes, "uint8", options, named_by="the list")
@@ -88,22 +100,39 @@ class ImageRows:
     def _digest(self) -> str:
         """Return the SHA-256 of the rows, as hexadecimal digits."""
         table = self.table.combine_chunks()
-        sink = BytesIO()
-        with pa.ipc.new_stream(sink, table.schema) as writer:
+        sink = _Hash()
+        with pa.ipc.new_stream(pa.PythonFile(sink, "w"), table.schema) as writer:
             writer.write_table(table)
-        return hashlib.sha256(sink.getbuffer()).hexdigest()
+        return sink.sha256.hexdigest()
 
     def to_bytes(self) -> bytes:
-        """Return the rows as a Parquet file with checksums."""
-        sink = BytesIO()
-        pq.write_table(self.table, sink, compression="zstd", write_page_checksum=True)
+        """Return the rows as a Parquet file with checksums, which `StoredRows` reads."""
+        sink = io.BytesIO()
+        pq.write_table(
+            self.table,
+            sink,
+            compression="zstd",
+            write_page_checksum=True,
+            row_group_size=GROUP_ROWS,
+        )
         return sink.getvalue()
 
-    @classmethod
-    def from_bytes(cls, content: bytes) -> ImageRows:
-        """Return the rows of such a file. Raises OSError or pyarrow.ArrowInvalid if damaged."""
-        source = pa.BufferReader(content)
-        return cls(pq.read_table(source, page_checksum_verification=True).combine_chunks())
+
+class _Hash(io.RawIOBase):
+    """File that keeps the SHA-256 of what is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sha256 = hashlib.sha256()
+
+    @override
+    def writable(self) -> bool:
+        return True
+
+    @override
+    def write(self, content: Buffer, /) -> int:
+        self.sha256.update(content)
+        return memoryview(content).nbytes
 
 
 def find_rows(job: Job) -> ImageRows:
@@ -132,9 +161,9 @@ def find_rows(job: Job) -> ImageRows:
     return ImageRows(images.table.append_column(TRUTH, truth))
 
 
-def sample_rows(source: ImageSource) -> list[tuple[str, int | None]]:
-    """Return the path and the frame of a few rows of a list, spread over it."""
-    return [(path, frame) for path, frame in json.loads(str(source.options[SAMPLE]))]
+def sample_rows(source: ImageSource) -> list[tuple[str, int | None, str | None]]:
+    """Return the path, the frame and the state of a few rows of a list, spread over it."""
+    return [(path, *others) for path, *others in json.loads(str(source.options[SAMPLE]))]
 
 
 def score_spec(job: Job) -> ScoreSpec:

@@ -20,7 +20,6 @@ from chunkq.geometry.grids import Edge
 from chunkq.geometry.padding import PadMode
 from chunkq.images.image_spec import ImageSpec
 from chunkq.images.sleap_package import folder_of
-from chunkq.job.absolute_paths import make_absolute
 from chunkq.job.class_names import with_class_names
 from chunkq.job.fields import (
     Fill,
@@ -41,7 +40,6 @@ from chunkq.job.fields import (
 )
 from chunkq.job.image_config import GUIDE, ImageConfig, Keep, PeaksConfig, TruthConfig
 from chunkq.job.image_job import IMAGE, is_over_images, with_image_defaults
-from chunkq.job.job_document import read_document
 from chunkq.job.job_path import canonical, without_format
 from chunkq.job.job_problems import job_problems
 from chunkq.job.model_config import ModelConfig
@@ -836,6 +834,10 @@ def job_values(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 
     Raises ArgumentError for a source of another type, and JobError for an unreadable file.
     """
+    # Most commands read no job file.
+    from chunkq.job.absolute_paths import make_absolute
+    from chunkq.job.job_document import read_document
+
     if isinstance(source, Mapping):
         values, base = dict(source), Path.cwd()
     elif isinstance(source, (str, os.PathLike)):

@@ -26,7 +26,7 @@ from chunkq.geometry.box import Box
 from chunkq.job.allowed_paths import with_allowed_files
 from chunkq.job.items import Image, Item
 from chunkq.job.job_folder import JobFolder
-from chunkq.job.ledger import INPUTS, ItemLedger, Ledger
+from chunkq.job.ledger import ItemLedger, Ledger
 from chunkq.job.output_handle import OutputHandle
 from chunkq.job.pyramids import pyramids_of
 from chunkq.job.record import JobRecord
@@ -44,10 +44,10 @@ from chunkq.storage.staged import Slabs, StagedCopy
 
 if TYPE_CHECKING:
     from chunkq.blend.weights import Weights
-    from chunkq.job.image_rows import ImageRows
     from chunkq.job.known_empty import KnownEmpty
     from chunkq.job.level_arrays import Channels, LevelArray
     from chunkq.job.output import Output
+    from chunkq.job.stored_rows import StoredRows
     from chunkq.plan.patch_selection import SkipRules
     from chunkq.storage.mask import Mask
 
@@ -161,21 +161,11 @@ class JobHandle:
         )
 
     @cached_property
-    def rows(self) -> ImageRows:
-        """The images of a job over images. Raises JobError if the record of them is damaged."""
-        from chunkq.job.image_rows import ImageRows  # for such jobs only
+    def rows(self) -> StoredRows:
+        """The images of a job over images."""
+        from chunkq.job.stored_rows import StoredRows  # for such jobs only
 
-        content = self.ledger.get_inputs()
-        try:
-            if content is None:
-                raise ValueError
-            return ImageRows.from_bytes(content)
-        except (ValueError, OSError):  # pyarrow's errors are ValueErrors
-            raise JobError(
-                f"{without_secret(self.ledger.path)}/{INPUTS} is missing or damaged; restore the "
-                "file, or run `chunkq produce --overwrite` to start again",
-                code=ErrorCode.JOB_RECORD_DAMAGED,
-            ) from None
+        return StoredRows(self.ledger)
 
     @cached_property
     def mask(self) -> Array:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from operator import attrgetter
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -100,9 +100,9 @@ class Ledger:
         """Store the table of the images of a job, unless it is stored."""
         self.objects.put_new(INPUTS, content)
 
-    def get_inputs(self) -> bytes | None:
-        """Return the table of the images of a job, or None if it is missing."""
-        return self.objects.get(INPUTS)
+    def open_inputs(self) -> IO[bytes] | None:
+        """Open the table of the images of a job; return None if it is missing."""
+        return self.objects.open(INPUTS)
 
     def has_inputs(self) -> bool:
         """Return whether `put_inputs` was called."""

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from chunkq import __version__
+from chunkq.errors import StoreError
 from chunkq.job.attributes import contains, restored
+from chunkq.paths import without_secret
+
+if TYPE_CHECKING:
+    from chunkq.job.output_layouts import OutputLayout
+    from chunkq.job.record import JobRecord
+    from chunkq.storage.objects import ObjectFolder
 
 Damage = Literal["missing", "damaged", "changed"]
 ATTRIBUTE = "chunkq"
@@ -78,3 +86,32 @@ def _without_version(values: dict[str, Any]) -> dict[str, Any]:
     if isinstance(status := values.get(ATTRIBUTE), dict):
         return values | {ATTRIBUTE: {k: v for k, v in status.items() if k != "version"}}
     return values
+
+
+def status_of(record: JobRecord, state: str) -> dict[str, Any]:
+    """Return the attribute that names the job and its state."""
+    return {
+        "state": state,
+        "digest": record.digest,
+        "epoch": record.epoch,
+        "version": __version__,
+    }
+
+
+def merged_documents(
+    layout: OutputLayout, objects: ObjectFolder, attributes: dict[str, Any]
+) -> dict[str, str]:
+    """Return the documents of an image or a group with these attributes and the user's own."""
+    return layout.written(layout.merged(layout.stored_attributes(objects), attributes))
+
+
+def put_documents(objects: ObjectFolder, documents: dict[str, str]) -> None:
+    """Write documents by their names. Raises StoreError."""
+    try:
+        for name, text in documents.items():
+            objects.put(name, text.encode())
+    except OSError as error:
+        reason = error.strerror or error
+        raise StoreError(
+            f"output: {without_secret(objects.path)} cannot be written: {reason}"
+        ) from error

@@ -15,8 +15,8 @@ from chunkq.plan.plan import Plan
 
 if TYPE_CHECKING:
     from chunkq.blend.empty_patches import EmptyChunks
+    from chunkq.job.image_output import ImageOutput
     from chunkq.job.job_handle import ItemHandle
-    from chunkq.job.output import ImageOutput
     from chunkq.storage.array import Array
     from chunkq.storage.formats.zarr_writing import WritableArray
 

@@ -11,8 +11,10 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 from typing_extensions import override
 
 from chunkq.errors import ErrorCode, JobError, StoreError
@@ -25,19 +27,25 @@ from chunkq.job.tasks import EPOCH_DIGITS
 from chunkq.paths import without_secret
 from chunkq.plan.plan import Plan
 from chunkq.storage.array import Array
+from chunkq.storage.codecs import Codec
 from chunkq.storage.formats.base import CACHED
 from chunkq.storage.formats.precomputed_metadata import (
     INFO,
+    SEGMENT_PROPERTIES,
+    SEGMENTATION_BLOCK,
+    SEGMENTATION_HEADER_BYTES,
     SPATIAL_RANK,
     first_voxels,
     info,
     moved,
     scale_metadata,
+    segment_properties,
+    segmentation_bytes,
     spatial_order,
     stored_dtype,
     volume_metadata,
 )
-from chunkq.storage.formats.zarr_writing import WritableArray, array_metadata
+from chunkq.storage.formats.zarr_writing import WritableArray, array_metadata, shard_index_bytes
 from chunkq.storage.object_grid import ObjectGrid
 from chunkq.storage.objects import ObjectFolder
 from chunkq.storage.ome import image_metadata, is_image
@@ -45,6 +53,7 @@ from chunkq.storage.value_metadata import array_attributes, label_values
 
 if TYPE_CHECKING:
     from chunkq.job.job_file import Job
+    from chunkq.plan.object_sizes import ObjectSizes
 
 SCALE_DOCUMENT = "chunkq.json"
 """Name of the document in the folder of a scale, which readers of the format do not look at."""
@@ -89,6 +98,10 @@ class OutputLayout(ABC):
         """Return the documents of the array of a level, which has this name, by their paths."""
 
     @abstractmethod
+    def sizes(self, image: StoredImage, level: int) -> ObjectSizes:
+        """Return the bytes of the objects of the array of a level."""
+
+    @abstractmethod
     def grid(self, document: str) -> ObjectGrid:
         """Return the objects of the array with this document."""
 
@@ -106,6 +119,10 @@ class OutputLayout(ABC):
 
         `documents` are those of its arrays, by the name of each array.
         """
+
+    def other_written(self, image: StoredImage) -> dict[str, str]:
+        """Return the documents of an image beside those of `written`, which name them."""
+        return {}
 
     @abstractmethod
     def written(self, attributes: dict[str, Any]) -> dict[str, str]:
@@ -148,25 +165,52 @@ class ZarrLayout(OutputLayout):
     @override
     def array_documents(self, image: StoredImage, level: int, name: str) -> dict[str, str]:
         plan, axes = image.plan, image.axes[level]
-        leading, shape = (1,) * (len(axes) - plan.rank), [axis.size for axis in axes]
-        spatial = shape[len(leading) :]
-        chunks = [min(u, v) for u, v in zip(plan.storage_chunks, spatial, strict=True)]
-        shards = plan.storage_shards and [
-            min(s, -(-v // u) * u)
-            for s, v, u in zip(plan.storage_shards, spatial, chunks, strict=True)
-        ]
+        leading = (1,) * (len(axes) - plan.rank)
+        chunks, shards = self._chunks(image, level)
         return array_metadata(
             name,
-            shape=shape,
+            shape=[axis.size for axis in axes],
             chunks=(*leading, *chunks),
             shards=shards and (*leading, *shards),
             dtype=plan.output_dtype,
             fill_value=plan.output.fill.item(),
             zarr_format=self._format,
             axes=[axis.name for axis in axes] if is_image(axes) else None,
-            codec=codec_of(image.job.output_configs()[plan.output.name].codec),
+            codec=self._codec(image),
             attributes=array_attributes(plan.output),
         )
+
+    @override
+    def sizes(self, image: StoredImage, level: int) -> ObjectSizes:
+        from chunkq.plan.object_sizes import ObjectSizes  # not for commands that only read
+
+        output, codec = image.plan.output, self._codec(image)
+        chunks, shards = self._chunks(image, level)
+        chunk_bytes = prod(chunks) * output.dtype.itemsize + codec.most_extra_bytes
+        per_shard = 0 if shards is None else prod(shards) // prod(chunks)
+        return ObjectSizes(
+            shards or chunks,
+            chunks,
+            chunk_bytes,
+            shard_index_bytes(per_shard) if per_shard else 0,
+            output.stored_channels,
+            is_exact=codec.name == "none",
+        )
+
+    @staticmethod
+    def _chunks(image: StoredImage, level: int) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+        """Return the shapes of storage chunks and shards along the spatial axes of a level."""
+        spatial = [axis.size for axis in image.axes[level][-image.plan.rank :]]
+        stored = zip(image.plan.storage_chunks, spatial, strict=True)
+        chunks = tuple(min(edge, size) for edge, size in stored)
+        if image.plan.storage_shards is None:
+            return chunks, None
+        axes = zip(image.plan.storage_shards, spatial, chunks, strict=True)
+        return chunks, tuple(min(shard, -(-size // edge) * edge) for shard, size, edge in axes)
+
+    @staticmethod
+    def _codec(image: StoredImage) -> Codec:
+        return codec_of(image.job.output_configs()[image.plan.output.name].codec)
 
     @override
     def grid(self, document: str) -> ObjectGrid:
@@ -247,12 +291,9 @@ class PrecomputedLayout(OutputLayout):
         order = [0] * len(spatial)
         for stored, number in enumerate(reversed(spatial_order(spatial))):
             order[number] = stored
-        output = image.plan.output
-        dtype = stored_dtype(output.dtype.name, is_labels=output.has_labels)
-        if dtype is None:
-            raise ValueError(f"no dtype for {output.dtype}")
+        is_labels = image.plan.output.has_labels
         document = ScaleDocument(
-            volume_metadata(dtype, *(channels or [1]), is_labels=output.has_labels),
+            volume_metadata(self._dtype(image), *(channels or [1]), is_labels=is_labels),
             self._scale(image, level),
             (*(SPATIAL_RANK for _ in channels), *order),
         )
@@ -262,9 +303,7 @@ class PrecomputedLayout(OutputLayout):
         base, spatial = _spatial(image.axes[0]), _spatial(image.axes[level])
         total = image.levels[level - 1].total if level else (1,) * len(base)
         order = spatial_order(base)
-        chunk = [
-            min(u, axis.size) for u, axis in zip(image.plan.storage_chunks, spatial, strict=True)
-        ]
+        chunk = self._block(image, level)
         first = self.first_voxels(image)
         return scale_metadata(
             [base[n] for n in order],
@@ -274,6 +313,32 @@ class PrecomputedLayout(OutputLayout):
             [chunk[n] for n in order],
             is_labels=image.plan.output.has_labels,
         )
+
+    @staticmethod
+    def _block(image: StoredImage, level: int) -> tuple[int, ...]:
+        """Return the shape of a block of a scale along its spatial axes."""
+        axes = zip(image.plan.storage_chunks, _spatial(image.axes[level]), strict=True)
+        return tuple(min(edge, axis.size) for edge, axis in axes)
+
+    @override
+    def sizes(self, image: StoredImage, level: int) -> ObjectSizes:
+        from chunkq.plan.object_sizes import ObjectSizes
+
+        output, block = image.plan.output, self._block(image, level)
+        if output.has_labels:
+            part = SEGMENTATION_BLOCK[: len(block)]
+            most = segmentation_bytes(max(2, output.channels))
+            return ObjectSizes(block, part, most, SEGMENTATION_HEADER_BYTES, is_exact=False)
+        dtype = self._dtype(image)
+        return ObjectSizes(block, (1,) * len(block), dtype.itemsize * output.stored_channels)
+
+    @staticmethod
+    def _dtype(image: StoredImage) -> np.dtype[Any]:
+        output = image.plan.output
+        dtype = stored_dtype(output.dtype.name, is_labels=output.has_labels)
+        if dtype is None:
+            raise ValueError(f"no dtype for {output.dtype}")
+        return dtype
 
     def first_voxels(self, image: StoredImage) -> list[float]:
         """Return where level 0 begins along its spatial axes, in voxels from the corner."""
@@ -304,7 +369,17 @@ class PrecomputedLayout(OutputLayout):
     def attributes(self, image: StoredImage, documents: Mapping[str, str]) -> dict[str, Any]:
         scales = {name: json.loads(text) for name, text in documents.items()}
         volume = next(iter(scales.values()))["volume"]
+        if self.other_written(image):
+            volume = {**volume, SEGMENT_PROPERTIES: SEGMENT_PROPERTIES}
         return info(volume, [{"key": name, **one["scale"]} for name, one in scales.items()])
+
+    @override
+    def other_written(self, image: StoredImage) -> dict[str, str]:
+        output = image.plan.output
+        if not (output.has_labels and output.class_names):
+            return {}
+        document = segment_properties(output.class_names)
+        return {f"{SEGMENT_PROPERTIES}/{INFO}": to_text(document)}
 
     @override
     def written(self, attributes: dict[str, Any]) -> dict[str, str]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from chunkq.access import BUCKET_SCHEMES
 from chunkq.errors import ErrorCode, JobError
 from chunkq.job.job_path import PRECOMPUTED, canonical, output_path, printable_path
-from chunkq.paths import is_url
+from chunkq.paths import FORMAT_SCHEMES, LOCAL_SCHEMES, WEB_SCHEMES, is_url
 
 _SUFFIXES = {
     "a TIFF file": "tif tiff btf tf8 lsm svs ndpi",
@@ -65,6 +67,10 @@ WRITTEN = MappingProxyType(
     }
 )
 """Suffix of a file that can be written -> format of its writer."""
+ONE_SLASH = re.compile(
+    f"/((?:{'|'.join(sorted(BUCKET_SCHEMES | WEB_SCHEMES | LOCAL_SCHEMES | FORMAT_SCHEMES))}):)/"
+)
+"""A misspelled URL, which would be a folder with the name of a scheme."""
 SLP = ".slp"
 """Suffix of SLEAP's files of keypoints."""
 TABLES = (".parquet", ".csv", ".jsonl", SLP)
@@ -139,10 +145,18 @@ def check_new_output(
     That has the name of a format that cannot be written, or is no path of an output
     (`output_path`). With `is_table`, the job writes a table, whose suffix the job file checks.
     """
-    if is_table:
-        output_path(output, base)
-        return
+    if output.lower() == f"{PRECOMPUTED}://":
+        raise JobError(
+            f"output: {output} has no path; use {PRECOMPUTED}://PATH", code=ErrorCode.PATH_INVALID
+        )
     path = output_path(output, base)
+    if not is_url(path) and (match := ONE_SLASH.search(path)) is not None:
+        raise JobError(
+            f"output: {printable_path(path)} has one slash behind {match[1]}; write {match[1]}//",
+            code=ErrorCode.PATH_INVALID,
+        )
+    if is_table:
+        return
     if is_volume(output):
         problem = _volume_problem(path, zarr_only=zarr_only)
     elif zarr_only or FileName.parse(path) is None:

@@ -7,8 +7,8 @@ from dataclasses import replace
 from chunkq.job.job_folder import JobFolder
 from chunkq.job.job_handle import ItemHandle, JobHandle, open_job
 from chunkq.job.job_path import job_folder_of
-from chunkq.job.output import new_record
 from chunkq.job.record import JobRecord
+from chunkq.job.stored_images import new_record
 from chunkq.storage.images import ImageSource
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing_extensions import override
 
 from chunkq.job.exported_output import ExportedOutput
-from chunkq.job.output import StoredArray
+from chunkq.job.image_output import StoredArray
 from chunkq.job.output_documents import WrittenDocument
 
 

@@ -100,10 +100,8 @@ def _output_footprint(plan: Plan, chunk: Chunk) -> tuple[int, int, int, int]:
     """
     output = plan.output
     output_voxel, sums_voxel = output.voxel_bytes, output.sums_bytes
-    sums = sums_voxel * chunk.region.size
-    # A float32 average is stored as it is, so the output is a view of the sums.
-    is_view = output.stores_sums
-    interior = 0 if is_view else chunk.interior.size * output_voxel
+    # A float32 average is stored as it is, so the output is a view of the sums of the interior.
+    interior = chunk.interior.size * (sums_voxel if output.stores_sums else output_voxel)
     result = chunk.interior.size * output.result_bytes
     # A chunk without patches stores no sums; its whole block is band.
     bands = sum(box.size for box in chunk.band_boxes) * sums_voxel if chunk.is_active else 0
@@ -111,15 +109,15 @@ def _output_footprint(plan: Plan, chunk: Chunk) -> tuple[int, int, int, int]:
     # The argmax holds the largest value before and after a channel, and two arrays of winners.
     has_argmax = output.has_labels and output.channels > 1
     argmax = chunk.interior.size * (4 + 4 + 1 + 1) if has_argmax else 0
-    results = interior + bands + outgoing
+    sums = chunk.interior.size * sums_voxel + bands + outgoing
     rest = sum(box.size for box in chunk.rest_boxes) * output_voxel
-    writing = (sums if is_view else 0) + results + max(chunk.core.size * output_voxel, rest)
+    writing = interior + bands + outgoing + max(chunk.core.size * output_voxel, rest)
     incoming = sum(piece.box.size for piece in plan.incoming_pieces(chunk)) * sums_voxel
     largest_band = max((box.size for box in chunk.band_boxes), default=0)
     adding = min(largest_band * (sums_voxel + output_voxel), 2 * SLAB_BYTES)
     shard = _shard_voxels(plan, chunk) * output.dtype.itemsize * SHARD_COPIES
     return (
-        sums + max(argmax, result + results),
+        sums + max(argmax, 0 if output.stores_sums else result + interior),
         writing + shard,
         bands + rest + incoming,
         max(adding, shard) + chunk.block.size * output_voxel,

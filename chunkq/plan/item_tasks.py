@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
+from math import prod
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,6 +15,9 @@ from chunkq.geometry.padding import IntArray
 from chunkq.plan.empty_rule import Bools
 from chunkq.plan.patch_counts import Counts
 from chunkq.plan.plan import Costs, Index, Plan
+
+if TYPE_CHECKING:
+    from chunkq.plan.object_sizes import Along, ObjectSizes, StoredSize
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,16 @@ class ItemTasks:
             pieces + (interior - core) * output.voxel_bytes,
         )
 
+    def stored_size(self, output: int, sizes: ObjectSizes) -> StoredSize:
+        """Return the size of what the tasks store of level 0 of an output, by its number."""
+        view, blocks = ItemTasks(self.plan.of_output(output), self.counts), self.written_blocks
+
+        def total(along: Along) -> int:
+            numbers = [along(a, lengths["length"]) for a, lengths in enumerate(view._lengths)]
+            return sum_of_products(blocks, numbers)
+
+        return sizes.stored(total)
+
     def is_written(self, index: Index) -> bool:
         """Return whether a block is one that a task writes."""
         return self.is_task(index) or (self.plan.has_band(index) and bool(self.contributors(index)))
@@ -143,10 +158,8 @@ class ItemTasks:
     def _total(self, blocks: Bools, *keys: str) -> int:
         """Return the sum over blocks of the product of one length per axis."""
         names = keys if len(keys) > 1 or self.plan.rank == 1 else keys * self.plan.rank
-        total = blocks.astype(np.float64)
-        for axis, key in reversed(list(enumerate(names))):
-            total = total @ self._lengths[axis][key].astype(np.float64)
-        return round(float(total))
+        numbers = [along[key] for along, key in zip(self._lengths, names, strict=True)]
+        return sum_of_products(blocks, numbers)
 
     @cached_property
     def _lengths(self) -> list[dict[str, IntArray]]:
@@ -171,3 +184,16 @@ class ItemTasks:
 def _along(values: Bools, axis: int, rank: int) -> Bools:
     """Return values along one axis, to be broadcast over the others."""
     return values.reshape([-1 if a == axis else 1 for a in range(rank)])
+
+
+def sum_of_products(boxes: Bools | None, numbers: Sequence[IntArray]) -> int:
+    """Return the sum over the boxes that are true, or all, of the product of one number per axis.
+
+    `numbers` has for each axis those of its positions.
+    """
+    if boxes is None:
+        return prod(int(along.sum()) for along in numbers)
+    total = boxes.astype(np.float64)
+    for along in reversed(numbers):
+        total = total @ along.astype(np.float64)
+    return round(float(total))

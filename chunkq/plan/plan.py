@@ -22,7 +22,7 @@ import numpy as np
 
 from chunkq.geometry.box import Box
 from chunkq.geometry.grid_spec import GridSpec
-from chunkq.geometry.grids import AxisBlock, AxisGeometry
+from chunkq.geometry.grids import AxisBlock, AxisGeometry, AxisPatch
 from chunkq.geometry.padding import IntArray
 from chunkq.plan.batches import NeededBatches, along, needed_batches, needed_totals, window
 from chunkq.plan.outputs import Head, OutputSpec
@@ -285,7 +285,13 @@ class Plan:
         """Return patches of a plan with the boxes that they have in this plan, a view of it."""
         if self.grid is plan.grid:
             return patches
-        return [self.patch(patch.grid, patch.numbers) for patch in patches]
+        along = [cache(axis.patch_at) for axis in self.axes]  # patches share positions
+        return [
+            _patch(
+                patch.grid, [at(patch.grid, n) for at, n in zip(along, patch.numbers, strict=True)]
+            )
+            for patch in patches
+        ]
 
     @cached_property
     def heads(self) -> tuple[Head, ...]:
@@ -512,25 +518,26 @@ class Plan:
         A chunk that needs some of its patches yields those of whole batches.
         """
         owned = (
-            (g, numbers) for g, ranges in enumerate(chunk.owned) for numbers in product(*ranges)
+            (g, patch) for g, ranges in enumerate(chunk.owned) for patch in self._along(g, ranges)
         )
         position = 0
         for run in chunk.runs:
-            for g, numbers in islice(owned, run.start - position, run.stop - position):
-                yield self.patch(g, numbers)
+            for g, place in islice(owned, run.start - position, run.stop - position):
+                yield _patch(g, place)
             position = run.stop
+
+    def _along(self, g: int, ranges: Sequence[range]) -> Iterator[tuple[AxisPatch, ...]]:
+        """Yield the patches of a grid with these numbers along the axes, in C order."""
+        return product(
+            *(
+                [axis.patch_at(g, number) for number in numbers]
+                for axis, numbers in zip(self.axes, ranges, strict=True)
+            )
+        )
 
     def patch(self, g: int, numbers: tuple[int, ...]) -> Patch:
         """Return a patch by its grid and its number along each axis."""
-        pairs = [(axis.grids[g], k) for axis, k in zip(self.axes, numbers, strict=True)]
-        begin = tuple(grid.start(k) for grid, k in pairs)
-        targets = [grid.kept_in_volume(k) for grid, k in pairs]
-        return Patch(
-            g,
-            numbers,
-            Box(begin, tuple(b + p for b, p in zip(begin, self.input_patch, strict=True))),
-            Box(tuple(low for low, _ in targets), tuple(high for _, high in targets)),
-        )
+        return _patch(g, [axis.patch_at(g, k) for axis, k in zip(self.axes, numbers, strict=True)])
 
     def outgoing_pieces(self, chunk: Chunk) -> list[Piece]:
         """Return the pieces that a chunk stores for its upper neighbors, in a fixed order."""
@@ -605,6 +612,12 @@ class Plan:
             for u, high, overlap in zip(up, block.stop, chunk.overlap, strict=True)
         )
         return target, Box(start, stop)
+
+
+def _patch(g: int, along: Sequence[AxisPatch]) -> Patch:
+    """Return the patch of a grid that lies so along each axis."""
+    numbers, starts, stops, lows, highs = zip(*along, strict=True)
+    return Patch(g, numbers, Box(starts, stops), Box(lows, highs))
 
 
 def _subsets(rank: int) -> list[Index]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property, reduce
 from itertools import product
 from math import prod
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -16,8 +16,11 @@ from chunkq.geometry.grids import AxisGeometry
 from chunkq.geometry.levels import Level
 from chunkq.geometry.padding import IntArray
 from chunkq.plan.empty_rule import Bools
-from chunkq.plan.item_tasks import ItemTasks
+from chunkq.plan.item_tasks import ItemTasks, sum_of_products
 from chunkq.plan.plan import Index, Plan
+
+if TYPE_CHECKING:
+    from chunkq.plan.object_sizes import Along, ObjectSizes, StoredSize
 
 Method = Literal["mean", "mode", "nearest"]
 """How a voxel of a level is computed from those that become it."""
@@ -107,20 +110,27 @@ class Pyramid:
     def _costs(self, number: int) -> LevelCosts:
         level, written = self.levels[number - 1], self._written(number)
         voxel_bytes = self.plan.output.voxel_bytes
-        if written is None:
-            return LevelCosts(
-                prod(level.units), prod(level.below) * voxel_bytes, prod(level.shape) * voxel_bytes
-            )
-        read, stored = written.astype(np.float64), written.astype(np.float64)
-        for a in reversed(range(len(level.shape))):
-            starts = np.arange(level.units[a], dtype=np.int64) * level.unit[a]
-            stops = np.minimum(starts + level.unit[a], level.shape[a])
-            factor = level.factors[a]
-            sources = np.minimum(stops * factor, level.below[a]) - starts * factor
-            read, stored = read @ sources, stored @ (stops - starts)
+        read, stored = [], []
+        axes = zip(_unit_bounds(level), level.factors, level.below, strict=True)
+        for (starts, stops), factor, below in axes:
+            read.append(np.minimum(stops * factor, below) - starts * factor)
+            stored.append(stops - starts)
         return LevelCosts(
-            int(written.sum()), round(float(read)) * voxel_bytes, round(float(stored)) * voxel_bytes
+            prod(level.units) if written is None else int(written.sum()),
+            sum_of_products(written, read) * voxel_bytes,
+            sum_of_products(written, stored) * voxel_bytes,
         )
+
+    def stored_size(self, number: int, sizes: ObjectSizes) -> StoredSize:
+        """Return the size of what the tasks of level `number` store."""
+        level, written = self.levels[number - 1], self._written(number)
+        bounds = _unit_bounds(level)
+
+        def total(along: Along) -> int:
+            numbers = [along(a, stops - starts) for a, (starts, stops) in enumerate(bounds)]
+            return sum_of_products(written, numbers)
+
+        return sizes.stored(total)
 
     def _written(self, number: int) -> Bools | None:
         """Return which units of a level are tasks; None if all are."""
@@ -134,9 +144,8 @@ class Pyramid:
         result: list[Bools] = []
         for number, level in enumerate(self.levels, start=1):
             ranges = []
-            for a, axis in enumerate(self.plan.axes):
-                starts = np.arange(level.units[a], dtype=np.int64) * level.unit[a]
-                stops = np.minimum(starts + level.unit[a], level.shape[a])
+            bounds = zip(self.plan.axes, _unit_bounds(level), strict=True)
+            for a, (axis, (starts, stops)) in enumerate(bounds):
                 low = starts * level.factors[a]
                 high = np.minimum(stops * level.factors[a], level.below[a])
                 if number == 1:
@@ -149,6 +158,15 @@ class Pyramid:
             below = blocks if number == 1 else result[-1]
             result.append(reduce(_any_along, enumerate(ranges), below))
         return result
+
+
+def _unit_bounds(level: Level) -> list[tuple[IntArray, IntArray]]:
+    """Return where the units of a level start and stop along each axis, in voxels."""
+    bounds = []
+    for count, unit, size in zip(level.units, level.unit, level.shape, strict=True):
+        starts = np.arange(count, dtype=np.int64) * unit
+        bounds.append((starts, np.minimum(starts + unit, size)))
+    return bounds
 
 
 def _blocks(axis: AxisGeometry, low: IntArray, high: IntArray) -> tuple[IntArray, IntArray]:

@@ -44,10 +44,13 @@ class Stage(ABC):
 
     Tasks of a layered stage can wait for tasks of the same stage.
 
+    A display of progress names its tasks by `label` while the finalizer runs them.
+
     A task writes its results, then its commit record. Running it again writes the same bytes.
     """
 
     kind: ClassVar[str]
+    label: ClassVar[str] = "finalizing blocks"
     is_queued: ClassVar[bool] = False
     is_temporary: ClassVar[bool] = False
     is_final: ClassVar[bool] = False

@@ -30,6 +30,7 @@ class DownsampleStage(Stage):
     """
 
     kind: ClassVar[str] = "downsample"
+    label: ClassVar[str] = "writing levels"
     is_layered: ClassVar[bool] = True
 
     @override

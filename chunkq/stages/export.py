@@ -39,6 +39,7 @@ class ExportStage(Stage):
     """
 
     kind: ClassVar[str] = EXPORT
+    label: ClassVar[str] = "writing files"
     is_final: ClassVar[bool] = True
 
     @override

@@ -16,6 +16,7 @@ from chunkq.job.job_handle import ItemHandle, JobHandle
 from chunkq.job.output_name import SLP, table_suffix
 from chunkq.paths import without_secret
 from chunkq.plan.plan import Index
+from chunkq.units import counted
 
 PIECE = "rows"
 """Name of the piece of a chunk: its table of results, and that of its errors, as Parquet files."""
@@ -102,9 +103,10 @@ def _check_errors(job: JobHandle) -> None:
     errors = sum(c.errors for item in job.items for c in item.ledger.read_commits("infer"))
     if errors > limit:
         raise IncompleteError(
-            f"max_errors: {errors} images failed, more than {limit}, so the table is not written; "
-            f"their errors are in {errors_path(job)}. To write it nevertheless, raise max_errors "
-            "and run the job again; to compute all images again, use --overwrite",
+            f"max_errors: {counted(errors, 'image', 'images')} failed, more than {limit}, so the "
+            f"table is not written; their errors are in {errors_path(job)}. To write it "
+            "nevertheless, raise max_errors and run the job again; to compute all images again, "
+            "use --overwrite",
             [],
             code=ErrorCode.TOO_MANY_ERRORS,
         )

@@ -12,6 +12,10 @@ DEFAULT_LEVELS: MappingProxyType[str, int] = MappingProxyType({"lz4": 5, "zstd":
 MAX_LEVEL = 9
 
 
+BLOSC_HEADER_BYTES = 16
+"""By which a storage chunk that cannot be compressed is larger than its voxels."""
+
+
 @dataclass(frozen=True)
 class Codec:
     """LZ4 or Zstandard in the container format Blosc, which shuffles bytes first, or nothing.
@@ -21,6 +25,11 @@ class Codec:
 
     name: CodecName = "lz4"
     level: int | None = None
+
+    @property
+    def most_extra_bytes(self) -> int:
+        """By how many bytes a storage chunk can be larger than its voxels."""
+        return 0 if self.name == "none" else BLOSC_HEADER_BYTES
 
     def compressor(self, zarr_format: int) -> Any:
         """Return the codec as zarr-python expects it for arrays of a Zarr format; None for none."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -218,6 +218,17 @@ class ObjectFolder:
             return read_bytes(path) if self._local else bytes(self._filesystem.cat_file(path))
         except NO_FILE:
             return None
+
+    def open(self, name: str) -> IO[bytes] | None:
+        """Open an object of which parts are read; return None if it does not exist."""
+        path = join(self._root, name)
+        try:
+            if self._local:
+                return open(path, "rb")
+            file: IO[bytes] = self._filesystem.open(path, "rb")
+        except NO_FILE:
+            return None
+        return file
 
     def get_array(
         self, name: str, receive: Callable[[npt.NDArray[np.uint8]], None] = lambda part: None

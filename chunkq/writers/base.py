@@ -12,6 +12,7 @@ import numpy as np
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.geometry.axes import Axis
 from chunkq.paths import without_secret
+from chunkq.plan.object_sizes import StoredSize
 from chunkq.plan.pyramid import Method
 from chunkq.storage.array import Voxels
 from chunkq.storage.oriented import Orientation
@@ -46,6 +47,7 @@ class ImageToWrite:
     channels    names of the channels; empty if there are none
     space       where the voxels lie in the NIfTI file from which the image comes
     values      what stored integers stand for; None for the integers themselves
+    classes     names of labels, from label 0 on; empty if there are none
     """
 
     axes: tuple[Axis, ...]
@@ -55,6 +57,7 @@ class ImageToWrite:
     channels: tuple[str, ...] = ()
     space: FileSpace | None = None
     values: StoredValues | None = None
+    classes: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -141,6 +144,11 @@ class ExportWriter(ABC):
         """Number of steps of `write`."""
         return self.blocks.count
 
+    @property
+    def size(self) -> StoredSize:
+        """How many bytes the image takes in its file. Writers of files implement it."""
+        raise NotImplementedError
+
     @abstractmethod
     def write(self, path: str, voxels: Iterator[Voxels], report: Report, first: int = 0) -> None:
         """Write the image at a path, from step `first` on.
@@ -151,6 +159,16 @@ class ExportWriter(ABC):
     def refused(self, problem: str) -> StoreError:
         """Return the error for an image that the format cannot hold."""
         return StoreError(f"output: {self.name}: {problem}", code=ErrorCode.STORE_UNSUPPORTED)
+
+
+def deflated_bytes(size: int, padding: int = 0, parts: int = 1) -> int:
+    """Return how many bytes so many bytes have at most when they are compressed with Deflate.
+
+    They are compressed in parts, which `padding` zeros fill up. The fastest level of zlib-ng stores
+    up to 9 bits per byte, and a run of zeros in less than a hundredth of it.
+    """
+    size += padding // 32
+    return size + size // 8 + 64 * parts
 
 
 def stored_dtype(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from chunkq.storage.formats.nifti import AFFINE, CODES, QFORM, affines_of
+from chunkq.storage.formats.base import AFFINE
 from chunkq.storage.images import ImageSource
 
 Matrix = tuple[tuple[float, ...], ...]
@@ -48,6 +48,8 @@ def file_space(
     """
     if AFFINE not in source.options:
         return None
+    from chunkq.storage.formats.nifti import CODES, QFORM, affines_of  # for such images only
+
     rank = len(source.spatial_numbers)
     start, scale = start or (0,) * rank, scale or (1,) * rank
     stored = source.stored_axes

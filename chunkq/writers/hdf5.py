@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from chunkq.errors import ErrorCode, StoreError
 from chunkq.geometry.axis_units import METERS, common_unit, unit_factor
 from chunkq.install_hint import install_command
 from chunkq.plan.chunk_choice import STORAGE_EDGE
+from chunkq.plan.object_sizes import StoredSize
 from chunkq.storage.array import Voxels
 from chunkq.storage.formats.hdf5_axes import ELEMENT_SIZE, ELEMENT_START
 from chunkq.writers.base import (
@@ -20,6 +22,7 @@ from chunkq.writers.base import (
     ImageToWrite,
     Report,
     WriterOptions,
+    deflated_bytes,
     stored_dtype,
 )
 from chunkq.writers.blocks import tiles
@@ -36,6 +39,8 @@ DATASET = "data"
 """Name of the dataset if the user names none."""
 FILTERS: dict[str, Any] = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
 """Filters that every installation of HDF5 reads."""
+DATASET_BYTES, CHUNK_ENTRY_BYTES = 16384, 256
+"""Most bytes of the metadata of a dataset, and of what an index has for each of its chunks."""
 
 
 class Hdf5Writer(ExportWriter):
@@ -67,6 +72,16 @@ class Hdf5Writer(ExportWriter):
         default = [min(edge, a.size) if a.kind == "space" else 1 for a in image.axes]
         self._chunks = options.chunks or tuple(default)
         self.blocks = tiles(image.shape, dtype.itemsize, self._chunks)
+
+    @property
+    @override
+    def size(self) -> StoredSize:
+        grid = zip(self.image.shape, self._chunks, strict=True)
+        count = prod(-(-edge // step) for edge, step in grid)
+        size = prod(self.image.shape) * self.dtype.itemsize
+        padding = count * prod(self._chunks) * self.dtype.itemsize - size
+        size = deflated_bytes(size, padding, count) + count * CHUNK_ENTRY_BYTES
+        return StoredSize.of_file(DATASET_BYTES + size, is_exact=False)
 
     @override
     def write(self, path: str, voxels: Iterator[Voxels], report: Report, first: int = 0) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
+from math import prod
 from types import MappingProxyType
 from typing import Any, BinaryIO
 
@@ -18,6 +19,7 @@ from chunkq.errors import ErrorCode, StoreError
 from chunkq.geometry.axes import Axis
 from chunkq.geometry.axis_units import METERS, SECONDS, common_unit, unit_factor
 from chunkq.install_hint import install_command
+from chunkq.plan.object_sizes import StoredSize
 from chunkq.storage.array import Voxels
 from chunkq.writers.base import (
     DEFAULT_OPTIONS,
@@ -26,6 +28,7 @@ from chunkq.writers.base import (
     Report,
     StoredValues,
     WriterOptions,
+    deflated_bytes,
     stored_dtype,
 )
 from chunkq.writers.blocks import as_bytes, slabs
@@ -179,9 +182,21 @@ class NiftiWriter(ExportWriter):
             replace(absent, name=n) if a is None else a for n, a in zip("xyz", axes, strict=True)
         ]
 
+    @property
+    @override
+    def size(self) -> StoredSize:
+        size = len(self._header) + prod(self.blocks.shape) * self.dtype.itemsize
+        if self._is_compressed:
+            return StoredSize.of_file(deflated_bytes(size), is_exact=False)
+        return StoredSize.of_file(size, is_exact=True)
+
+    @property
+    def _is_compressed(self) -> bool:
+        return self.name.lower().endswith(".gz")
+
     @override
     def write(self, path: str, voxels: Iterator[Voxels], report: Report, first: int = 0) -> None:
-        with _opened(path, is_compressed=self.name.lower().endswith(".gz")) as write:
+        with _opened(path, is_compressed=self._is_compressed) as write:
             write(self._header)
             for done, values in enumerate(voxels, start=first + 1):
                 write(as_bytes(values))

@@ -15,11 +15,13 @@ from chunkq.paths import join, split_format
 from chunkq.storage.array import Array, Voxels, box_error
 from chunkq.storage.formats.precomputed_metadata import (
     INFO,
+    SEGMENT_PROPERTIES,
     SPATIAL_RANK,
     first_voxels,
     info,
     moved,
     scale_metadata,
+    segment_properties,
     spatial_order,
     stored_dtype,
     volume_metadata,
@@ -76,6 +78,8 @@ class PrecomputedWriter(PyramidWriter):
     def info(self) -> dict[str, Any]:
         """Return the document `info` of a volume."""
         document = info(self._volume, [self.scale(n) for n in range(len(self.levels) + 1)])
+        if self.image.classes:
+            document[SEGMENT_PROPERTIES] = SEGMENT_PROPERTIES
         values = self.image.values
         return document if values is None else {**document, "chunkq": values.attributes}
 
@@ -122,7 +126,10 @@ class PrecomputedWriter(PyramidWriter):
     @override
     def _finish(self, path: str) -> None:
         content = json.dumps(self.info(), indent=1).encode()
+        names = json.dumps(segment_properties(self.image.classes), indent=1).encode()
         for volume in self.volumes(path):
+            if self.image.classes:
+                ObjectFolder(volume).put(f"{SEGMENT_PROPERTIES}/{INFO}", names)
             ObjectFolder(volume).put(INFO, content)
 
 

@@ -19,6 +19,7 @@ from chunkq.errors import ErrorCode, StoreError
 from chunkq.geometry.axis_units import METERS, SECONDS, common_unit, unit_factor, voxel_sizes
 from chunkq.geometry.levels import Level, pyramid_levels
 from chunkq.install_hint import install_command
+from chunkq.plan.object_sizes import StoredSize
 from chunkq.storage.array import Voxels
 from chunkq.writers.base import (
     DEFAULT_OPTIONS,
@@ -26,6 +27,7 @@ from chunkq.writers.base import (
     ImageToWrite,
     Report,
     WriterOptions,
+    deflated_bytes,
     stored_dtype,
 )
 from chunkq.writers.blocks import COPY_BYTES, Blocks, as_bytes
@@ -59,6 +61,10 @@ UNITS: MappingProxyType[str, str] = MappingProxyType(
     }
 )
 """Unit of an axis -> its name in OME-XML."""
+TILE_ENTRY_BYTES = 16
+"""Position and size of a tile in its page."""
+PAGE_BYTES, XML_BYTES = 1024, 4096
+"""Most bytes of the tags of a page with its position in OME-XML, and of the rest of OME-XML."""
 NO_UNIT = "pixel"
 NAMESPACE = uuid.UUID("f3f0b7a4-4e0c-4c55-9d25-6b0f7a1a5a10")
 """Namespace of the identifiers of files, which would be random otherwise."""
@@ -148,6 +154,21 @@ class TiffWriter(ExportWriter):
         unit = lcm(TILE, *(level.total[0] for level in self._levels))
         row = self._image.shape[-1] * self.dtype.itemsize
         return max(1, size // (row * unit)) * unit
+
+    @property
+    @override
+    def size(self) -> StoredSize:
+        shapes = [self._image.shape[-PLANE_RANK:], *(level.shape for level in self._levels)]
+        pages = prod(self._image.shape[:-PLANE_RANK])
+        size = XML_BYTES + pages * sum(map(self._page_bytes, shapes))
+        return StoredSize.of_file(size, is_exact=False)
+
+    def _page_bytes(self, shape: tuple[int, ...]) -> int:
+        """Return how many bytes a page has at most in the file."""
+        tiles = prod(-(-edge // TILE) for edge in shape)
+        size = prod(shape) * self.dtype.itemsize
+        padding = tiles * TILE**PLANE_RANK * self.dtype.itemsize - size
+        return deflated_bytes(size, padding, tiles) + tiles * TILE_ENTRY_BYTES + PAGE_BYTES
 
     @property
     @override

@@ -15,7 +15,7 @@ from chunkq.job.tasks import chunk_count
 from chunkq.model_check import ModelCheck
 from chunkq.paths import without_secret
 from chunkq.plan.output_text import names_text
-from chunkq.units import device_cost, duration, money, si
+from chunkq.units import counted, device_cost, duration, money, si
 
 FLOAT_BYTES = 4
 AHEAD = 16
@@ -29,13 +29,13 @@ def image_plan_rows(job: CheckedJob, depth: int, check: ModelCheck | None) -> li
     model = keys.model
     names = [name for name in rows.listed.column_names if name != "path"]
     listed = [
-        ("input", f"{count} images of {_inputs(job)}"),
+        ("input", f"{counted(count, 'image', 'images')} of {_inputs(job)}"),
         ("columns", f"{', '.join(names)}, copied to the output") if names else None,
         ("images", _steps(spec)),
         ("truth", _truth(rows)) if rows.has_truth else None,
         ("classes", names_text(keys.classes)) if isinstance(keys.classes, tuple) else None,
         ("output", f"{without_secret(keys.output)}, one row per image with a result"),
-        ("chunks", f"{chunk_count(job.costs.chunks)} of {size} images"),
+        ("chunks", f"{chunk_count(job.costs.chunks)} of {counted(size, 'image', 'images')}"),
         ("batches", f"at most {model.max_batch_size} images of one shape"),
         ("precision", f"{model.effective_precision}, on {model.device}"),
         (
@@ -152,5 +152,6 @@ def _truth(rows: ImageRows) -> str:
     if truth is None:
         return ""
     labels = len(pc.unique(truth.drop_null()))
-    unknown = f", {truth.null_count} images without one" if truth.null_count else ""
-    return f"{labels} different labels of {len(rows) - truth.null_count} images{unknown}"
+    known = counted(len(rows) - truth.null_count, "image", "images")
+    unknown = f", {truth.null_count} without one" if truth.null_count else ""
+    return f"{counted(labels, 'different label', 'different labels')} of {known}{unknown}"

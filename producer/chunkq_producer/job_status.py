@@ -32,6 +32,7 @@ ACTIVE_SECONDS = 60.0
 """A job is active for this time after its last commit, possibly on another queue."""
 RECENT_COMMITS = 64
 """Newest commit records from which speed and time shares are computed."""
+SINGULAR = {"images": "image", "patches": "patch"}
 MIN_PAUSE_FACTOR = 10
 """The pause between two polls is at least this many times the duration of a poll."""
 
@@ -338,7 +339,8 @@ def status_line(status: JobStatus) -> str:
 
 def _task_line(status: JobStatus) -> str:
     """Return the states of chunks and blocks."""
-    parts = [f"{status.done}/{status.chunks} chunks done"]
+    noun = "chunk" if status.chunks == 1 else "chunks"
+    parts = [f"{status.done}/{status.chunks} {noun} done"]
     if status.inputs_staged < status.inputs_to_stage:
         inputs = f"{status.inputs_staged}/{status.inputs_to_stage} inputs staged"
         parts.insert(0, f"{inputs} ({status.staged_share or 0:.0%})")
@@ -363,7 +365,8 @@ def _speed_line(status: JobStatus) -> str:
     """Return the progress in patches, the speed and the remaining time while chunks remain."""
     if status.done == status.chunks:
         return ""
-    parts = [f"{status.patches_done}/{status.patches} {status.unit}"]
+    noun = SINGULAR[status.unit] if status.patches == 1 else status.unit
+    parts = [f"{status.patches_done}/{status.patches} {noun}"]
     if status.patches_per_second:
         parts.append(si(status.patches_per_second, f"{status.unit}/s"))
     if status.seconds_left is not None:

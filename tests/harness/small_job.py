@@ -1,5 +1,6 @@
 """A job of six small chunks that overlap along both axes."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,3 +30,22 @@ def small_workspace(folder: Path, **changes: Any) -> Workspace:
     workspace = Workspace(folder, values)
     workspace.write_job()
     return workspace
+
+
+@dataclass(frozen=True)
+class VolumeWorkspace(Workspace):
+    """A workspace whose output is the precomputed volume `out`."""
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "out"
+
+    @property
+    def job_folder(self) -> Path:
+        return self.folder / "out.chunkq"
+
+
+def small_volume(folder: Path, **changes: Any) -> VolumeWorkspace:
+    """Write the files of `small_workspace` for a job that writes a precomputed volume."""
+    small = small_workspace(folder, output="precomputed://out", **changes)
+    return VolumeWorkspace(folder, small.values)

@@ -358,8 +358,9 @@ NOT_FOR_STATUS = (
     [
         (
             "plan job.json",
-            "torch zarr redis rich s3fs tifffile nibabel h5py array_api_compat pyarrow PIL "
-            "chunkq_worker chunkq.writers.zarr",
+            "torch zarr redis rich s3fs fsspec tifffile nibabel h5py array_api_compat pyarrow PIL "
+            "chunkq_worker chunkq.writers.zarr chunkq.storage.formats.nifti chunkq.model_check "
+            "chunkq.storage.formats.tiff chunkq.storage.formats.hdf5 chunkq.stages.completion",
         ),
         (
             "status out.zarr",

@@ -183,7 +183,7 @@ def test_a_second_affine_of_the_scan_is_kept(tmp_path: Path) -> None:
 
 
 def test_labels_have_levels_of_the_most_frequent_label(tmp_path: Path) -> None:
-    output, labels = labels_of(tmp_path, AFFINE)
+    output, labels = labels_of(tmp_path, AFFINE, classes=["dark", "bright"])
     run(output, tmp_path / "levels.zarr", levels=3)
     group = open_ome_zarr(zarr.open_group(tmp_path / "levels.zarr", mode="r"))
     image = group.ome_attributes.multiscales[0]
@@ -194,6 +194,9 @@ def test_labels_have_levels_of_the_most_frequent_label(tmp_path: Path) -> None:
     run(output, f"precomputed://{tmp_path}/segments")
     info = json.loads((tmp_path / "segments" / "info").read_text())
     assert (info["type"], info["data_type"]) == ("segmentation", "uint32")
+    names = json.loads((tmp_path / "segments" / info["segment_properties"] / "info").read_text())
+    assert names["inline"]["ids"] == ["1"]
+    assert names["inline"]["properties"][0]["values"] == ["bright"]
     np.testing.assert_array_equal(read(str(tmp_path / "segments")), labels)
 
 

@@ -1,6 +1,8 @@
 """Chunks on a simulated device: what is copied, launched and awaited, and what results are."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from chunkq_worker.batching import Batcher
 from chunkq_worker.chunk_pipeline import ChunkPipeline, HostPipeline
 from chunkq_worker.device_pipeline import DevicePipeline
+from chunkq_worker.network_heads import head_names
 from chunkq_worker.runtimes.device_chunk import as_integers
 from chunkq_worker.runtimes.torch import TorchRuntime
 from chunkq_worker.runtimes.torch_files import LoadedNetwork
@@ -95,7 +98,8 @@ def pipeline_for(
 ) -> DevicePipeline:
     steps = steps or Steps()
     loaded = LoadedNetwork((network or Affine(plan)).eval())
-    runtime = TorchRuntime(loaded, plan.job.model, steps, 1, device)
+    heads = head_names(plan.outputs)
+    runtime = TorchRuntime(loaded, plan.job.model, steps, 1, device, heads=heads)
     batcher = Batcher(plan, plan.job.model, runtime, steps)
     return DevicePipeline(
         plan,
@@ -417,15 +421,19 @@ def test_channels_give_the_results_of_the_host_and_of_numpy(
 
 
 class Repeated(torch.nn.Module):
-    """Return every voxel, or every second one, as each channel: no operation of the device."""
+    """Return every voxel, or every second one, as each channel: no operation of the device.
 
-    def __init__(self, channels: int, scale: int = 1) -> None:
+    With names, each is a head.
+    """
+
+    def __init__(self, channels: int, scale: int = 1, heads: Sequence[str] = ()) -> None:
         super().__init__()
-        self._channels, self._scale = channels, scale
+        self._channels, self._scale, self._heads = channels, scale, heads
 
-    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+    def forward(self, batch: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         batch = batch[..., :: self._scale, :: self._scale]
-        return batch.expand(-1, self._channels, *batch.shape[2:])
+        values = batch.expand(-1, self._channels, *batch.shape[2:])
+        return dict.fromkeys(self._heads, values) if self._heads else values
 
 
 def repeated(channels: int = 1, **more: Any) -> tuple[DevicePipeline, JobPlan, Counts]:
@@ -433,14 +441,16 @@ def repeated(channels: int = 1, **more: Any) -> tuple[DevicePipeline, JobPlan, C
     keys: dict[str, Any] = {"dtype": "uint16", "chunksize": [64, 64]} | more
     outputs = keys.get("outputs", {}).values()
     scale = max((output.get("scale", [1])[0] for output in outputs), default=1)
+    shape: Any = [channels, 16 // scale, 16 // scale]
+    heads = list(dict.fromkeys(output["head"] for output in outputs if "head" in output))
     shapes = {
         "model_input_shape": [1, 16, 16],
-        "model_output_shape": [channels, 16 // scale, 16 // scale],
+        "model_output_shape": dict.fromkeys(heads, shape) if heads else shape,
     }
     keys["model"] = keys.pop("model", {}) | shapes
     plan = half_overlap(keys.pop("volume", (128, 112)), 16, channels, **keys)
-    device = SimulatedDevice()
-    return pipeline_for(plan, device, network=Repeated(channels, scale)), plan, device.counts
+    device, network = SimulatedDevice(), Repeated(channels, scale, heads)
+    return pipeline_for(plan, device, network=network), plan, device.counts
 
 
 SEVERAL = {
@@ -452,6 +462,8 @@ SEVERAL = {
     "doubt": {"channels": [0, 1, 2], "activation": "softmax", "combine": "entropy"},
 }
 """An output of each rule and of small dtypes."""
+HEADS = {name: keys | {"head": name} for name, keys in SEVERAL.items()}
+"""The same outputs, each of a head of its own."""
 
 
 @pytest.mark.parametrize(
@@ -471,6 +483,7 @@ SEVERAL = {
             for dtype in INTEGERS
         ),
         (3, {"outputs": SEVERAL}),
+        (3, {"outputs": HEADS}),
         (3, {"outputs": {name: keys | {"scale": [2, 2]} for name, keys in SEVERAL.items()}}),
     ],
     ids=str,
@@ -495,6 +508,7 @@ KEYS_OF_RULES: list[dict[str, Any]] = [
     *({"combine": rule, "activation": "softmax"} for rule in COMBINE_RULES),
     {"output_dtype": "uint8", "range": [0, 6]},
     {"outputs": SEVERAL},
+    {"outputs": HEADS},
     {"outputs": {name: keys | {"scale": [2, 2]} for name, keys in SEVERAL.items()}},
 ]
 
@@ -519,6 +533,7 @@ def test_nothing_waits_for_the_device_within_a_chunk(keys: dict[str, Any], nan: 
         (2, {"combine": "std"}, 4),
         (2, {"combine": "entropy", "activation": "softmax"}, 1.5),
         (3, {"outputs": SEVERAL}, 8),
+        (3, {"outputs": HEADS}, 9),
     ],
     ids=str,
 )
@@ -530,6 +545,34 @@ def test_few_operations_are_launched_per_patch(
     assert chunk.patches == 64
     pipeline.start(chunk, [window(plan, random_volume(plan), chunk.halo)])
     assert counts.launches <= most * chunk.patches
+
+
+def python_calls(run: Callable[[], object]) -> int:
+    """Return how many functions of Python a function calls, except in torch and in the device."""
+    count = 0
+
+    def profile(frame: FrameType, event: str, _argument: object) -> None:
+        nonlocal count
+        path = frame.f_code.co_filename
+        count += event == "call" and "simulated_device" not in path and "/torch/" not in path
+
+    sys.setprofile(profile)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize(("on", "most"), [("device", 36), ("host", 52)])
+def test_few_functions_of_python_are_called_per_patch(on: str, most: float) -> None:
+    pipeline, plan, _ = repeated(model={"max_batch_size": 8})
+    used = host_pipeline_for(plan, Repeated(1)) if on == "host" else pipeline
+    chunk = plan.chunk((0, 0))
+    halos = [window(plan, random_volume(plan), chunk.halo)]
+    used.start(chunk, halos)()  # the neighbors of each position are found once
+    calls = python_calls(lambda: used.start(chunk, halos))
+    assert calls <= most * chunk.patches
 
 
 # --------------------------------------------------------------------------------- memory

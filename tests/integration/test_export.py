@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
+import pyarrow.parquet as pq
 import pytest
 import torch
 import zarr
 from chunkq_producer.check_model import complete_job
 from chunkq_worker.export import torch as export_torch
+from chunkq_worker.export.export import export_notes
 from chunkq_worker.runtimes.base import load_runtime
 from chunkq_worker.steps import Steps
 
@@ -23,6 +25,7 @@ from chunkq.install_hint import install_command
 from chunkq.job.job_file import load_job
 from chunkq.job.model_config import ModelConfig
 from tests.harness.files import everything_below
+from tests.harness.photos import SIZE, write_photos
 from tests.harness.processes import CommandResult
 from tests.harness.volumes import random_volume, read_output, write_zarr
 from tests.harness.workspace import Workspace, run_inline
@@ -115,6 +118,18 @@ class Numbered(Net):
     def forward(self, x):
         y = torch.relu(self.conv(x))
         return [self.last(y), y[..., ::2, ::2], y[:, :1]]
+"""
+CLASSIFIER = """
+
+class Classifier(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.conv = torch.nn.Conv2d(3, 4, 3)
+        self.last = torch.nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.conv(x)).mean((2, 3)))
 """
 PATCH = (8, 8)
 
@@ -241,6 +256,44 @@ def test_a_job_writes_the_same_output_with_the_exported_file(tmp_path: Path) -> 
     assert np.ptp(outputs["torch"]) > 0.1
     np.testing.assert_allclose(outputs["net.pt2"], outputs["torch"], rtol=0, atol=1e-6)
     np.testing.assert_allclose(outputs["net.onnx"], outputs["torch"], rtol=0, atol=1e-4)
+
+
+def test_a_job_over_images_writes_the_same_table_with_the_exported_file(tmp_path: Path) -> None:
+    (tmp_path / "networks.py").write_text(NETWORKS + CLASSIFIER)
+    write_photos(tmp_path, 4)
+    config = {
+        "runtime": "torch",
+        "type": "class",
+        "class_file": str(tmp_path / "networks.py"),
+        "class_name": "Classifier",
+        "max_batch_size": 3,
+    }
+    image = {"resize": SIZE, "crop": SIZE, "scale": 255}
+    folders = [str(tmp_path / "photos" / color) for color in ("red", "green")]
+    keys = {"input": folders, "inference_type": "image", "image": image, "keep": "logits"}
+    workspace = Workspace(tmp_path, keys | {"output": "torch.parquet", "model_config": config})
+    workspace.write_job()
+    file = exported(workspace, "net.pt2")
+    tables = []
+    for model in (config, file["model_config"]):
+        output = tmp_path / f"{model['type']}.parquet"
+        run_inline(keys | {"output": str(output), "model_config": model, "threads": 1})
+        tables.append(pq.read_table(output))
+    for column in ("path", "prediction", "top_labels"):
+        assert tables[0].column(column).equals(tables[1].column(column))
+    logits = [np.stack(table.column("logits").to_pylist()) for table in tables]
+    np.testing.assert_allclose(logits[1], logits[0], atol=1e-4)
+
+
+def test_the_file_of_a_network_for_images_of_any_size_takes_one_size(tmp_path: Path) -> None:
+    model = {"runtime": "torch", "type": "torchscript", "ts_file": "/net.ts"}
+    keys = {"input": "/photos", "output": "/out.csv", "inference_type": "image"}
+    shape = {"model_input_shape": [3, SIZE, SIZE]}
+    varied = load_job(keys | {"model_config": model | shape})
+    equal = load_job(keys | {"model_config": model, "image": {"crop": SIZE}})
+    notes = [export_notes(job, Steps(), tmp_path / "net.onnx") for job in (varied, equal)]
+    assert str([3, SIZE, SIZE]) in notes[0][0]
+    assert notes[1] == []
 
 
 HEAD_OUTPUTS: dict[str, dict[str, Any]] = {

@@ -1,6 +1,5 @@
 """Jobs whose outputs are heads of a network: those of separate jobs, from one pass."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from chunkq.job.events import StageProgress
 from chunkq.job.job_file import load_job
 from tests.harness.files import files_below
 from tests.harness.small_job import SHAPE, small_workspace
-from tests.harness.volumes import random_volume, write_zarr
+from tests.harness.volumes import random_volume
 from tests.harness.workspace import Workspace, run_inline, run_tasks
 from tests.simulated_device import SimulatedDevice
 
@@ -478,49 +477,3 @@ def test_a_run_prints_the_heads_and_writes_each_output(
     assert {name: group[f"{name}/0"].dtype for name in OUTPUTS} == {
         "tissue": np.uint8, "edge": np.float32, "distance": np.float16, "parts": np.uint8,
     }  # fmt: skip
-
-
-SIZES: dict[str, Any] = {
-    "outputs": {
-        "tissue": OUTPUTS["tissue"],
-        "sharded": OUTPUTS["edge"] | {"storage_shards": [16, 16]},
-        "distance": OUTPUTS["distance"],
-        "coarse": {"head": "aux", "scale": [2, 2], "storage_chunks": [8, 8]},
-        "doubt": {"head": "scores", "activation": "softmax", "combine": "std"},
-    },
-    "chunksize": [32, 32],
-    "storage_chunks": [8, 8],
-    "pyramid": {"levels": 2},
-}
-
-
-@pytest.mark.parametrize("codec", ["none", "zstd"])
-def test_the_plan_predicts_the_size_of_every_output_and_level(tmp_path: Path, codec: str) -> None:
-    workspace = workspace_of(tmp_path, codec=codec, **SIZES)
-    write_zarr(tmp_path / "in.zarr", random_volume((64, 64)), (8, 8), overwrite=True)
-    plan = json.loads(workspace.call("plan", workspace.job_file, "--json").ok().out)
-    run_all(workspace)
-    planned = {f"{one['name']}/0": one["bytes"] for one in plan["outputs"]}
-    planned |= {f"{one['output']}/{one['level']}": one["bytes"] for one in plan["pyramid"]}
-    assert len(planned) == 2 * len(SIZES["outputs"])
-    stored = {
-        name: sum(map(len, stored_objects(workspace.output / name).values())) for name in planned
-    }
-    if codec == "none":
-        for name, size in planned.items():
-            assert 0.9 * size < stored[name] < 1.1 * size, name
-    # Plans speak of voxels before compression.
-    assert sum(stored.values()) < 1.1 * sum(planned.values())
-
-
-def test_the_plan_predicts_the_size_of_files(tmp_path: Path) -> None:
-    outputs = {"tissue": OUTPUTS["tissue"], "distance": {"head": "distance"}}
-    workspace = workspace_of(
-        tmp_path, outputs=outputs, output="out.nii", chunksize=[32, 32], storage_chunks=[8, 8]
-    )
-    write_zarr(tmp_path / "in.zarr", random_volume((64, 64)), (8, 8), overwrite=True)
-    plan = json.loads(workspace.call("plan", workspace.job_file, "--json").ok().out)
-    run_all(workspace)
-    for one in plan["outputs"]:
-        size = (tmp_path / f"out.{one['name']}.nii").stat().st_size
-        assert one["bytes"] <= size < 1.1 * one["bytes"]

@@ -12,6 +12,7 @@ import pytest
 import s3fs
 from chunkq_producer.job_status import job_status
 from chunkq_producer.reports.job_report import load_job_report
+from chunkq_worker.images.image_check import check_images
 from PIL import Image
 
 import chunkq
@@ -20,6 +21,7 @@ from chunkq.errors import ErrorCode, IncompleteError, JobError, ModelError
 from chunkq.finalize import finalize_job
 from chunkq.job.job_file import load_job
 from chunkq.job.job_handle import open_job
+from chunkq.model_check import ValueCheck
 from chunkq.repair import repair_output
 from chunkq.stages.tables import PIECE
 from chunkq.verify import verify_job
@@ -116,6 +118,31 @@ def test_other_tables_have_the_rows_of_the_parquet_file(
     rows = rows_of(tmp_path / "out.parquet")
     assert [line["path"] for line in lines] == [row["path"] for row in rows]
     assert [line["label"] for line in lines] == [row["label"] for row in rows]
+    preview(tmp_path / "out.parquet", tmp_path / "parquet.png")
+    preview(path, tmp_path / "other.png")
+    pictures = [(tmp_path / name).read_bytes() for name in ("parquet.png", "other.png")]
+    assert pictures[0] == pictures[1]
+
+
+def preview(table: Path, picture: Path) -> None:
+    Workspace(table.parent, {}).call("preview", str(table), "--to", str(picture)).ok()
+
+
+def test_a_job_of_which_all_images_failed_says_so_and_ends_well(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("path\n" + "".join(f"{n}.png\n" for n in range(5)))
+    values = photo_job(tmp_path, input=str(tmp_path / "list.csv"), truth=None)
+    _, report = run_inline(values)
+    assert (report["images"]["failed"], report["images"]["rows"]) == (5, 5)
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert (table.num_rows, table.column_names[0]) == (0, "path")
+    workspace = Workspace(tmp_path, values)
+    workspace.write_job()
+    answer = workspace.call("finalize", "out.parquet").ok()
+    assert "no image has a result" in answer.err.splitlines()[-1]
+    Workspace(tmp_path, values | {"max_errors": 4, "output": "b.csv"}).write_job()
+    workspace.call("produce", "job.json").ok()
+    run_tasks(open_job(f"{tmp_path}/b.csv.chunkq"))
+    workspace.call("finalize", "b.csv").refused(3, ErrorCode.TOO_MANY_ERRORS)
 
 
 @pytest.mark.parametrize("backend", ["sqlite", "redis"])
@@ -256,6 +283,17 @@ def test_status_and_report_speak_of_images(tmp_path: Path, damaged: dict[str, st
     assert report.unit == "images"
     assert report.cost is not None
     assert report.cost > 0
+
+
+@pytest.mark.parametrize(("path", "notes"), [("0.png", 1), ('""', 0)])
+def test_the_check_of_the_network_notes_that_no_image_can_be_read(
+    tmp_path: Path, path: str, notes: int
+) -> None:
+    (tmp_path / "list.csv").write_text(f"path,n\n{path},1\n{path},2\n")
+    values = photo_job(tmp_path, input=str(tmp_path / "list.csv"), truth=None)
+    check = check_images(check_job(load_job(values)).record)
+    assert len(check.notes) == notes
+    assert check.values == ValueCheck()
 
 
 def test_a_network_that_fails_for_every_image_is_an_error_of_the_job(

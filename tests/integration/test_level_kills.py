@@ -15,13 +15,14 @@ from chunkq.job.tasks import chunk_name
 from chunkq.plan.plan import Index
 from chunkq.stages.registry import stage_of
 from tests.harness.level_kills import KIND, STEPS, end_at
-from tests.harness.small_job import small_workspace
+from tests.harness.small_job import small_volume, small_workspace
 from tests.harness.workspace import Workspace, run_tasks
 
 ROOT = Path(__file__).parents[2]
 JOBS: dict[str, dict[str, Any]] = {
     "chunks": {"chunksize": [8, 8], "storage_chunks": [4, 4]},
     "shards": {"chunksize": [8, 8], "storage_chunks": [2, 2], "storage_shards": [4, 4]},
+    "precomputed": {"chunksize": [8, 8], "storage_chunks": [4, 4]},
 }
 JOBS = {name: keys | {"pyramid": {"levels": "auto"}} for name, keys in JOBS.items()}
 
@@ -30,17 +31,22 @@ class KilledError(BaseException):
     """A process is killed: nothing after it runs."""
 
 
+def workspace_of(folder: Path, name: str) -> Workspace:
+    return (small_volume if name == "precomputed" else small_workspace)(folder, **JOBS[name])
+
+
 def voxels(workspace: Workspace) -> dict[str, bytes]:
-    """Return the files of all levels; the group's metadata contain the digest of the job."""
-    return {name: content for name, content in workspace.stored().items() if name != "zarr.json"}
+    """Return the files of all levels; the metadata of the image contain the digest of the job."""
+    files = workspace.stored()
+    return {name: files[name] for name in files if name not in ("zarr.json", "info")}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
     """The files of each job's output without a kill."""
     outputs = {}
-    for name, keys in JOBS.items():
-        workspace = small_workspace(tmp_path_factory.mktemp(name), **keys)
+    for name in JOBS:
+        workspace = workspace_of(tmp_path_factory.mktemp(name), name)
         finalize_job(computed(workspace).job, worker="undisturbed")
         outputs[name] = voxels(workspace)
     return outputs
@@ -66,7 +72,7 @@ def test_a_finalizer_that_is_ended_at_a_step_of_a_level_is_continued(
     undisturbed: dict[str, dict[str, bytes]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    workspace = computed(small_workspace(tmp_path, **JOBS[name]))
+    workspace = computed(workspace_of(tmp_path, name))
     chunks, units = workspace.done("infer"), all_units(workspace)
     committed: dict[str, tuple[bytes, int]] = {}
     for rest in (len(units) - 3, 2):  # a task of level 1, and one of the last levels
@@ -102,7 +108,7 @@ def test_killed_processes_of_a_finalizer_are_continued(
     tmp_path: Path, undisturbed: dict[str, dict[str, bytes]]
 ) -> None:
     workspace, steps = (
-        computed(small_workspace(tmp_path, **JOBS["shards"])),
+        computed(workspace_of(tmp_path, "shards")),
         ("in the write", "before the commit", "after the commit"),
     )
     chunks, trace = workspace.done("infer"), tmp_path / "trace"

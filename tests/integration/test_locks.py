@@ -14,7 +14,7 @@ import zarr
 
 from chunkq.finalize import finalize_job
 from chunkq.geometry.box import Box
-from chunkq.job.output import LOCK_AGE, delete_stale_locks
+from chunkq.job.image_output import LOCK_AGE, delete_stale_locks
 from chunkq.storage.formats.zarr import ZarrFormat
 from tests.harness.files import files_below
 from tests.harness.volumes import write_zarr

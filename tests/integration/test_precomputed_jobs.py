@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from tests import reference as ref
 from tests.harness.files import files_below
 from tests.harness.networks import toy_model
 from tests.harness.nifti import write_nifti
-from tests.harness.small_job import small_workspace
+from tests.harness.small_job import small_volume
 from tests.harness.volumes import random_volume, read_output, write_zarr
 from tests.harness.waiting import wait_until
 from tests.harness.workspace import EPOCH, Workspace, run_inline, run_tasks
@@ -48,24 +47,6 @@ PATCH = (6, 6, 6)
 SCALE = 100.0
 LABELS: dict[str, Any] = {"combine": "soft", "pyramid": {"levels": "auto"}}
 AVERAGES: dict[str, Any] = {"pyramid": {"levels": 3}}
-
-
-@dataclass(frozen=True)
-class VolumeWorkspace(Workspace):
-    """A workspace whose output is the precomputed volume `out`."""
-
-    @property
-    def output(self) -> Path:
-        return self.folder / "out"
-
-    @property
-    def job_folder(self) -> Path:
-        return self.folder / "out.chunkq"
-
-
-def workspace_in(folder: Path, **changes: Any) -> VolumeWorkspace:
-    small = small_workspace(folder, output="precomputed://out", **changes)
-    return VolumeWorkspace(folder, small.values)
 
 
 def job_in(folder: Path, output: str = "precomputed://out", **changes: Any) -> dict[str, Any]:
@@ -266,6 +247,33 @@ def test_a_finer_or_coarser_volume_has_the_offset_of_its_corner(scale: Any, offs
     assert int(first) == offset
 
 
+def test_names_of_classes_are_properties_of_segments(tmp_path: Path) -> None:
+    names = ["nothing", "grey", "white"]
+    keys = job_in(tmp_path, combine="soft", classes=names)
+    job, _ = run_inline(keys)
+    path = tmp_path / "out" / info_of(tmp_path / "out")["segment_properties"] / "info"
+    assert json.loads(path.read_text()) == {
+        "@type": "neuroglancer_segment_properties",
+        "inline": {
+            "ids": ["1", "2"],
+            "properties": [{"id": "label", "type": "label", "values": names[1:]}],
+        },
+    }
+    assert scales(tmp_path / "out")[0].shape == SHAPE
+    written = path.read_bytes()
+    for damage in (path.unlink, lambda: path.write_text("{}")):
+        damage()
+        found = verify_job(job)
+        assert [document.name for document, _ in found.documents] == ["segment_properties/info"]
+        repair_output(job, found)
+        continued = create_job(check_job(load_job(keys)))
+        finalize_job(continued, worker="again")
+        assert path.read_bytes() == written
+        assert verify_job(continued).is_sound
+    run_inline(job_in(tmp_path / "numbers", combine="soft"))
+    assert "segment_properties" not in info_of(tmp_path / "numbers" / "out")
+
+
 def test_each_image_of_a_list_is_a_volume(tmp_path: Path) -> None:
     keys = job_in(tmp_path, **LABELS)
     for name in ("left", "right"):
@@ -292,9 +300,9 @@ def test_axes_in_the_order_of_the_network_are_stored_as_x_y_z(tmp_path: Path) ->
 
 
 def test_three_workers_write_the_bytes_of_one_process(tmp_path: Path) -> None:
-    one = workspace_in(tmp_path / "one", **LABELS)
+    one = small_volume(tmp_path / "one", **LABELS)
     run_inline(one.folder / "job.json")
-    three = workspace_in(tmp_path / "three", **LABELS)
+    three = small_volume(tmp_path / "three", **LABELS)
     three.produce()
     assert three.work("-w", "3").code == 0
     assert three.status()["level_parts_done"] > 0
@@ -310,9 +318,9 @@ def without_digest(files: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def test_a_killed_worker_loses_nothing(tmp_path: Path) -> None:
-    undisturbed = workspace_in(tmp_path / "undisturbed", **LABELS)
+    undisturbed = small_volume(tmp_path / "undisturbed", **LABELS)
     run_inline(undisturbed.folder / "job.json")
-    killed = workspace_in(tmp_path / "killed", **LABELS)
+    killed = small_volume(tmp_path / "killed", **LABELS)
     killed.produce()
     lease = {"CHUNKQ_WORKER_SETTINGS": '{"lease": 1, "same_signal": 0}'}
     with killed.start("work", "--gpus", "none", "-w", "1", TOY_DELAY="0.05", **lease):

@@ -11,10 +11,11 @@ from chunkq_worker.run_task import run_task
 
 from chunkq.errors import ErrorCode, MissingJobError, StoreError
 from chunkq.finalize import finalize_job
-from chunkq.job import output as output_module
+from chunkq.job import image_output
+from chunkq.job.image_output import ImageOutput
 from chunkq.job.job_handle import ItemHandle
 from chunkq.job.ledger import ItemLedger, Ledger
-from chunkq.job.output import ImageOutput, Output
+from chunkq.job.output import Output
 from chunkq.job.output_handle import OutputHandle
 from chunkq.job.tasks import Task
 from chunkq.queue.contract.executor import Attempt
@@ -160,7 +161,7 @@ def test_a_finalizer_suspended_in_a_block_does_not_change_the_new_job(
         (Output, "seal"),
         (ImageOutput, "_rename_to_final"),
         (ImageOutput, "_delete_stray_arrays"),
-        (output_module, "delete_stale_locks"),
+        (image_output, "delete_stale_locks"),
     ],
     ids=["records", "ledger", "output", "rename", "strays", "locks"],
 )

@@ -10,9 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from chunkq.errors import ErrorCode
+from chunkq.create import check_job, create_job
+from chunkq.errors import ChunkReadError, ErrorCode, JobError
+from chunkq.finalize import finalize_job
+from chunkq.job.job_file import load_job
 from tests.harness.videos import HEIGHT, WIDTH, all_frames, write_video
-from tests.harness.workspace import Workspace, run_inline
+from tests.harness.workspace import Workspace, run_inline, run_tasks
 
 NETWORK = """
 import numpy as np
@@ -158,5 +161,51 @@ def test_a_preview_shows_keypoints_in_a_picture_and_in_a_video(
     row, column = np.unravel_index(difference.argmax(), difference.shape)
     assert abs(row - y) <= 4
     assert abs(column - x) <= 4
-    for arguments in ((table, "--rows", "90:"), (table, "--to", "x.txt"), ("none.parquet",)):
+    wrong = [(table, "--rows", "90:"), (table, "--to", "x.txt"), ("none.parquet",), ("out.slp",)]
+    for arguments in wrong:
         assert workspace.call("preview", *arguments).code == 2
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_a_preview_of_another_table_is_that_of_the_parquet_file(
+    videos: Path, tmp_path: Path, suffix: str
+) -> None:
+    pictures = []
+    for name in ("parquet", suffix):
+        table = tmp_path / f"out.{name}"
+        run_inline(video_job(videos, tmp_path, output=str(table)))
+        picture = tmp_path / f"{name}.png"
+        Workspace(tmp_path, {}).call("preview", str(table), "--to", str(picture)).ok()
+        pictures.append(picture.read_bytes())
+    assert pictures[0] == pictures[1]
+
+
+def test_chunks_of_a_video_that_was_replaced_fail_and_the_job_is_another_one(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "videos").mkdir()
+    video = tmp_path / "videos" / "a.mp4"
+    write_video(video, 20)
+    values = video_job(tmp_path / "videos", tmp_path)
+    job = create_job(check_job(load_job(values)))
+    write_video(video, 20, shift=3)
+    with pytest.raises(ChunkReadError) as error:
+        run_tasks(job)
+    assert error.value.code is ErrorCode.INPUT_CHANGED
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(JobError) as refused:
+        create_job(check_job(load_job(values)))
+    assert refused.value.code is ErrorCode.OUTPUT_OF_OTHER_JOB
+    job = create_job(check_job(load_job(values)), overwrite=True)
+    run_tasks(job)
+    finalize_job(job, worker="inline")
+    assert len(points_of(tmp_path / "out.parquet")) == 20
+
+
+def test_a_preview_of_a_missing_image_names_it(tmp_path: Path) -> None:
+    Image.new("L", (WIDTH, HEIGHT), 99).save(tmp_path / "a.png")
+    run_inline(video_job(tmp_path, tmp_path, input=str(tmp_path / "a.png")))
+    (tmp_path / "a.png").unlink()
+    result = Workspace(tmp_path, {}).call("preview", str(tmp_path / "out.parquet"))
+    assert ErrorCode.IMAGE_MISSING in result.err
+    assert str(tmp_path / "a.png") in result.err

@@ -24,13 +24,14 @@ import pytest
 import tifffile
 import uvicorn
 import zarr
-from chunkq_producer.view.layers import axes_of, dimensions_of, layer_of, layers_of, link
+from chunkq_producer.view.layers import Layer, axes_of, dimensions_of, layer_of, layers_of, link
 from chunkq_producer.view.served import Served, ServedFolder
 from chunkq_producer.view.server import application, listen, new_token
 
 from chunkq.access import DEFAULT_ACCESS
 from chunkq.convert import convert, plan_conversion
 from chunkq.errors import ErrorCode, StoreError
+from chunkq.geometry.axes import Axis
 from chunkq.geometry.box import Box
 from chunkq.job.job_handle import open_job
 from chunkq.storage.formats import gzip_file
@@ -260,6 +261,18 @@ def test_averages_are_images_and_arrays_without_axes_get_those_of_the_output(
     assert state["layers"] == states
 
 
+def test_a_voxel_of_an_array_without_axes_of_its_own_has_its_size() -> None:
+    axes = (
+        Axis("z", "space", 4, "micrometer", -2.0, 6.0), Axis("y", "space", 4, None, 0.5),
+        Axis("x", "space", 4, "nanometer", 8.0),
+    )  # fmt: skip
+    layer = Layer("out", "image", "zarr", ServedFolder("/", DEFAULT_ACCESS), axes=axes)
+    transform = layer.as_state("u")["source"]["transform"]
+    micro, nano = pytest.approx(2e-6), pytest.approx(8e-9)
+    assert transform["outputDimensions"] == {"z": [micro, "m"], "y": [0.5, ""], "x": [nano, "m"]}
+    assert transform["matrix"] == [[pytest.approx(-2e-6), 0, 0, 3], [0, 0.5, 0, 0], [0, 0, nano, 0]]
+
+
 def test_each_output_of_several_is_a_layer(tmp_path: Path) -> None:
     write_zarr(tmp_path / "in.zarr", random_volume((16, 16, 16), "uint8"), (8, 8, 8))
     outputs = {"score": {"channels": "0:2", "activation": "softmax"}, "label": {"combine": "soft"}}
@@ -431,7 +444,10 @@ def test_neuroglancer_in_a_browser_shows_the_input_and_its_labels(
 ) -> None:
     page = built_page(tmp_path / "npm")
     write_zarr(tmp_path / "in.zarr", ball(), (32, 32, 32))
-    workspace = finished(tmp_path, "in.zarr", SIZE, output=output, is_finalized=False)
+    classes = ["outside", "shell", "core"]
+    workspace = finished(
+        tmp_path, "in.zarr", SIZE, output=output, classes=classes, is_finalized=False
+    )
     run_tasks(open_job(f"{tmp_path}/{output.rpartition('/')[2]}.chunkq"))
     workspace.call("finalize", output).ok()
     with (
@@ -440,7 +456,8 @@ def test_neuroglancer_in_a_browser_shows_the_input_and_its_labels(
     ):
         url = printed_by(command)["url"]
         picture = tmp_path / "page.png"
-        pixels = asyncio.run(shown_pixels(address, url, picture))
+        pixels, names = asyncio.run(shown_pixels(address, url, picture))
+    assert names == ("shell,core" if output.startswith("precomputed") else "none")
     for x, y in CENTERS:
         nothing, outer, bright_outer, inner = (
             pixels[y - offset, x - offset] for offset in (34, 26, 16, 10)
@@ -474,8 +491,18 @@ def built_page(folder: Path) -> Path:
     return folder / "page"
 
 
-async def shown_pixels(address: str, url: str, picture: Path) -> np.ndarray[Any, Any]:
-    """Open a page, wait until it has drawn all data, and return its picture (y, x, RGB)."""
+NAMES = """(() => {
+    const group = viewer.layerManager.managedLayers[1].layer.displayState.segmentationGroupState;
+    const names = group.value.segmentPropertyMap.value;
+    return names ? [1n, 2n].map(segment => names.getSegmentLabel(segment)).join() : "none";
+})()"""
+
+
+async def shown_pixels(address: str, url: str, picture: Path) -> tuple[np.ndarray[Any, Any], str]:
+    """Open a page and wait until it has drawn all data.
+
+    Return its picture (y, x, RGB), and the names of segments 1 and 2 of the second layer.
+    """
     import aiohttp
     from PIL import Image
 
@@ -493,5 +520,6 @@ async def shown_pixels(address: str, url: str, picture: Path) -> np.ndarray[Any,
             while not await page.evaluate("!!(window.viewer && viewer.isReady())"):
                 await asyncio.sleep(0.5)
         await page.screenshot(picture)
+        names = await page.evaluate(NAMES)
     with Image.open(picture) as image:
-        return np.asarray(image.convert("RGB")).astype(int)
+        return np.asarray(image.convert("RGB")).astype(int), names

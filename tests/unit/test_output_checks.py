@@ -69,6 +69,16 @@ def test_the_first_patch_of_a_batch_is_enough_if_nothing_was_drawn() -> None:
     assert checks.is_repeated
 
 
+def test_a_batch_of_a_repeatable_network_is_repeated_only_if_it_drew_random_numbers() -> None:
+    checks = begun()
+    checks.compare([BATCH], unused, unused, is_repeatable=True)
+    assert checks.is_repeated
+    checks = begun()
+    torch.rand(1)
+    with pytest.raises(ModelError):
+        checks.compare([BATCH], lambda: [BATCH[::-1]], unused, is_repeatable=True)
+
+
 def test_a_patch_that_differs_alone_is_compared_in_its_batch() -> None:
     checks = begun()
     checks.compare([BATCH], lambda: [BATCH], lambda: [BATCH[1:2]])

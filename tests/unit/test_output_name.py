@@ -80,6 +80,13 @@ def test_a_zarr_url_of_neuroglancer_is_refused_with_the_path_to_use() -> None:
     assert caught.value.code is ErrorCode.STORE_UNSUPPORTED
 
 
+@pytest.mark.parametrize("output", ["precomputed://", "precomputed:/x", "s3:/bucket/x.zarr"])
+def test_a_misspelled_url_is_no_folder(output: str) -> None:
+    with pytest.raises(JobError) as error:
+        check_new_output(output, Path("/data"))
+    assert error.value.code is ErrorCode.PATH_INVALID
+
+
 def test_an_empty_path_is_not_the_current_folder() -> None:
     with pytest.raises(JobError) as caught:
         load_job(job_values((4, 4)), input="", output="")

@@ -171,9 +171,9 @@ class Batcher:
     ) -> Iterator[tuple[Sequence[Patch], tuple[Array, ...]]]:
         """Yield each batch with its predictions after activation and voting.
 
-        They are one array (n, C, *output patch) for each output of the plan. Outputs with the same
-        predictions share one. `halos` contain the inputs from voxel `origin` on, `uploaded` the
-        same on the device.
+        Batches follow each other in the order of `patches`. Predictions are one array (n, C,
+        *output patch) for each output of the plan. Outputs with the same predictions share one.
+        `halos` contain the inputs from voxel `origin` on, `uploaded` the same on the device.
         Predictions are on the device and valid until the next ones are requested. They are float32
         without a `flag`. With a flag, which the caller reads at the end, nothing waits for the
         device, values that are not finite raise no error, and predictions have any dtype that is
@@ -264,6 +264,12 @@ class Batcher:
         is_known = runtime.draws_from_known_states and runtime.accelerator is None
         return is_known and runtime.any_batch
 
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether a batch gives the same outputs again; see `Runtime.is_repeatable`."""
+        has_step = self._steps.preprocessing is not None or self._steps.postprocessing is not None
+        return self._runtime.is_repeatable and not has_step
+
     def _fill(
         self,
         batch: Sequence[Patch],
@@ -275,10 +281,11 @@ class Batcher:
         if buffer is None:
             buffer = self._open_feed().buffer()
         items = buffer[: self._count(len(batch))]
+        shape, places = self._layout.part, list(map(self._layout.index, range(len(halos))))
         for row, patch in zip(items, batch, strict=False):
-            for number, halo in enumerate(halos):
-                part = halo[patch.source.index(origin)].reshape(self._layout.part)
-                row[self._layout.index(number)] = part
+            window = patch.source.index(origin)
+            for place, halo in zip(places, halos, strict=True):
+                row[place] = halo[window].reshape(shape)
         items[len(batch) :] = items[len(batch) - 1] if batch else 0
         return items
 
@@ -333,6 +340,7 @@ class Batcher:
             inputs,
             lambda: self._attempt(batch, halos, origin, uploaded),
             (lambda: self.raw_alone(batch[0], halos, origin)) if self.can_sample else None,
+            is_repeatable=self.is_repeatable,
         )
 
     def _send(

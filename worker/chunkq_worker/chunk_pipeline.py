@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from typing_extensions import override
 
@@ -83,10 +84,8 @@ class HostPipeline(ChunkPipeline):
     def open(self, chunk: Chunk, halos: Halos, *, checked: bool = False) -> ChunkRun:
         sums = []
         for view, weights in zip(self._plan.views, self._weights, strict=True):
-            part, output = view.chunk(chunk.index), view.output
-            shape = (output.sums_channels, *part.region.shape)
-            zeros = self._runtime.zeros(shape, output.sums_dtype)
-            sums.append(Accumulator(view, part, weights, zeros))
+            zeros = partial(self._runtime.zeros, dtype=view.output.sums_dtype)
+            sums.append(Accumulator(view, view.chunk(chunk.index), weights, zeros))
         return HostRun(self._plan, self._batcher, self._weights, sums, chunk, halos)
 
     @override
@@ -123,12 +122,15 @@ class HostRun(ChunkRun):
 
     @override
     def add(self, patches: Sequence[Patch]) -> None:
-        for weights, own in zip(self._weights, self._own(patches), strict=True):
+        every = list(self._own(patches))
+        for weights, own in zip(self._weights, every, strict=True):
             weights.prepare(own)
-        origin = self._chunk.halo.start
+        done, origin = 0, self._chunk.halo.start
         for batch, predictions in self._batcher.predictions(patches, self._halos, origin):
-            for sums, own, values in zip(self._sums, self._own(batch), predictions, strict=True):
-                sums.add(own, values)
+            stop = done + len(batch)
+            for sums, own, values in zip(self._sums, every, predictions, strict=True):
+                sums.add(own[done:stop], values)
+            done = stop
 
     @override
     def wait(self) -> None:

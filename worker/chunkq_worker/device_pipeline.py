@@ -168,10 +168,13 @@ class DeviceRun(ChunkRun):
         batches = self._pipeline.batcher.predictions(
             patches, self._halos, self._chunk.halo.start, self._uploaded, self._flag
         )
+        every, done = [self._own(sums, patches) for sums in self._sums], 0
         try:
             for batch, predictions in batches:
-                for sums, values in zip(self._sums, predictions, strict=True):
-                    sums.add(sums.plan.own_patches(self._pipeline.plan, batch), values)
+                stop = done + len(batch)
+                for sums, own, values in zip(self._sums, every, predictions, strict=True):
+                    sums.add(own[done:stop], values)
+                done = stop
         finally:
             if self._uploaded is not None:
                 self._uploaded.release()
@@ -184,7 +187,7 @@ class DeviceRun(ChunkRun):
     @override
     def add_empty(self, patches: Sequence[Patch]) -> None:
         for sums in self._sums:
-            sums.add_empty(sums.plan.own_patches(self._pipeline.plan, patches))
+            sums.add_empty(self._own(sums, patches))
 
     @override
     def finish(self, inside: Inside | None = None) -> Finish:
@@ -209,3 +212,7 @@ class DeviceRun(ChunkRun):
             )
 
         return finish
+
+    def _own(self, sums: DeviceSums, patches: Sequence[Patch]) -> Sequence[Patch]:
+        """Return the patches with the boxes that they have in the output of these sums."""
+        return sums.plan.own_patches(self._pipeline.plan, patches)

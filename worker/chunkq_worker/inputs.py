@@ -21,8 +21,8 @@ from chunkq.geometry.box import Box
 from chunkq.job.items import Image
 from chunkq.paths import absolute, absolute_input, is_url, without_secret
 from chunkq.storage.array import Array
-from chunkq.storage.formats.base import ArrayInfo
-from chunkq.storage.formats.nifti import AFFINE, affine_of
+from chunkq.storage.formats.base import AFFINE, ArrayInfo
+from chunkq.storage.formats.nifti import affine_of
 from chunkq.storage.formats.registry import format_named
 from chunkq.storage.images import ImageSource, find_source, source_of
 from chunkq.storage.remedies import PYTHON

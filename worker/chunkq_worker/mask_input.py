@@ -26,8 +26,7 @@ from chunkq.job.mask_source import (
 )
 from chunkq.paths import absolute_input
 from chunkq.storage.array import Array
-from chunkq.storage.formats.base import ArrayInfo
-from chunkq.storage.formats.nifti import AFFINE
+from chunkq.storage.formats.base import AFFINE, ArrayInfo
 from chunkq.storage.images import ImageSource, source_of
 from chunkq.storage.mask import Mask
 from chunkq.storage.remedies import PYTHON

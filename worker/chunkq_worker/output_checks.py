@@ -73,6 +73,8 @@ class OutputChecks:
         inputs: Sequence[Values],
         repeat: Repeat,
         repeat_first: Repeat | None = None,
+        *,
+        is_repeatable: bool = False,
     ) -> None:
         """Examine the raw outputs of a batch. `inputs` are its patches; see `compare`.
 
@@ -87,10 +89,21 @@ class OutputChecks:
                 self.report(warning)
         if not self.is_repeated and any(values.min() != values.max() for values in inputs):
             is_varied = inputs[0].min() != inputs[0].max()
-            self.compare(outputs, repeat, repeat_first if is_varied else None)
+            first = repeat_first if is_varied else None
+            self.compare(outputs, repeat, first, is_repeatable=is_repeatable)
 
-    def compare(self, outputs: Arrays, repeat: Repeat, repeat_first: Repeat | None = None) -> None:
+    def compare(
+        self,
+        outputs: Arrays,
+        repeat: Repeat,
+        repeat_first: Repeat | None = None,
+        *,
+        is_repeatable: bool = False,
+    ) -> None:
         """Repeat a batch; raise ModelError if its outputs differ.
+
+        A batch of a network that `is_repeatable` is not repeated if no known random state has
+        changed since `begin`; see `Runtime.is_repeatable`.
 
         `repeat_first` computes its first patch alone, in memory of its own. It is None if a runtime
         can draw from random states that are not known. If no known state has changed since `begin`,
@@ -98,8 +111,12 @@ class OutputChecks:
         because arithmetic depends on the batch size.
         """
         started = time.perf_counter()
+        has_drawn = self._states != random_states()
+        if is_repeatable and not has_drawn:
+            self.is_repeated = True
+            return
         first = [np.array(to_numpy(as_float(output))) for output in outputs]
-        if repeat_first is not None and self._states == random_states():
+        if repeat_first is not None and not has_drawn:
             again = repeat_first()
             if again is not None and self._agrees([values[:1] for values in first], again):
                 self.is_repeated = True

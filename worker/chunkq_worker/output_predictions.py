@@ -42,7 +42,8 @@ class OutputPredictions:
     """
 
     def __init__(self, outputs: Sequence[OutputSpec]) -> None:
-        self._outputs, self._names = tuple(outputs), head_names(outputs)
+        self._names = head_names(outputs)
+        self._keyed = [(one, _values_key(one), _predictions_key(one)) for one in outputs]
 
     def checked(
         self, heads: Sequence[Array], batch: Sequence[Patch], explain: Explain
@@ -50,15 +51,14 @@ class OutputPredictions:
         """Return predictions; raise PredictionError for values that the job does not allow."""
         values: dict[Any, tuple[Array, Array | None]] = {}
         activated: dict[Any, Array] = {}
-        for output in self._outputs:
-            key = _values_key(output)
+        for output, key, name in self._keyed:
             if key not in values:
                 values[key] = _checked(self._of(output, heads), output, batch, explain)
             if output.from_labels:
                 _check_labels(*values[key], output, batch)
-            if (key := _predictions_key(output)) not in activated:
-                activated[key] = _activate(*values[_values_key(output)], output)
-        return tuple(activated[_predictions_key(output)] for output in self._outputs)
+            if name not in activated:
+                activated[name] = _activate(*values[key], output)
+        return tuple([activated[name] for _, _, name in self._keyed])
 
     def unchecked(self, heads: Sequence[Array], flag: FiniteFlag) -> tuple[Array, ...]:
         """Return predictions without waiting for the device, of any dtype promoted to float32.
@@ -67,15 +67,14 @@ class OutputPredictions:
         """
         values: dict[Any, tuple[Array, Array | None]] = {}
         activated: dict[Any, Array] = {}
-        for output in self._outputs:
-            key = _values_key(output)
+        for output, key, name in self._keyed:
             if key not in values:
                 values[key] = _unchecked(self._of(output, heads), output, flag)
-            if (name := _predictions_key(output)) not in activated:
+            if name not in activated:
                 if output.from_labels:
                     _flag_invalid(*values[key], output, flag)
                 activated[name] = _activate(*values[key], output)
-        return tuple(activated[_predictions_key(output)] for output in self._outputs)
+        return tuple([activated[name] for _, _, name in self._keyed])
 
     def _of(self, output: OutputSpec, heads: Sequence[Array]) -> Array:
         return head_of(output, heads, self._names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import sub
 
 from chunkq.plan.plan import Patch
 
@@ -24,19 +25,22 @@ class PatchRun:
 def patch_runs(batch: Sequence[Patch]) -> list[PatchRun]:
     """Return runs that contain every patch of a batch exactly once, in the order of the batch."""
     runs: list[PatchRun] = []
-    for position, patch in enumerate(batch):
-        move = _move(batch[position - 1], patch) if runs else None
-        if move is not None and (runs[-1].count == 1 or move == (runs[-1].axis, runs[-1].step)):
-            runs[-1] = PatchRun(runs[-1].first, runs[-1].count + 1, *move)
+    first, line = 0, None
+    for position in range(1, len(batch) + 1):
+        move = _move(batch[position - 1], batch[position]) if position < len(batch) else None
+        if move is None or line not in (None, move):
+            axis, step = line or (len(batch[first].numbers) - 1, 1)
+            runs.append(PatchRun(first, position - first, axis, step))
+            first, line = position, None
         else:
-            runs.append(PatchRun(position, 1, len(patch.numbers) - 1, 1))
+            line = move
     return runs
 
 
 def _move(before: Patch, after: Patch) -> tuple[int, int] | None:
     """Return the axis and the distance between two patches, None if they are not in a line."""
-    steps = [b - a for a, b in zip(before.source.start, after.source.start, strict=True)]
-    moved = [axis for axis, step in enumerate(steps) if step]
-    if before.grid != after.grid or len(moved) != 1 or steps[moved[0]] < 0:
+    steps = list(map(sub, after.source.start, before.source.start))
+    step = max(steps)  # in a line, all other steps are 0
+    if before.grid != after.grid or step <= 0 or steps.count(0) != len(steps) - 1:
         return None
-    return moved[0], steps[moved[0]]
+    return steps.index(step), step

@@ -136,6 +136,7 @@ def _repeat_noise(batcher: Batcher, checks: OutputChecks, batch: TrialBatch) -> 
             outputs,
             lambda: changed.raw(batcher, batch.patches),
             changed.repeat_first(batcher),
+            is_repeatable=batcher.is_repeatable,
         )
 
 

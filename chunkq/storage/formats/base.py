@@ -30,6 +30,8 @@ CACHED = "cached"
 """Option for `Format.open`: whether storage chunks may be kept in the cache of this process."""
 ORIENTATION = "orientation"
 """Option for `Format.find`: the orientation in which a job presents an array, such as `RAS`."""
+AFFINE = "affine"
+"""Option of an array of a NIfTI image: the affine (4, 4) of voxel indices x, y, z, as JSON."""
 NO_OPTIONS: Options = MappingProxyType({})
 
 

@@ -17,6 +17,7 @@ from chunkq.geometry.box import Box
 from chunkq.install_hint import install_command
 from chunkq.paths import is_url, join, mask_secrets, without_secret
 from chunkq.storage.array import Array, Voxels, box_error
+from chunkq.storage.formats import suffixes
 from chunkq.storage.formats.base import (
     NO_OPTIONS,
     NUMBERS,
@@ -30,8 +31,6 @@ from chunkq.storage.formats.hdf5_axes import described_axes
 from chunkq.storage.formats.single_file import SingleFile, opening_error
 from chunkq.system import buffers
 
-SUFFIXES = (".h5", ".hdf5", ".hdf")
-"""Suffixes in lower case of the files that are read."""
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 BLOCK_BYTES = 1 << 19
 """Size of a cached block of a file at a URL."""
@@ -128,7 +127,7 @@ def split(path: str) -> tuple[str, str]:
     parts = path.split("/")
     for number, part in enumerate(parts):
         file = "/".join(parts[: number + 1])
-        if part.lower().endswith(SUFFIXES) and (is_url(path) or not os.path.isdir(file)):
+        if part.lower().endswith(suffixes.HDF5) and (is_url(path) or not os.path.isdir(file)):
             return file, "/".join(parts[number + 1 :]).strip("/")
     return "", ""
 

@@ -22,8 +22,9 @@ from chunkq.geometry.box import Box
 from chunkq.install_hint import install_command
 from chunkq.paths import is_url, without_secret
 from chunkq.storage.array import Array, Voxels, box_error
-from chunkq.storage.formats import gzip_file
+from chunkq.storage.formats import gzip_file, suffixes
 from chunkq.storage.formats.base import (
+    AFFINE,
     NO_OPTIONS,
     NUMBERS,
     ORIENTATION,
@@ -41,8 +42,6 @@ MAX_SHIFT = 1e-3
 """Distance (voxels) by which an affine may move a voxel off its axis and count as unrotated."""
 IS_STREAMED = "is_streamed"
 """Option: whether a compressed file is too large to be kept decompressed in memory."""
-AFFINE = "affine"
-"""Option: the affine (4, 4) of voxel indices x, y, z, as JSON."""
 CODES = ("sform_code", "qform_code")
 """Options: what the affine stands for, as in the header."""
 QFORM = "qform"
@@ -51,8 +50,6 @@ PRESENTED_AFFINE = "presented_affine"
 """Option of an image that is presented in an orientation: the affine of its presented indices."""
 COMPRESSED = "it is compressed with gzip"
 """Why a file cannot be read by region."""
-SUFFIXES = (".nii", ".nii.gz")
-PAIR_SUFFIXES = (".hdr", ".img", ".hdr.gz", ".img.gz")
 HEAD_BYTES = 540
 """Size of a header of NIfTI-2; that of NIfTI-1 is smaller."""
 HEAD_COMPRESSED = 1 << 16
@@ -205,9 +202,9 @@ class NiftiFormat(Format):
     @override
     def detects(self, path: str, options: Options = NO_OPTIONS) -> bool:
         name = path.lower()
-        if name.endswith(SUFFIXES):
+        if name.endswith(suffixes.NIFTI):
             return is_url(path) or not os.path.isdir(path)
-        if not name.endswith(PAIR_SUFFIXES):
+        if not name.endswith(suffixes.NIFTI_PAIR):
             return False
         try:  # ANALYZE and other formats have these suffixes, too
             start = SingleFile(parts(path)[0], Access.of(options)).head(HEAD_COMPRESSED)

@@ -15,6 +15,7 @@ from chunkq.geometry.axes import plain_axes
 from chunkq.geometry.box import Box
 from chunkq.paths import is_url
 from chunkq.storage.array import Array, Voxels, box_error
+from chunkq.storage.formats import suffixes
 from chunkq.storage.formats.base import (
     NO_OPTIONS,
     NUMBERS,
@@ -95,7 +96,7 @@ class NpyFormat(Format):
 
     @override
     def detects(self, path: str, options: Options = NO_OPTIONS) -> bool:
-        return path.endswith(".npy") and (is_url(path) or not os.path.isdir(path))
+        return path.endswith(suffixes.NPY) and (is_url(path) or not os.path.isdir(path))
 
     @override
     def find(self, path: str, options: Options = NO_OPTIONS) -> ArrayInfo:

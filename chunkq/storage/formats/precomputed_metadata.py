@@ -13,6 +13,8 @@ from chunkq.geometry.axis_units import METERS, common_unit, unit_factor
 
 INFO = "info"
 """Name of the document of a volume."""
+SEGMENT_PROPERTIES = "segment_properties"
+"""Key of `info`, and name of the folder whose own `info` names the segments."""
 UNIT = "nanometer"
 DTYPES = frozenset({"uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "float32"})
 REPLACED = {"float16": "float32", "bool": "uint8"}
@@ -24,6 +26,10 @@ SEGMENT_DTYPES = {
 """Dtype of labels -> dtype of a segmentation. Negative labels do not fit and are refused later."""
 SEGMENTATION_BLOCK = (8, 8, 8)
 """Shape of the blocks inside a compressed block."""
+SEGMENTATION_HEADER_BYTES = 4
+"""Bytes of a compressed block before those of the blocks inside it."""
+INDEX_BITS = (0, 1, 2, 4, 8, 16)
+"""Bits per voxel of a block inside a compressed block, which count its different labels."""
 SPATIAL_RANK = 3
 MAX_SHIFT = 1e-3
 """Distance (voxels) by which a position may be rounded without a note."""
@@ -95,6 +101,18 @@ def scale_metadata(
     return scale
 
 
+def segmentation_bytes(labels: int) -> int:
+    """Return how many bytes a block inside a compressed block has at most.
+
+    It consists of a header of 8 bytes, an index of each voxel, and the labels as uint32, of which
+    the volume has so many.
+    """
+    voxels = math.prod(SEGMENTATION_BLOCK)
+    different = min(labels, voxels)
+    bits = next(bits for bits in INDEX_BITS if 2**bits >= different)
+    return 8 + voxels * bits // 8 + 4 * different
+
+
 def volume_metadata(dtype: np.dtype[Any], channels: int, *, is_labels: bool) -> dict[str, Any]:
     """Return the metadata that all scales of a volume have in common, for tensorstore."""
     return {
@@ -117,6 +135,17 @@ def info(volume: Mapping[str, Any], scales: Sequence[Mapping[str, Any]]) -> dict
             for scale in scales
         ],
     }
+
+
+def segment_properties(names: Sequence[str]) -> dict[str, Any]:
+    """Return the document with the names of labels from 1 on; `names` begins with that of label 0.
+
+    Label 0 is no segment.
+    """
+    ids = [str(label) for label in range(1, len(names))]
+    label = {"id": "label", "type": "label", "values": list(names[1:])}
+    inline = {"ids": ids, "properties": [label]}
+    return {"@type": "neuroglancer_segment_properties", "inline": inline}
 
 
 def moved(axes: Sequence[Axis], first: Sequence[float], name: str) -> Iterator[str]:

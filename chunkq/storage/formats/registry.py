@@ -14,6 +14,7 @@ from chunkq.storage.formats.base import (
     missing_error,
     unreadable_error,
 )
+from chunkq.storage.formats.suffixes import can_have
 
 BUILT_IN: LazyClasses[Format] = LazyClasses(
     {
@@ -40,9 +41,11 @@ def format_of(path: str, options: Options = NO_OPTIONS) -> str:
     if no format does, if the storage fails, or if the format of another package cannot be loaded.
     """
     failure: StoreError | None = None
-    for name, built_in in BUILT_IN.items():
+    for name in BUILT_IN:
+        if not can_have(name, path):
+            continue
         try:
-            if built_in().detects(path, options):
+            if BUILT_IN[name]().detects(path, options):
                 return name
         except StoreError as error:  # for example the scheme of the URL
             failure = error

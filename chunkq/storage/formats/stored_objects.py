@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from chunkq.access import S3_SCHEMES, Access
-from chunkq.paths import open_filesystem
+from chunkq.paths import is_url, open_filesystem, read_bytes
 
 NOTHING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 """Errors of storage for names that do not exist."""
@@ -16,6 +16,8 @@ def fetch_object(path: str, access: Access, limit: int = MAX_OBJECT_BYTES) -> by
 
     Raises the storage's error.
     """
+    if not is_url(path):
+        return read_bytes(path)  # fsspec takes longer to import than most commands take
     filesystem, inner = open_filesystem(path, access)
     # One GET. Without a range, s3fs asks for the size before, and such an error has no message.
     limits = {"start": 0, "end": limit} if path.partition("://")[0] in S3_SCHEMES else {}

@@ -12,6 +12,7 @@ from chunkq.access import Access
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.paths import is_url, is_web, join, open_filesystem, without_secret
 from chunkq.storage.array import Array
+from chunkq.storage.formats import suffixes
 from chunkq.storage.formats.base import NO_OPTIONS, ArrayInfo, Format, Options
 from chunkq.storage.formats.single_file import SingleFile
 from chunkq.storage.formats.tiff_file import check_size, read_image
@@ -25,8 +26,6 @@ from chunkq.storage.formats.tiff_stack import (
     stack_axes,
 )
 
-SUFFIXES = (".tif", ".tiff", ".tf2", ".tf8", ".btf", ".lsm", ".stk")
-"""Suffixes in lower case of the files that are read."""
 LEVEL = "level"
 """Option: resolution level, if it is not 0."""
 FILES = "files"
@@ -47,7 +46,7 @@ class TiffFormat(Format):
 
     @override
     def detects(self, path: str, options: Options = NO_OPTIONS) -> bool:
-        if not path.lower().endswith(SUFFIXES) or (not is_url(path) and os.path.isdir(path)):
+        if not path.lower().endswith(suffixes.TIFF) or (not is_url(path) and os.path.isdir(path)):
             return False
         return not is_pattern(path) or bool(matching_files(path, Access.of(options)))
 
@@ -111,7 +110,7 @@ def stack_pattern(path: str, access: Access) -> str:
     except Exception:  # a message without this advice is better than another error
         return ""
     ends = [os.path.splitext(str(name))[1] for name in names]
-    suffix = next((end for end in ends if end.lower() in SUFFIXES), None)
+    suffix = next((end for end in ends if end.lower() in suffixes.TIFF), None)
     return "" if suffix is None else without_secret(join(path, f"*{suffix}"))
 
 

@@ -35,6 +35,11 @@ def object_checksum(crc32: int) -> int:
     return crc32 or 1
 
 
+def shard_index_bytes(chunks: int) -> int:
+    """Return the size of the index of a shard of so many storage chunks: positions, sizes, CRC."""
+    return 16 * chunks + 4
+
+
 def array_metadata(
     name: str,
     *,

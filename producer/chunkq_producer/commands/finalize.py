@@ -15,7 +15,7 @@ from chunkq.paths import without_secret
 from chunkq.progress_bar import ProgressDisplay
 from chunkq.system.standard_output import print_line, print_text
 from chunkq.terminal import print_error
-from chunkq.units import duration, si
+from chunkq.units import counted, duration, si
 from chunkq_producer import distribute as distribution
 from chunkq_producer.commands.options import (
     job_at,
@@ -91,18 +91,23 @@ def print_result(job: JobHandle, report: dict[str, Any]) -> None:
         print_text(f"incomplete: {output} ({chunk_count(len(report['missing']))} missing)")
         return
     finalized = report["finalized_blocks"]
-    blocks = f"{finalized} blocks finalized, " if finalized else ""
-    units = "images" if job.record.job.is_image else "patches"
+    blocks = f"{counted(finalized, 'block', 'blocks')} finalized, " if finalized else ""
+    nouns = ("image", "images") if job.record.job.is_image else ("patch", "patches")
     print_text(
-        f"complete: {output} ({report['chunks']} chunks, {report['patches']} {units}, "
-        f"{blocks}{duration(report['wall_seconds'])})"
+        f"complete: {output} ({chunk_count(report['chunks'])}, "
+        f"{counted(report['patches'], *nouns)}, {blocks}{duration(report['wall_seconds'])})"
     )
+    print_text(time_summary(report))
     if job.record.job.is_image:
-        from chunkq.image_report import image_lines  # for such jobs only
+        from chunkq.image_report import image_lines, nothing_predicted  # for such jobs only
 
         for line in image_lines(report["images"]):
             print_text(line)
-    print_text(time_summary(report))
+        if nothing_predicted(report["images"]):
+            print_error(
+                "chunkq: warning: the table has no row, because no image has a result; fix the "
+                "cause and use --overwrite. With max_errors, such a job ends with exit code 3"
+            )
 
 
 def time_summary(report: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,13 +19,13 @@ from chunkq.install_hint import install_command
 from chunkq.job.job_file import Job, load_job, select_job_file
 from chunkq.job.known_empty import MISSING
 from chunkq.job.model_config import STOCHASTIC
-from chunkq.job.output import output_axes
 from chunkq.job.output_shapes import unknown_heads
+from chunkq.job.stored_images import output_axes
 from chunkq.job.tasks import chunk_count
-from chunkq.model_check import MemoryCheck, ModelCheck, PatchCheck
 from chunkq.paths import without_secret
 from chunkq.plan.fetches import Fetches
 from chunkq.plan.footprint import largest_footprint
+from chunkq.plan.object_sizes import StoredSize
 from chunkq.plan.output_text import names_text, output_values, range_text
 from chunkq.plan.plan import Costs, Plan, total_costs
 from chunkq.queue.contract.executor import DEFAULT_DEPTH_CPU, DEFAULT_DEPTH_GPU, default_depth
@@ -41,6 +41,10 @@ from chunkq_producer.commands.options import (
     output_option,
 )
 from chunkq_producer.engine import is_cpu_only
+from chunkq_producer.stored_sizes import file_rows, file_sizes, level_sizes, size_text
+
+if TYPE_CHECKING:
+    from chunkq.model_check import MemoryCheck, ModelCheck, PatchCheck
 
 LABEL_COLUMNS, NARROW_LABEL_COLUMNS, WIDE = 20, 14, 60
 """Columns of the labels, on terminals of at least `WIDE` columns and on narrower ones."""
@@ -251,6 +255,7 @@ def _values(job: CheckedJob, depth: int, trial: Trial | None) -> dict[str, Any]:
                 "shape": list(_output_shape(job, view)),
                 "storage_chunks": list(view.storage_chunks),
                 "bytes": sum(_output_bytes(job, number)),
+                "stored": json_values.to_values(level_sizes(job, number)[0]),
                 "scale": None if view.grid.scale is None else list(map(str, view.grid.scale)),
             }
             for number, view in enumerate(plan.views)
@@ -263,6 +268,10 @@ def _values(job: CheckedJob, depth: int, trial: Trial | None) -> dict[str, Any]:
                 "chunks": tasks.costs.chunks,
             }
             for item, plan, tasks in zip(job.record.items, job.plans, job.tasks, strict=True)
+        ],
+        "files": [
+            {"path": without_secret(file.path), "stored": json_values.to_values(size)}
+            for file, size in file_sizes(job)
         ],
         "skipped": _skipped_values(job),
     }
@@ -286,6 +295,7 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
         *([("region", _region_text(job))] if plan.grid.region else []),
         *_output_rows(job),
         *_pyramid_rows(job),
+        *file_rows(job),
         ("chunks", _chunks(plan, total, is_alone=count == 1)),
         ("precision", f"{model.effective_precision}, on {model.device}"),
         ("patches", f"{total.patches}, each computed once; {per_voxel:.1f} per voxel on average"),
@@ -338,6 +348,7 @@ def _pyramid_values(job: CheckedJob) -> list[dict[str, Any]]:
     largest = job.pyramids[job.record.largest_item.number]
     values = []
     for output, pyramid in enumerate(largest):
+        sizes = level_sizes(job, output)
         for number, level in enumerate(pyramid.levels):
             costs = [p[output].costs[number] for p in job.pyramids if number < len(p[output].costs)]
             values.append(
@@ -349,6 +360,7 @@ def _pyramid_values(job: CheckedJob) -> list[dict[str, Any]]:
                     "tasks": sum(c.tasks for c in costs),
                     "bytes_read": sum(c.bytes_read for c in costs),
                     "bytes": sum(c.bytes_written for c in costs),
+                    "stored": json_values.to_values(sizes[number + 1]),
                 }
             )
     return values
@@ -360,8 +372,9 @@ def _pyramid_rows(job: CheckedJob) -> list[tuple[str, str]]:
     for name in dict.fromkeys(level["output"] for level in values):
         levels = [level for level in values if level["output"] == name]
         shapes = ", ".join(_shape(tuple(level["shape"])) for level in levels)
-        count, size = len(levels) + 1, si(sum(level["bytes"] for level in levels), "B")
-        text = f"{count} levels by {levels[0]['method']}, above the output {shapes}: {size}"
+        size = StoredSize.total(StoredSize(**level["stored"]) for level in levels)
+        text = f"{len(levels) + 1} levels by {levels[0]['method']}, above the output {shapes}: "
+        text += size_text(size)
         rows.append((f"pyramid {name}".rstrip(), text))
     return rows
 
@@ -506,7 +519,9 @@ def _output_rows(job: CheckedJob) -> list[tuple[str, str]]:
             f"storage chunks {_shape(view.storage_chunks)}{_shards_text(view)}"
         )
         if view.output.name:
-            text = f"{view.output.name}: {text}, {si(sum(_output_bytes(job, number)), 'B')}"
+            text = f"{view.output.name}: {text}"
+        if job.record.file_name is None:
+            text += f", {size_text(level_sizes(job, number)[0])}"
         if view.grid.scale is not None:
             text += f", one voxel per {_shape(view.grid.scale)} of the input"
         rows.append(("output", text))

@@ -9,6 +9,7 @@ import click
 
 from chunkq.create import check_job, check_output
 from chunkq.job.job_file import load_job, select_job_file
+from chunkq.job.tasks import chunk_count
 from chunkq.paths import without_secret
 from chunkq.progress_bar import ProgressDisplay
 from chunkq.queue.registry import open_shared, queue_url
@@ -68,7 +69,8 @@ def produce(
     output_name = without_secret(loaded_job.output)
     quoted = argument(output_name)
     print_text(
-        f"{result.chunks} chunks, {result.done} done, {result.queued} newly queued -> {output_name}"
+        f"{chunk_count(result.chunks)}, {result.done} done, {result.queued} newly queued -> "
+        f"{output_name}"
     )
     if result.staging:
         inputs = "1 input" if result.staging == 1 else f"{result.staging} inputs"

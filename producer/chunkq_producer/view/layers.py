@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import copysign
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
@@ -81,7 +82,7 @@ class Layer:
         if self.axes:
             dimensions = {_dimension(axis): _meters(axis) for axis in self.axes}
             source = {"url": source, "transform": {"outputDimensions": dimensions}}
-            if any(axis.translation for axis in self.axes):
+            if any(axis.translation or _meters(axis)[0] != 1 for axis in self.axes):
                 source["transform"]["matrix"] = _matrix(self.axes)
         state: dict[str, Any] = {"name": self.name, "type": self.type, "source": source}
         if self.type == "image":
@@ -105,10 +106,15 @@ def _meters(axis: Axis) -> list[Any]:
 
 
 def _matrix(axes: Sequence[Axis]) -> list[list[float]]:
-    """Return the affine map from voxels to positions, in voxels."""
+    """Return the affine map of an array without axes of its own to the dimensions of the viewer.
+
+    The viewer takes a voxel of such an array for one unit, such as a meter. The last column counts
+    voxels.
+    """
     rank = len(axes)
     return [
-        [1.0 if n == number else 0.0 for n in range(rank)] + [axis.translation / axis.scale]
+        [copysign(_meters(axis)[0], axis.scale) if n == number else 0.0 for n in range(rank)]
+        + [axis.translation / abs(axis.scale)]
         for number, axis in enumerate(axes)
     ]
 

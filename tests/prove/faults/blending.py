@@ -93,8 +93,8 @@ FAULTS = (
     Fault(
         "prediction-not-centered",
         "chunkq/blend/sums.py",
-        "start + (p - q) // 2",
-        "start + 0 * (p - q)",
+        "tuple((p - q) // 2 for",
+        "tuple(0 * (p - q) for",
         "predictions smaller than the input patch are written at the wrong position",
         (BLEND,),
     ),
@@ -141,8 +141,8 @@ FAULTS = (
     Fault(
         "neighbors-of-the-first-grid",
         "chunkq/blend/patch_weights.py",
-        "neighbors(axis, patch.grid, number)",
-        "neighbors(axis, 0, number)",
+        "find(patch.grid, number)",
+        "find(0, number)",
         "patches of offset grids get the first grid's weights",
         (BLEND,),
     ),

@@ -3,7 +3,8 @@
 from tests.prove.fault import Fault, named
 
 READING, DECODING = "tests/unit/images/test_reading.py", "tests/unit/images/test_decoding.py"
-VIDEOS = "tests/unit/images/test_videos.py"
+ROWS, BUDGET = "tests/unit/images/test_image_rows.py", "tests/unit/images/test_pixel_budget.py"
+VIDEOS, VIDEO_JOBS = "tests/unit/images/test_videos.py", "tests/integration/test_video_jobs.py"
 DAMAGED = "tests/integration/test_damaged_images.py"
 
 FAULTS = (
@@ -34,8 +35,8 @@ FAULTS = (
     Fault(
         "decoding-begins-after-the-frame",
         "chunkq/images/videos.py",
-        " and key.pts <= latest:",
-        ":",
+        "(first is not None and first.pts <= time)",
+        "first is not None",
         "frames at the start of a chunk are errors, depending on the chunks",
         named(VIDEOS, "first_of_a_chunk"),
     ),
@@ -62,5 +63,29 @@ FAULTS = (
         '"row": [row for row, _ in failed]',
         "errors name other rows of the list",
         named(DAMAGED, "plain_loop"),
+    ),
+    Fault(
+        "rows-of-the-next-group",
+        "chunkq/job/stored_rows.py",
+        "first = bisect_right(self._starts, start) - 1",
+        "first = bisect_left(self._starts, start)",
+        "a chunk computes images of another chunk",
+        named(ROWS, "groups_of_rows"),
+    ),
+    Fault(
+        "large-images-decoded-together",
+        "worker/chunkq_worker/images/pixel_budget.py",
+        "not self._held or self._held + pixels <= self._limit",
+        "not self._held or self._held <= self._limit",
+        "a worker runs out of memory on large images",
+        named(BUDGET, "until_there_is_room"),
+    ),
+    Fault(
+        "video-replaced-while-it-is-read",
+        "worker/chunkq_worker/images/frames.py",
+        "if state is None or (current := video_state(path, access)) == state:",
+        "if (current := video_state(path, access)) is not None or state is None:",
+        "keypoints of another video are stored",
+        named(VIDEO_JOBS, "replaced"),
     ),
 )

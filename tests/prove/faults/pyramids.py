@@ -4,8 +4,9 @@ from tests.prove.fault import Fault, named
 
 DOWNSAMPLING, LEVELS = "chunkq/blend/downsampling.py", "chunkq/geometry/levels.py"
 STAGE, COMPLETION = "chunkq/stages/downsample.py", "chunkq/stages/completion.py"
-OUTPUT, GRID = "chunkq/job/output.py", "chunkq/geometry/grid_spec.py"
+OUTPUT, GRID = "chunkq/job/image_output.py", "chunkq/geometry/grid_spec.py"
 PYRAMIDS, SHARDS = "tests/integration/test_pyramids.py", "tests/integration/test_shards.py"
+SIZES = "tests/integration/test_stored_sizes.py"
 UNIT = "tests/unit/test_downsampling.py"
 
 FAULTS = (
@@ -64,5 +65,21 @@ FAULTS = (
         "return self.storage\n",
         "two tasks write one shard",
         named(SHARDS, "one_task_writes"),
+    ),
+    Fault(
+        "shards-are-predicted-without-their-index",
+        "chunkq/job/output_layouts.py",
+        "shard_index_bytes(per_shard) if per_shard else 0",
+        "0",
+        "a plan predicts less than shards of small storage chunks take",
+        named(SIZES, "shards"),
+    ),
+    Fault(
+        "labels-of-volumes-are-predicted-with-one-byte",
+        "chunkq/storage/formats/precomputed_metadata.py",
+        "return 8 + voxels * bits // 8 + 4 * different",
+        "return voxels",
+        "a plan predicts more or less than labels of a precomputed volume can take",
+        named("tests/unit/test_object_sizes.py", "labels"),
     ),
 )

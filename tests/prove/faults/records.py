@@ -2,7 +2,11 @@
 
 from tests.prove.fault import Fault, named
 
-LEDGER, RECORD, OUTPUT = "chunkq/job/ledger.py", "chunkq/job/record.py", "chunkq/job/output.py"
+LEDGER, RECORD, OUTPUT = (
+    "chunkq/job/ledger.py",
+    "chunkq/job/record.py",
+    "chunkq/job/image_output.py",
+)
 FINALIZE, FINALIZE_STAGE, JOB_HANDLE, OBJECTS = (
     "chunkq/finalize.py",
     "chunkq/stages/finalize.py",
@@ -92,7 +96,7 @@ FAULTS = (
     ),
     Fault(
         "array-without-its-epoch",
-        OUTPUT,
+        "chunkq/job/stored_images.py",
         'else f"{SEALED_NAME}.{epoch}"',
         "else SEALED_NAME",
         "a suspended worker of the replaced job writes its voxels into the new one's output",

@@ -15,12 +15,15 @@ from PIL import Image, ImageOps
 
 from chunkq.errors import ErrorCode
 from chunkq.images import decoding
-from chunkq.images.decoding import decode
 from chunkq.images.image_error import ImageError
 
 Pixels = npt.NDArray[Any]
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (5, 7, 3), np.uint8)
+
+
+def decode(content: bytes, mode: Any) -> Pixels:
+    return decoding.pixels_of(decoding.decode(content, mode))
 
 
 def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -41,7 +44,7 @@ def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
 def test_pixels_of_8_bits_are_those_that_pillow_converts(stored: str, kind: str, mode: str) -> None:
     content = saved(Image.fromarray(RGB).convert(stored), kind)
     expected = np.asarray(Image.open(BytesIO(content)).convert(mode))
-    pixels = decode(content, mode)  # type: ignore[arg-type]
+    pixels = decode(content, mode)
     assert pixels.dtype == np.uint8
     np.testing.assert_array_equal(pixels, expected.reshape(5, 7, -1))
 
@@ -143,7 +146,11 @@ def png_that_declares(width: int, height: int, depth: int) -> bytes:
 
 
 @pytest.mark.parametrize("depth", [8, 16])
-def test_a_file_that_declares_a_huge_image_is_refused_before_it_is_decoded(depth: int) -> None:
+@pytest.mark.parametrize("limit", [Image.MAX_IMAGE_PIXELS, None])
+def test_a_file_that_declares_a_huge_image_is_refused_before_it_is_decoded(
+    depth: int, limit: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(ImageError) as caught:
         decode(png_that_declares(50_000, 50_000, depth), "RGB")
     assert caught.value.code == ErrorCode.IMAGE_TOO_LARGE

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from chunkq.errors import ErrorCode, StoreError
-from chunkq.images.image_list import find_images, join_lists, truth_of
+from chunkq.images.image_list import find_images, join_lists
 
 NAMES = ("b.png", "a.jpg", "sub/c.TIF", "notes.txt", "sub/d.webp")
 
@@ -140,15 +140,3 @@ def test_lists_are_joined_in_order_with_all_columns(folder: Path) -> None:
     joined = join_lists([find_images(f"{folder}/a.jpg"), find_images(f"{folder}/list.csv")])
     assert relative(folder, joined.paths) == ["a.jpg", "b.png"]
     assert joined.table.column("site").to_pylist() == [None, 7]
-
-
-def test_truth_comes_from_the_path_or_from_a_column(folder: Path) -> None:
-    images = find_images(str(folder))
-    labels = truth_of(images, regex=r"/(sub)/", column=None)
-    assert labels.to_pylist() == [None, None, "sub", "sub"]
-    (folder / "list.csv").write_text("path,n\nb.png,7\n")
-    table = find_images(f"{folder}/list.csv")
-    assert truth_of(table, regex=None, column="n").to_pylist() == ["7"]
-    with pytest.raises(StoreError) as caught:
-        truth_of(table, regex=None, column="label")
-    assert caught.value.code == ErrorCode.IMAGE_LIST_INVALID

@@ -11,9 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chunkq.errors import ErrorCode, JobError, StoreError
+from chunkq.job import image_rows
 from chunkq.job.image_rows import ImageRows, find_rows, sample_rows
 from chunkq.job.job_file import Job, load_job
+from chunkq.job.ledger import INPUTS, Ledger
 from chunkq.job.row_plan import default_rows, row_plan
+from chunkq.job.stored_rows import StoredRows
 from chunkq.plan.footprint import footprint
 from chunkq.plan.plan import Volume
 
@@ -80,14 +83,44 @@ def test_truth_that_does_not_fit_the_list_is_refused(table: Path, keys: dict[str
     assert caught.value.code is ErrorCode.IMAGE_LIST_INVALID
 
 
-def test_stored_rows_are_read_back_and_damage_is_found(table: Path) -> None:
+def test_stored_rows_are_read_back_and_damage_is_found(table: Path, tmp_path: Path) -> None:
     rows = find_rows(job(table, truth={"column": "label"}))
     content = rows.to_bytes()
-    assert ImageRows.from_bytes(content).table.equals(rows.table)
     middle = len(content) // 4
     broken = content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
-    with pytest.raises((OSError, ValueError)):
-        ImageRows.from_bytes(broken)
+    ledger = Ledger(str(tmp_path), "00000000")
+    for stored in (None, broken, content[: len(content) // 2], b""):
+        if stored is not None:
+            ledger.objects.put(INPUTS, stored)
+        with pytest.raises(JobError) as caught:
+            StoredRows(ledger).part(0, 3)
+        assert caught.value.code is ErrorCode.JOB_RECORD_DAMAGED
+    ledger.objects.put(INPUTS, content)
+    assert StoredRows(ledger).part(0, 3).table.equals(rows.table)
+
+
+def test_a_chunk_reads_its_groups_of_rows_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_rows, "GROUP_ROWS", 10)
+    columns = {"path": [f"/{n}.png" for n in range(95)], "frame": range(95)}
+    rows, ledger = ImageRows(pa.table(columns)), Ledger(str(tmp_path), "00000000")
+    ledger.put_inputs(rows.to_bytes())
+    read: list[int] = []
+    original = pq.ParquetFile.read_row_group
+
+    def counted(file: pq.ParquetFile, number: int, **options: Any) -> pa.Table:
+        read.append(number)
+        return original(file, number, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    stored = StoredRows(ledger)
+    for start, stop in [(0, 8), (8, 16), (16, 24), (40, 75), (90, 95), (94, 95)]:
+        part = stored.part(start, stop)
+        assert part.table.equals(rows.part(start, stop).table)
+        assert part.paths == rows.paths[start:stop]
+    assert read == [0, 1, 2, 4, 5, 6, 7, 9]
+    assert [path for part in stored.parts() for path in part.paths] == rows.paths
 
 
 def test_the_source_changes_with_every_cell_of_the_list(table: Path) -> None:
@@ -104,7 +137,7 @@ def test_the_source_changes_with_every_cell_of_the_list(table: Path) -> None:
 def test_a_sample_is_spread_over_the_list() -> None:
     paths = [str(n) for n in range(1000)]
     source = ImageRows(pa.table({"path": paths})).source("/list")
-    sample = [int(path) for path, _ in sample_rows(source)]
+    sample = [int(path) for path, _, _ in sample_rows(source)]
     assert (sample[0], sample[-1]) == (0, 999)
     assert max(b - a for a, b in pairwise(sample)) < 100
 

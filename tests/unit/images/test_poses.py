@@ -24,7 +24,7 @@ def test_a_table_returns_the_poses_of_which_it_was_made(
 ) -> None:
     parts = [
         pa.table(pose_columns(images[start::batches], NAMES)).cast(
-            pa.schema(list(COLUMN_TYPES.items()))
+            pa.schema([*COLUMN_TYPES.items()])
         )
         for start in range(batches)
     ]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import fsspec
 import pytest
@@ -107,6 +110,40 @@ def test_an_object_of_a_bucket_takes_one_request(monkeypatch: pytest.MonkeyPatch
     assert requests == ["get /bucket/a.png"]
     assert read_image("s3://bucket/empty.png") == b""
     assert requests[1:] == ["get /bucket/empty.png", "size /bucket/empty.png"]
+
+
+class Endless(BaseHTTPRequestHandler):
+    """A server that declares no size and does not stop, and one small image."""
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        with suppress(OSError):
+            while self.path != "/small.png":
+                self.wfile.write(b"x" * 1024)
+            self.wfile.write(b"content")
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def test_a_server_that_does_not_stop_is_not_read_to_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reading, "MAX_BYTES", 10_000)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        thread = Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}"
+            assert code_of(f"{url}/a.png") == ErrorCode.IMAGE_TOO_LARGE
+            assert read_image(f"{url}/small.png") == b"content"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_a_file_that_is_too_large_is_not_read(

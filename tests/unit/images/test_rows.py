@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chunkq.errors import ErrorCode, ModelError, StoreError
+from chunkq.images.decoding import Reserve
 from chunkq.images.image_error import ImageError
 from chunkq.images.image_spec import ImageSpec
 from chunkq.images.transform import transform
@@ -35,7 +36,11 @@ def missing() -> npt.NDArray[Any]:
 
 
 def rows_of(*reads: Callable[[], npt.NDArray[Any]]) -> list[RowInput]:
-    return [RowInput(10 + n, read) for n, read in enumerate(reads)]
+    return [RowInput(10 + n, partial(unreserved, read)) for n, read in enumerate(reads)]
+
+
+def unreserved(read: Callable[[], npt.NDArray[Any]], reserve: Reserve) -> npt.NDArray[Any]:
+    return read()
 
 
 shapes = st.sampled_from([(2, 3), (3, 2), (4, 4)])

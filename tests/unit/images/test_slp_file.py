@@ -13,7 +13,7 @@ from chunkq.errors import ErrorCode, StoreError
 from chunkq.images import slp_packages
 from chunkq.images.poses import Poses
 from chunkq.images.skeleton import Skeleton
-from chunkq.images.slp_file import ROWS, SlpFrame, SlpVideo, places_of, write_slp
+from chunkq.images.slp_file import ROWS, SlpFrame, SlpVideo, places_of, videos_of, write_slp
 
 SKELETON = Skeleton(("head", "thorax", "tail"), ((0, 1), (1, 2)), "fly")
 VIDEOS = [
@@ -105,7 +105,7 @@ def test_a_missing_package_is_named_with_its_extra(
 
 
 def test_videos_keep_their_frames_and_images_are_one_video() -> None:
-    paths = ["a.mp4", "x.png", "a.mp4", "b.mp4", "y.png"]
-    videos, places = places_of(paths, [3, None, 7, 0, None])
-    assert [video.path for video in videos] == ["a.mp4", ("x.png", "y.png"), "b.mp4"]
-    assert places.tolist() == [[0, 3], [1, 0], [0, 7], [2, 0], [1, 1]]
+    rows = [("a.mp4", 3), ("x.png", None), ("a.mp4", 7), ("b.mp4", 0), ("y.png", None)]
+    videos = [video.path for video in videos_of([*rows, ("broken.mp4", None)])]
+    assert videos == ["a.mp4", ("x.png", "y.png"), "b.mp4", "broken.mp4"]
+    assert list(places_of(rows)) == [(0, 3), (1, 0), (0, 7), (2, 0), (1, 1)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,7 +12,7 @@ from PIL import Image
 
 from chunkq.errors import ErrorCode
 from chunkq.images.image_error import ImageError
-from chunkq.images.image_spec import ImageSpec
+from chunkq.images.image_spec import ImageSpec, Mode
 from chunkq.images.transform import Placement, transform
 
 RNG = np.random.default_rng(0)
@@ -33,6 +35,21 @@ def test_the_input_is_that_of_the_usual_loop(shape: tuple[int, int]) -> None:
     assert values.flags.c_contiguous
     np.testing.assert_array_equal(values, expected)
     assert placement == Placement(shape, resized.shape[:2], (top, left), (32, 32))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+@pytest.mark.parametrize(
+    "keys", [{}, {"resize": 20}, {"crop": (8, 9)}, {"resize": 20, "crop": (16, 12), "scale": 255}]
+)
+def test_an_image_of_pillow_gives_the_input_of_its_pixels(mode: Mode, keys: Any) -> None:
+    channels = {"L": 1, "RGB": 3, "RGBA": 4}[mode]
+    pixels = RNG.integers(0, 256, (31, 44, channels), np.uint8)
+    image = Image.fromarray(pixels[..., 0] if mode == "L" else pixels)
+    spec = ImageSpec(mode, mean=(0.5,) * channels, **keys)
+    values, placement = transform(image, spec)
+    expected, expected_placement = transform(pixels, spec)
+    np.testing.assert_array_equal(values, expected)
+    assert placement == expected_placement
 
 
 def test_deep_pixels_are_resized_as_floats() -> None:

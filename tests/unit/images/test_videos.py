@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy.typing as npt
 import pytest
 
 from chunkq.errors import ErrorCode
+from chunkq.images import videos
 from chunkq.images.image_error import ImageError
 from chunkq.images.videos import index_video, read_frames
 
@@ -40,6 +42,7 @@ CODECS = {
     "shown before the keyframe": ("mpeg4", "avi", {"bf": "2", "g": "12"}),
     "no index": ("libx264", "ts", {"bf": "3", "g": "20"}),
     "keyframes only": ("libx264", "mov", {"g": "1"}),
+    "no whole keyframe": ("libx264", "mkv", {"x264-params": "intra-refresh=1:keyint=20"}),
 }
 
 
@@ -53,7 +56,7 @@ def video(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def test_every_range_has_the_frames_of_the_whole_video(video: Path) -> None:
     index, expected = index_video(str(video)), all_frames(video)
-    assert (len(index), index.shape, index.rate) == (FRAMES, (HEIGHT, WIDTH), 25)
+    assert (len(index), index.shape) == (FRAMES, (HEIGHT, WIDTH))
     for numbers in (range(FRAMES), range(17, 43), range(70, 75), range(3, 70, 7), range(74, 75)):
         frames = dict(read_frames(str(video), index, numbers, "RGB"))
         assert list(frames) == list(numbers)
@@ -66,6 +69,31 @@ def test_each_frame_can_be_the_first_of_a_chunk(video: Path) -> None:
     for number in range(FRAMES):
         [(_, frame)] = read_frames(str(video), index, [number], "RGB")
         np.testing.assert_array_equal(frame, expected[number])
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "ts"])
+def test_a_video_whose_start_is_cut_off_has_all_frames_from_its_first_keyframe(
+    tmp_path: Path, suffix: str
+) -> None:
+    whole, cut = tmp_path / f"whole.{suffix}", tmp_path / f"cut.{suffix}"
+    write_video(whole, "libx264", bf="2", g="9")
+    with av.open(str(whole)) as source, av.open(str(cut), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate(source.demux(video=0)):
+            if number >= 5 and packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    index, expected = index_video(str(cut)), all_frames(cut)
+    lost = len(index) - len(expected)
+    assert 0 < lost < 9
+    for first in range(len(index)):
+        [(_, frame)] = read_frames(str(cut), index, [first], "RGB")
+        if first < lost:
+            assert isinstance(frame, ImageError)
+        else:
+            np.testing.assert_array_equal(frame, expected[first - lost])
+    frames = dict(read_frames(str(cut), index, range(len(index)), "RGB"))
+    assert sum(isinstance(frame, ImageError) for frame in frames.values()) == lost
 
 
 def test_gray_frames_have_one_channel(video: Path) -> None:
@@ -109,6 +137,23 @@ def test_damage_reaches_to_the_next_keyframe_whatever_the_first_frame_is(
         assert bad == list(range(max(first, damaged), 30))
         for number in set(frames) - set(bad):
             np.testing.assert_array_equal(frames[number], expected[number])
+
+
+def test_a_lack_of_memory_is_no_damage_of_a_video(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise av.error.MemoryError(errno.ENOMEM, "Cannot allocate memory")
+
+    path = tmp_path / "video.mkv"
+    write_video(path, "mpeg4")
+    index = index_video(str(path))
+    monkeypatch.setattr(videos, "_frames_from", fail)
+    with pytest.raises(MemoryError):
+        list(read_frames(str(path), index, [0], "RGB"))
+    monkeypatch.setattr(av, "open", fail)
+    with pytest.raises(MemoryError):
+        index_video(str(path))
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,16 @@ from chunkq.errors import ChunkqError, ErrorCode, JobError
 from chunkq.geometry.position_range import positions_in
 from chunkq.install_hint import install_command
 from chunkq.job.job_path import job_folder_of, output_path
+from chunkq.job.output_name import SLP, table_suffix
 from chunkq.paths import open_filesystem, without_secret
 from chunkq.system.standard_output import print_line
+from chunkq.units import counted
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEOS = (".mp4", ".mkv", ".mov")
 DEFAULT_PICTURES, DEFAULT_FRAMES = 12, 250
 """Rows of a picture, spread over the table, and of a video, from its start."""
+PATH = "path"
 
 
 @click.command()
@@ -35,8 +38,8 @@ DEFAULT_PICTURES, DEFAULT_FRAMES = 12, 250
 def preview(output: str, to: Path, rows: str | None) -> None:
     """Draw some images of OUTPUT, a table of a job, with their labels or keypoints.
 
-    OUTPUT is a Parquet file. The images and videos of its rows are read again. A video shows them
-    one after the other, 25 per second.
+    OUTPUT is a .parquet, .csv or .jsonl file. The images and videos of its rows are read again. A
+    video shows them one after the other, 25 per second.
     """
     suffix = to.suffix.lower()
     if suffix not in (*PICTURES, *VIDEOS):
@@ -57,23 +60,32 @@ def preview(output: str, to: Path, rows: str | None) -> None:
             write_video(str(to), (annotated(pixels, row) for pixels, row in drawn))
         except ImportError as error:
             raise _missing("video", error) from None
-    print_line(f"wrote {len(listed)} images to {to}")
+    print_line(f"wrote {counted(len(listed), 'image', 'images')} to {to}")
 
 
 def _rows(path: str, picks: str | None, *, is_video: bool) -> list[dict[str, Any]]:
     """Return the picked rows of a table. Raises JobError if it is none, or for no row."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    printed = without_secret(path)
+    from chunkq.images.result_table import read_columns, to_rows
+
+    printed, suffix = without_secret(path), table_suffix(path)
+    if suffix is None or suffix == SLP:
+        raise JobError(
+            f"{printed} is no table that can be drawn; use the output of a complete job over "
+            "images, .parquet, .csv or .jsonl"
+        )
     filesystem, inner = open_filesystem(path)
+    columns = _columns()
     try:
         with filesystem.open(inner, "rb") as file:
-            table = pq.read_table(file)
+            table = read_columns(file, suffix, columns)
+        if PATH not in table.column_names:
+            raise pa.ArrowInvalid("no column `path`")
     except (OSError, pa.ArrowInvalid) as error:
         raise JobError(
-            f"{printed}: no Parquet table can be read ({error}); use the output of a complete job "
-            "over images, .parquet"
+            f"{printed}: no table can be read ({error}); use the output of a complete job over "
+            "images"
         ) from None
     numbers = range(table.num_rows)
     if picks is not None:
@@ -87,19 +99,35 @@ def _rows(path: str, picks: str | None, *, is_video: bool) -> list[dict[str, Any
         numbers = numbers[:: max(1, -(-len(numbers) // DEFAULT_PICTURES))]
     if not numbers:
         raise JobError(f"--rows: names none of the {table.num_rows} rows of {printed}; fix it")
-    rows: list[dict[str, Any]] = table.take(list(numbers)).to_pylist()
-    return rows
+    return to_rows(table.take(list(numbers)), columns)
+
+
+def _columns() -> Any:
+    """Return the schema of the columns that are drawn."""
+    import pyarrow as pa
+
+    from chunkq.images.poses import COLUMN_TYPES, KEYPOINTS
+
+    shown = {"frame": pa.int64(), "label": pa.string(), "score": pa.float32()}
+    return pa.schema({PATH: pa.string(), **shown, KEYPOINTS: COLUMN_TYPES[KEYPOINTS]})
 
 
 def _images(path: str, rows: list[dict[str, Any]]) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Yield the pixels (H, W, C) of each row with the row. Raises ImageError if one is missing."""
+    """Yield the pixels (H, W, C) of each row with the row. Raises JobError if one is missing."""
+    from chunkq.images.decoding import pixels_of, unlimited
+    from chunkq.images.image_error import ImageError
     from chunkq.job.job_handle import open_job
     from chunkq_worker.images.compute import row_inputs
 
     job = open_job(job_folder_of(path)).record.job
     paths, frames = [row["path"] for row in rows], [row.get("frame") for row in rows]
-    for one, row in zip(row_inputs(job, paths, frames), rows, strict=True):
-        yield one.read(), row
+    inputs = row_inputs(job, paths, frames, [None] * len(rows))
+    for one, row in zip(inputs, rows, strict=True):
+        try:
+            pixels = pixels_of(one.read(unlimited))
+        except ImageError as error:
+            raise JobError(f"{without_secret(row['path'])}: {error}", code=error.code) from None
+        yield pixels, row
 
 
 def _missing(extra: str, error: ImportError) -> ChunkqError:

@@ -35,7 +35,8 @@ class Network:
         self.model, self.steps = model, Steps.load(model.processing_steps)
         self.module, self.heads = LOADERS[model.type](model).module, head_names(job)
         self._reader = HeadReader(self.heads, torch.is_tensor, "tensor", has_step=False)
-        self._item = BatchLayout.of(model, len(job.input)).item
+        # The inputs of a job over images are one list.
+        self._item = BatchLayout.of(model, 1 if job.is_image else len(job.input)).item
         self._random = np.random.default_rng(0)
 
     def batch(self, size: int) -> torch.Tensor:

@@ -95,7 +95,7 @@ def export_network(
     _check_request(job.model, file, overwrite=overwrite)
     export_torch.check_packages(file.suffix)
     network = Network(job)
-    notes = _notes(job.model, network.steps, file)
+    notes = export_notes(job, network.steps, file)
     choices = [batch if isinstance(batch, int) else None]
     if batch is None:
         choices.append(job.model.max_batch_size)
@@ -249,10 +249,15 @@ def _omitted_keys(model: ModelConfig) -> list[str]:
     return ["precision", *keys] if uses_autocast else keys
 
 
-def _notes(model: ModelConfig, steps: Steps, file: Path) -> list[str]:
+def export_notes(job: Job, steps: Steps, file: Path) -> list[str]:
+    """Return a line for each property of a job's network that its file does not have."""
+    model = job.model
     notes = [f"{key} is omitted" for key in _omitted_keys(model)]
     if model.type == "class" and model.checkpoint is None:
         notes.append("the job names no checkpoint: the file has the initial weights of the class")
+    if job.is_image and job.image_spec.size is None:
+        shape = list(model.model_input_shape)
+        notes.append(f"the file takes images of shape {shape} only; others have no result")
     protected = (steps.preprocessing_protected, steps.postprocessing_protected)
     if file.suffix == ".onnx" and any(step is not None for step in protected):
         notes.append(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from threading import Lock
 
-from chunkq.images.decoding import Pixels, decode
+from chunkq.images.decoding import Decoded, Reserve, decode
 from chunkq.images.image_list import is_video
 from chunkq.images.reading import read_image
 from chunkq.job.job_file import Job
@@ -21,7 +21,7 @@ from chunkq.system.cores import available_cores
 from chunkq.system.memory import peak_bytes
 from chunkq_worker.device import get_device
 from chunkq_worker.images.chunk_rows import chunk_rows
-from chunkq_worker.images.frames import frame_inputs
+from chunkq_worker.images.frames import check_videos, frame_inputs
 from chunkq_worker.images.rows import RowInput, run_rows
 
 MAX_READERS = 16
@@ -37,8 +37,10 @@ def compute_rows(item: ItemHandle, index: Index, attempt: Attempt) -> bool:
     first, stop = block.start[0], block.stop[0]
     rows = job.rows.part(first, stop)
     network, moved = get_device().images(item, index), {"input": 0}
+    paths, states, access = rows.paths, rows.states, keys.inputs[0].access
+    check_videos(paths, states, access)
     results = run_rows(
-        row_inputs(keys, rows.paths, rows.frames, moved),
+        row_inputs(keys, paths, rows.frames, states, moved),
         keys.image_spec,
         network,
         max_batch_size=keys.model.max_batch_size,
@@ -50,6 +52,7 @@ def compute_rows(item: ItemHandle, index: Index, attempt: Attempt) -> bool:
     seconds = {"read": max(0.0, computed - started - sum(seconds.values())), **seconds}
     if ledger.is_committed("infer", index):
         return True  # another worker committed it first; the output may be sealed
+    check_videos(paths, states, access)
     job.check_unchanged()
     moved["pieces"], checksum = put_results(item, index, result.to_bytes())
     seconds["write"] = time.time() - computed
@@ -81,22 +84,24 @@ def row_inputs(
     job: Job,
     paths: Sequence[str],
     frames: Sequence[int | None],
+    states: Sequence[str | None],
     moved: dict[str, int] | None = None,
 ) -> Iterator[RowInput]:
     """Yield the images at paths, numbered from 0, where `frames` are numbers in videos.
 
-    `moved` counts the bytes of images that are read.
+    `states` are those of the videos, None if they are not known. `moved` counts the bytes of images
+    that are read.
     """
     access, mode = job.inputs[0].access, job.image_spec.mode
 
-    def read(path: str) -> Pixels:
+    def read(path: str, reserve: Reserve) -> Decoded:
         content = read_image(path, access)
         if moved is not None:
             with _lock:
                 moved["input"] += len(content)
-        return decode(content, mode)
+        return decode(content, mode, reserve)
 
-    videos = frame_inputs(paths, frames, access, mode)
+    videos = frame_inputs(paths, frames, states, access, mode)
     for number, path in enumerate(paths):
         yield next(videos) if is_video(path) else RowInput(number, partial(read, path))
 

@@ -13,7 +13,9 @@ from chunkq.images.transform import Placement
 from chunkq.job.image_rows import sample_rows
 from chunkq.job.record import JobRecord
 from chunkq.model_check import ModelCheck, PatchCheck, ValueCheck
+from chunkq.paths import without_secret
 from chunkq.system.memory import peak_bytes
+from chunkq.units import counted
 from chunkq_worker.device import get_device
 from chunkq_worker.images.chunk_rows import columns_of, reduced
 from chunkq_worker.images.compute import readers, row_inputs
@@ -40,14 +42,25 @@ def check_images(record: JobRecord, *, is_timed: bool = False) -> ModelCheck:
         batches.append(batch)
         return device.run(lambda: engine(batch)).result()
 
-    sample = sample_rows(record.sources[0])[:size]
-    inputs = row_inputs(job, [path for path, _ in sample], [frame for _, frame in sample])
+    sample = sample_rows(record.sources[0])
+    sample = sample[:: max(1, -(-len(sample) // size))]
+    inputs = row_inputs(
+        job,
+        [path for path, _, _ in sample],
+        [frame for _, frame, _ in sample],
+        [state for _, _, state in sample],
+    )
     results = list(
         run_rows(inputs, job.image_spec, network, max_batch_size=size, threads=readers(job))
     )
     predicted = [one for one in results if isinstance(one, RowOutput)]
     refused = [one.error for one in results if isinstance(one, FailedRow)]
+    notes: list[str] = []
     if not batches:
+        if refused:
+            tried = counted(len(refused), "image", "images")
+            path = without_secret(sample[0][0])
+            notes.append(f"of {tried} of the list none can be read ({path}: {refused[0]})")
         shape = engine.input_shape
         heads = tuple(head[0] for head in network([np.zeros(shape, np.float32)]))
         frame = (shape[1], shape[2])
@@ -63,10 +76,11 @@ def check_images(record: JobRecord, *, is_timed: bool = False) -> ModelCheck:
         loaded_bytes=loaded_bytes,
         peak_bytes=peak_bytes(),
         device_bytes=engine.runtime.device_bytes(),
-        notes=tuple(engine.runtime.notes()),
+        notes=(*engine.runtime.notes(), *notes),
         # Of a network of sleap-nn the pixels are those of the frames, and the outputs no values.
+        # Zeros in the place of images say nothing either.
         values=ValueCheck()
-        if job.model.package is not None
+        if job.model.package is not None or len(refused) == len(sample)
         else ValueCheck(_span(batches[0]), _span(outputs), has_preprocessing=False),
         patches=_timed(engine, batches[0]) if is_timed else None,
     )

@@ -12,7 +12,16 @@ from typing import Any
 import numpy as np
 
 from chunkq.errors import ArgumentError
-from chunkq.images.decoding import Pixels, decode, of_array, of_pillow
+from chunkq.images.decoding import (
+    Decoded,
+    Pixels,
+    Reserve,
+    decode,
+    of_array,
+    of_pillow,
+    pixels_of,
+    unlimited,
+)
 from chunkq.images.image_error import ImageError
 from chunkq.images.image_list import find_images, is_video
 from chunkq.images.image_spec import CHANNELS, Mode
@@ -38,7 +47,7 @@ EXPECTED = (
     "expected an image, a list of images, or an array (N, H, W, C); an image is an array (H, W) or "
     "(H, W, C), an image of Pillow, or a path"
 )
-Read = Callable[[], Pixels]
+Read = Callable[[Reserve], Decoded]
 
 
 class ImagePredictor:
@@ -88,7 +97,11 @@ class ImagePredictor:
                 emit(StageProgress(STAGE, done, len(reads)))
         if is_single and errors:
             raise errors[0]
-        return Outputs(self._job, paths, tuple(values), errors, lambda number: reads[number]())
+
+        def pixels(number: int) -> Pixels:
+            return pixels_of(reads[number](unlimited))
+
+        return Outputs(self._job, paths, tuple(values), errors, pixels)
 
     def release(self) -> None:
         """Release the network. Call it on the device thread."""
@@ -112,10 +125,10 @@ def _sources(images: Any, job: Job) -> tuple[bool, list[tuple[str | None, Read]]
     mode: Mode = job.image_spec.mode
     access = job.inputs[0].access
 
-    def read(path: str) -> Pixels:
+    def read(path: str, reserve: Reserve) -> Decoded:
         if is_video(path):
             raise ImageError("read", "a video; use a job, or predict its frames as an array")
-        return decode(read_image(path, access), mode)
+        return decode(read_image(path, access), mode, reserve)
 
     def of_path(path: str) -> tuple[str, Read]:
         return path, partial(read, path)
@@ -125,21 +138,28 @@ def _sources(images: Any, job: Job) -> tuple[bool, list[tuple[str | None, Read]]
         paths = find_images(path, access).paths
         return paths == [path], [of_path(one) for one in paths]
     if _is_pillow(images):
-        return True, [(None, partial(of_pillow, images, mode))]
+        return True, [_in_memory(of_pillow, images, mode)]
     if isinstance(images, (list, tuple)):
         listed: list[tuple[str | None, Read]] = []
         for one in images:
             if isinstance(one, (str, os.PathLike)):
                 listed.append(of_path(_absolute(one)))
             elif _is_pillow(one):
-                listed.append((None, partial(of_pillow, one, mode)))
+                listed.append(_in_memory(of_pillow, one, mode))
             else:
-                listed.append((None, partial(of_array, _array(one, (2, 3)), mode)))
+                listed.append(_in_memory(of_array, _array(one, (2, 3)), mode))
         return False, listed
     array = _array(images, (2, 3, 4))
     if array.ndim == 4:
-        return False, [(None, partial(of_array, one, mode)) for one in array]
-    return True, [(None, partial(of_array, array, mode))]
+        return False, [_in_memory(of_array, one, mode) for one in array]
+    return True, [_in_memory(of_array, array, mode)]
+
+
+def _in_memory(
+    convert: Callable[[Any, Mode], Decoded], image: Any, mode: Mode
+) -> tuple[None, Read]:
+    """Return the reader of an image that is in memory, so none of its pixels is decoded."""
+    return None, lambda reserve: convert(image, mode)
 
 
 def _array(image: Any, axes: tuple[int, ...]) -> Any:

@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from chunkq.errors import ErrorCode, ModelError
-from chunkq.images.decoding import Pixels
+from chunkq.images.decoding import Decoded, Reserve
 from chunkq.images.image_error import ImageError
 from chunkq.images.image_spec import ImageSpec
 from chunkq.images.transform import Placement, transform
+from chunkq_worker.images.pixel_budget import BUDGET
 
 Values = npt.NDArray[np.float32]
 """The input of a network for one image, (C, h, w)."""
@@ -28,13 +29,14 @@ WAITING_BATCHES = 4
 
 @dataclass(frozen=True)
 class RowInput:
-    """An image to predict. `read` returns its pixels (H, W, C), or raises ImageError.
+    """An image to predict. `read` returns it decoded, or raises ImageError.
 
-    `row` is the number of the row in the list. `read` is called in a thread of a pool.
+    `row` is the number of the row in the list. `read` is called in a thread of a pool. Its argument
+    waits until the pixels of the image may be held; it is called once, before they are decoded.
     """
 
     row: int
-    read: Callable[[], Pixels]
+    read: Callable[[Reserve], Decoded]
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ def _prepared(
 
     def prepare(number: int, one: RowInput) -> _Ready | FailedRow:
         try:
-            values, placement = transform(one.read(), spec)
+            with BUDGET.image() as reserve:
+                values, placement = transform(one.read(reserve), spec)
         except ImageError as error:
             return FailedRow(one.row, error)
         return _Ready(number, one.row, values, placement)

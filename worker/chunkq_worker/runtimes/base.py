@@ -76,6 +76,8 @@ class Runtime(ABC):
     _watch: ValueWatch | None = None
     draws_from_known_states: bool = False
     """Whether random numbers come from the states of `random_state.random_states`."""
+    is_repeatable: bool = False
+    """Whether a batch that has not changed these states gives the same outputs again."""
 
     @abstractmethod
     def __call__(self, batch: Any) -> tuple[Array, ...]:

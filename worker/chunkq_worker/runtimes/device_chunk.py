@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from operator import add, mul, sub
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from chunkq.blend.combine import Array
 from chunkq.blend.empty_patches import add_share
 from chunkq.blend.patch_weights import PatchWeights
 from chunkq.blend.rules import rule_of
-from chunkq.blend.sums import chunk_results, target_slices
+from chunkq.blend.sums import chunk_results, output_crop, target_slices
 from chunkq.blend.weights import Neighbors
 from chunkq.geometry.box import Box
 from chunkq.job.model_config import ModelConfig
@@ -132,7 +133,7 @@ class DeviceInput:
 
     def _windows(self, tensor: torch.Tensor, patch: Patch, run: PatchRun) -> torch.Tensor:
         """Return the input patches of a run (count, [C,] *P) as a view."""
-        start = [s - o for s, o in zip(patch.source.start, self._origin, strict=True)]
+        start = list(map(sub, patch.source.start, self._origin))
         return _windows(tensor, start, self._patch, run.axis, run.step, run.count)
 
 
@@ -159,7 +160,7 @@ def _windows(
     leading = tensor.dim() - len(shape)
     strides = tensor.stride()
     spatial = strides[leading:]
-    offset = sum(n * stride for n, stride in zip(start, spatial, strict=True))
+    offset = sum(map(mul, start, spatial))
     return tensor.as_strided(
         (count, *tensor.shape[:leading], *shape),
         (step * spatial[axis], *strides),
@@ -240,9 +241,11 @@ class DeviceSums:
         self.plan, self.chunk, self._accelerator = plan, chunk, accelerator
         self._weights, self._run_weights = weights, run_weights
         grids = [axis.grids[0] for axis in plan.axes]
-        self._lead = [grid.lead for grid in grids]
         self._kept = [grid.kept for grid in grids]
+        self._kept_slices = tuple(map(slice, plan.margin, map(add, plan.margin, self._kept)))
+        self._crop = output_crop(plan)
         self._box = sums_box(plan, chunk)
+        self._shift = [grid.lead - o for grid, o in zip(grids, self._box.start, strict=True)]
         output, self._rule = plan.output, rule_of(plan.output)
         self._dtype: torch.dtype = getattr(torch, output.sums_dtype.name)
         self._sums = accelerator.zeros((output.sums_channels, *self._box.shape), self._dtype)
@@ -250,7 +253,7 @@ class DeviceSums:
     @torch.inference_mode()
     def add(self, batch: Sequence[Patch], predictions: torch.Tensor) -> None:
         """Add predictions (n, C, *output patch), of a dtype that is promoted to float32."""
-        kept = predictions[(slice(None), slice(None), *self._kept_slices())]
+        kept = predictions[(slice(None), slice(None), *self._kept_slices)]
         for run in patch_runs(batch):
             patches = batch[run.first : run.first + run.count]
             values = kept[run.first : run.first + run.count]
@@ -285,7 +288,7 @@ class DeviceSums:
 
     def _add_run(self, run: PatchRun, patches: Sequence[Patch], values: torch.Tensor) -> None:
         near = zip(*map(self._weights.neighbors, patches), strict=True)
-        weights = self._run_weights.product(tuple(_shared(along) for along in near))
+        weights = self._run_weights.product(tuple(map(_shared, near)))
         # Patches that do not overlap along the axis are added by one kernel.
         phases = min(run.count, -(-self._kept[run.axis] // run.step))
         for phase in range(phases):
@@ -297,20 +300,14 @@ class DeviceSums:
 
     def _add_patches(self, patches: Sequence[Patch], predictions: torch.Tensor) -> None:
         for patch, prediction in zip(patches, predictions, strict=True):
-            used = prediction[(slice(None), *target_slices(self.plan, patch))]
+            used = prediction[(slice(None), *target_slices(patch, self._crop))]
             self._rule.add(self._view(patch.target), self._weights.weights(patch), used)
 
     def _windows(self, run: PatchRun, patch: Patch) -> torch.Tensor:
         """Return the sums of the kept voxels of a run that starts with a patch, (K, n, *kept)."""
-        origin = self._box.start
-        start = [
-            s + lead - o for s, lead, o in zip(patch.source.start, self._lead, origin, strict=True)
-        ]
+        start = list(map(add, patch.source.start, self._shift))
         windows = _windows(self._sums, start, self._kept, run.axis, run.step, run.count)
         return windows.movedim(1, 0)
-
-    def _kept_slices(self) -> tuple[slice, ...]:
-        return tuple(slice(m, m + n) for m, n in zip(self.plan.margin, self._kept, strict=True))
 
     def _view(self, box: Box) -> torch.Tensor:
         return self._sums[(slice(None), *box.slices(self._box.start))]

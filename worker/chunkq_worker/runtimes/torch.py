@@ -41,6 +41,7 @@ from chunkq_worker.runtimes.torch_norms import norm_input_watched
 from chunkq_worker.runtimes.torch_objects import ObjectModule
 from chunkq_worker.runtimes.torch_reading import is_torchscript_error, reason
 from chunkq_worker.runtimes.torch_tf32 import tf32
+from chunkq_worker.runtimes.torchscript_graph import is_repeatable
 from chunkq_worker.runtimes.triton_import import hide_triton_after_tensorflow, is_triton_hidden
 from chunkq_worker.steps import Steps
 from chunkq_worker.value_watch import ValueWatch
@@ -97,6 +98,8 @@ class TorchRuntime(Runtime):
             for weight in self._module.parameters():
                 if weight.dim() in CHANNELS_LAST:
                     weight.data = weight.data.contiguous(memory_format=CHANNELS_LAST[weight.dim()])
+        has_steps = steps.preprocessing_protected or steps.postprocessing_protected
+        self.is_repeatable = not has_steps and accelerator is None and is_repeatable(self._module)
         self._run = self._module
         if model.compile:
             with _compiler_context():
@@ -231,7 +234,7 @@ class TorchRuntime(Runtime):
             array = array.astype(np.dtype(f"i{array.dtype.itemsize * 2}"))
         if not array.dtype.isnative:
             array = array.astype(array.dtype.newbyteorder("="))
-        if not array.flags.writeable or any(stride < 0 for stride in array.strides):
+        if not array.flags.writeable or min(array.strides, default=0) < 0:
             array = array.copy()  # torch cannot share the views that some steps return
         tensor = torch.from_numpy(array)
         return tensor if self.accelerator is None else self.accelerator.to_device(tensor)
