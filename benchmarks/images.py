@@ -55,7 +55,7 @@ class Part:
     many: int
 
 
-PARTS = {"network": Part(64, 64, 384), "decoder": Part(0, 256, 2304)}
+PARTS = {"network": Part(64, 128, 1664), "decoder": Part(0, 256, 3328)}
 
 
 def write_photographs(folder: Path, count: int) -> None:
@@ -156,7 +156,7 @@ class Contest:
         return [sys.executable, "-W", "ignore", "-m", module, name, str(job), str(output)]
 
     def run(self, name: str, size: str) -> Figures:
-        """Run a contestant as a command; return its seconds and what it prints about itself."""
+        """Run a contestant as a command; return its seconds, and what the loop prints of itself."""
         environment = os.environ | child_env(THREADS) | {"OMP_NUM_THREADS": str(THREADS)}
         command = self.command(name, size)
         started = time.perf_counter()
@@ -167,7 +167,7 @@ class Contest:
         if result.returncode:
             raise SystemExit(f"{name}: {result.stdout}{result.stderr}")
         note(f"{self.name}: {name}, {self.counts[size]} images: {seconds:.1f} s")
-        own = {} if name == "chunkq" else json.loads(result.stdout.splitlines()[-1])
+        own = json.loads(result.stdout.splitlines()[-1]) if name == "loader" else {}
         return own | {"seconds": seconds}
 
     def choose_loader(self) -> None:
@@ -198,15 +198,12 @@ def compare(contest: Contest, rounds: int, seconds: float) -> Figures:
     ends = time.monotonic() + seconds
     contest.choose_loader()
     results: list[Turn] = []
-    longest = 0.0
     while len(results) < LEAST_ROUNDS or (
-        len(results) < rounds and time.monotonic() + longest < ends
+        len(results) < rounds and time.monotonic() + _seconds_without_ray(results[-1]) < ends
     ):
-        started = time.monotonic()
         names = NAMES if len(results) < LEAST_ROUNDS else NAMES[:-1]
         order = names if len(results) % 2 == 0 else names[::-1]
         results.append({name: contest.figures(name) for name in order})
-        longest = time.monotonic() - started
 
     def turns_of(name: str) -> list[Turn]:
         return [turn for turn in results if name in turn]
@@ -225,6 +222,10 @@ def compare(contest: Contest, rounds: int, seconds: float) -> Figures:
         "ratios": {n: turns.ratios(turns_of(n), "chunkq", n, "rate") for n in others},
         "command_ratios": {n: turns.ratios(turns_of(n), n, "chunkq") for n in others},
     }
+
+
+def _seconds_without_ray(turn: Turn) -> float:
+    return sum(turn[name]["few"] + turn[name]["seconds"] for name in NAMES[:-1])
 
 
 def note(line: str) -> None:

@@ -50,6 +50,8 @@ def device_cost(seconds: float | None, price: float | None, devices: int = 1) ->
 
 def money(value: float) -> str:
     """Return an amount of money, in the currency of the price: `3.27`, `0.004`."""
+    if 0 < value < 1e-4:
+        return "less than 0.0001"
     return f"{value:.2f}" if value >= 0.995 or value == 0 else f"{value:.2g}"
 
 

@@ -10,6 +10,7 @@ network may print.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from enum import StrEnum, auto
 
@@ -25,12 +26,18 @@ class Step(StrEnum):
     CHECK = auto()
     """Load the network and run a batch; the argument is the job record, as JSON."""
     WORK = auto()
-    """Connect to the queue and run tasks. The lines end."""
+    """Connect to the queue and run tasks. The lines end. The argument is the time (s, monotonic)
+    until which signals to the processes were those of the run, which has acted on them."""
 
 
 def encode_line(step: Step, argument: str = "") -> bytes:
     """Return a line with a step."""
     return json.dumps([step, argument]).encode() + b"\n"
+
+
+def work_line() -> bytes:
+    """Return the line with which the work begins."""
+    return encode_line(Step.WORK, str(time.monotonic()))
 
 
 def decode_line(line: bytes) -> tuple[Step, str]:

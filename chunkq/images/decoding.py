@@ -136,7 +136,10 @@ def of_array(pixels: Pixels, mode: Mode) -> Decoded:
 
 def _open(content: bytes) -> Image.Image:
     """Open an image file without decoding it. Raises UnidentifiedImageError and others."""
-    return Image.open(BytesIO(content), formats=_formats())
+    image = Image.open(BytesIO(content), formats=_formats())
+    if image.width * image.height > MAX_PIXELS:  # code of users can lift Pillow's own limit
+        raise _too_large()
+    return image
 
 
 @cache

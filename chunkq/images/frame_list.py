@@ -43,7 +43,7 @@ def with_frames(
     StoreError if PyAV is missing, and if `frames` is set for a list without videos or beside the
     column.
     """
-    paths = images.paths
+    paths = images.paths if images.has_videos else []
     numbers = [n for n, path in enumerate(paths) if path and is_video(path)]
     has_column = FRAME in images.table.column_names
     if not numbers or has_column:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
@@ -32,6 +32,7 @@ TABLES = (".csv", ".parquet", ".txt")
 """Suffixes of files that list images."""
 PATH = "path"
 """Column of the paths."""
+PATHS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class ImageList:
         """The path of each row."""
         paths: list[str] = self.table.column(PATH).to_pylist()
         return paths
+
+    @property
+    def has_videos(self) -> bool:
+        """Whether a row is that of a video."""
+        return any(path and is_video(path) for paths in _path_parts(self.table) for path in paths)
 
     def without(self, path: str) -> ImageList:
         """Return the list without the rows of a path."""
@@ -206,15 +212,28 @@ def _absolute_paths(table: pa.Table, source: str) -> pa.Table:
     """Return a table with the column `path` first, relative paths joined to the table's folder."""
     folder = source.rpartition("/")[0]
     is_local = not is_url(folder)
-    paths = [
-        # Most rows of a long list are relative paths: no function is called for them.
-        f"{folder}/{path}" if is_local and path and path[0] != "/" and "://" not in path
-        else _absolute_path(folder, path)
-        for path in table.column(PATH).to_pylist()
+    parts = [
+        pa.array(
+            [
+                # Most rows of a long list are relative paths: no function is called for them.
+                f"{folder}/{path}" if is_local and path and path[0] != "/" and "://" not in path
+                else _absolute_path(folder, path)
+                for path in paths
+            ],
+            pa.string(),
+        )
+        for paths in _path_parts(table)
     ]  # fmt: skip
     others = [name for name in table.column_names if name != PATH]
-    columns: dict[str, Any] = {PATH: pa.array(paths, pa.string())}
+    columns: dict[str, Any] = {PATH: pa.chunked_array(parts, pa.string())}
     return pa.table(columns | {name: table.column(name) for name in others})
+
+
+def _path_parts(table: pa.Table) -> Iterator[list[str | None]]:
+    """Yield the paths of a table, some at a time: as texts of Python they are large."""
+    column = table.column(PATH)
+    for start in range(0, len(column), PATHS_AT_ONCE):
+        yield column.slice(start, PATHS_AT_ONCE).to_pylist()
 
 
 def _absolute_path(folder: str, path: str | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, takewhile
@@ -53,17 +53,19 @@ class VideoIndex:
         number = int(np.searchsorted(self.keys[:, 0], time, side="right"))
         return float(self.keys[number, 0]) if number < len(self.keys) else np.inf
 
-    def positions(self, time: int) -> Iterator[int]:
+    def positions(self, time: int) -> Iterator[tuple[int, bool]]:
         """Yield where to seek for the frame at a time, from keyframe to keyframe, ever earlier.
 
-        Some formats have an index of times of display, others of decoding, or none.
+        Each is a time and whether to seek backward from it. Some formats have an index of times of
+        display, others of decoding, or none, and some find nothing before their first keyframe.
         """
-        yield time
+        yield time, True
         number, step = self.key_before(time), 1
         while number > 0:
-            yield int(self.keys[number, 1])
+            yield int(self.keys[number, 1]), True
             number, step = number - step, 2 * step
-        yield int(self.keys[0, 1])
+        yield int(self.keys[0, 1]), True
+        yield int(self.keys[0, 1]), False
 
 
 def index_video(file: str | IO[bytes]) -> VideoIndex:
@@ -130,24 +132,34 @@ def read_frames(
 
 
 def _frames_from(container: Any, stream: Any, index: VideoIndex, time: int) -> Iterator[Any]:
-    """Yield frames in the order of display, from a keyframe that is not later than `time`.
+    """Yield frames in the order of display, from one on that is not later than `time`.
 
-    Frames that are decoded after the keyframe and shown before it are left out: they can depend on
-    others. Raises FFmpegError for damage.
+    Frames that are decoded after a keyframe and shown before it are left out: they can depend on
+    others. Of a stream without whole keyframes a decoder shows none until all of a frame was
+    refreshed, so decoding begins one earlier. Raises FFmpegError for damage.
     """
-    latest = max(time, int(index.keys[0, 0]))
-    for position in index.positions(time):
+    earliest = int(index.keys[0, 0])
+    for position, is_backward in index.positions(time):
+        key = None
         with suppress(FFmpegError):  # no packet of the stream is there
-            container.seek(position, stream=stream, backward=True)
+            container.seek(position, stream=stream, backward=is_backward)
             packets = container.demux(stream)
             key = next((packet for packet in packets if packet.is_keyframe), None)
-            if key is not None and key.pts is not None and key.pts <= latest:
-                break
-    else:
-        return
-    for packet in chain([key], packets):
-        frames = packet.decode()
-        yield from (frame for frame in frames if frame.pts is not None and frame.pts >= key.pts)
+        if key is None or key.pts is None:
+            continue
+        frames = _decoded(chain([key], packets), key.pts)
+        first = next(frames, None)
+        if key.pts <= earliest or (first is not None and first.pts <= time):
+            yield from chain([] if first is None else [first], frames)
+            return
+
+
+def _decoded(packets: Iterable[Any], start: int) -> Iterator[Any]:
+    """Yield the frames of packets that are shown from a time on."""
+    for packet in packets:
+        for frame in packet.decode():
+            if frame.pts is not None and frame.pts >= start:
+                yield frame
 
 
 def _failed(number: int, reason: str) -> tuple[int, ImageError]:

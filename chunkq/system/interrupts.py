@@ -21,10 +21,12 @@ and some of them pass it on."""
 
 
 class _Received:
-    """The last signal that counted (s, monotonic), and how many contexts defer signals."""
+    """The last signal that counted (s, monotonic), how many contexts defer signals, and whether one
+    was deferred."""
 
     last: float | None = None
     deferrals = 0
+    is_pending = False
 
 
 def raise_on_signals() -> None:
@@ -43,14 +45,45 @@ def deferred() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = _Received.last
     _Received.deferrals += 1
     try:
         yield
     finally:
         _Received.deferrals -= 1
-    if _Received.last != before and not _Received.deferrals:
+    if _Received.is_pending and not _Received.deferrals:
+        _Received.is_pending = False
         raise KeyboardInterrupt
+
+
+@contextmanager
+def first_signal_kept(report: Callable[[], object]) -> Iterator[threading.Event]:
+    """Raise for the second signal only; the first one sets the event and calls `report`.
+
+    `report` is called in another thread, because the interrupted code can hold a lock. Outside the
+    main thread the handlers stay as they are.
+    """
+    received = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if _is_repeated():
+            return
+        if received.is_set():
+            _interrupt()
+        else:
+            received.set()
+            threading.Thread(target=report, daemon=True).start()
+
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
+    _handle(handle)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            if handler is not None:  # of C code, which Python cannot install again
+                signal.signal(number, handler)
 
 
 def _handle(handler: Callable[[int, FrameType | None], object]) -> None:
@@ -60,9 +93,21 @@ def _handle(handler: Callable[[int, FrameType | None], object]) -> None:
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
+    if not _is_repeated():
+        _interrupt()
+
+
+def _is_repeated() -> bool:
+    """Return whether a signal is the same as the last one that counted; else count it."""
     now = time.monotonic()
     if _Received.last is not None and now - _Received.last <= SAME_SIGNAL_SECONDS:
-        return
+        return True
     _Received.last = now
+    return False
+
+
+def _interrupt() -> None:
+    """Raise KeyboardInterrupt, or let the context that defers signals do so."""
     if not _Received.deferrals:
         raise KeyboardInterrupt
+    _Received.is_pending = True

@@ -20,6 +20,7 @@ from chunkq.model_check import CheckReport, ModelCheck
 from chunkq.system.parent_process import with_parent_death_signal
 from chunkq.system.python_process import python_module
 from chunkq.system.scratch import scratch_folder
+from chunkq.system.signal_masks import sigterm_blocked
 
 STAGE = "checking the network on one batch"
 SHAPES_STAGE = "finding the shapes of the outputs"
@@ -88,20 +89,20 @@ def _report(
 def _run(command: Sequence[str], stdin: Path, emit: Sink) -> tuple[int, list[str]]:
     """Run a command that reads a file; emit each line that it prints.
 
-    Return its exit code and the last lines.
+    Return its exit code and the last lines. Only this process acts on signals.
     """
     lines = deque[str](maxlen=MAX_LINES)
-    with (
-        stdin.open("rb") as file,
-        subprocess.Popen(
+    with stdin.open("rb") as file, sigterm_blocked():
+        process = subprocess.Popen(
             with_parent_death_signal(command, signal.SIGKILL),
             stdin=file,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-        ) as process,
-    ):
+            start_new_session=True,
+        )
+    with process:
         try:
             for line in process.stdout or ():
                 lines.append(line.rstrip("\n"))

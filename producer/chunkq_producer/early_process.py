@@ -10,14 +10,13 @@ from dataclasses import dataclass
 
 from chunkq.queue.registry import BACKENDS, QUEUE_VARIABLE
 from chunkq.system.python_process import python_module
+from chunkq.system.signal_masks import sigterm_blocked
 from chunkq.worker_start import EARLY_WORK
 from chunkq_producer.engine_names import ENGINES, WITH_PROCESSES
 
 USED_BACKENDS = {BACKENDS[ENGINES[name]] for name in WITH_PROCESSES}
 SCHEMES = frozenset(scheme for scheme, backend in BACKENDS.items() if backend in USED_BACKENDS)
 """Schemes of the queues of the engines `WITH_PROCESSES`."""
-END_SECONDS = 10.0
-"""Time to end processes whose work has not begun, before they are killed."""
 
 
 @dataclass
@@ -32,26 +31,27 @@ class EarlyProcess:
 
     @classmethod
     def start(cls, workers: int | None) -> EarlyProcess:
-        """Start the process, with the likely number of worker processes below it."""
+        """Start the process, with the likely number of worker processes below it.
+
+        It gets the signals that are sent to all processes of a run, but only the run acts on them
+        before the work begins. So it starts with SIGTERM blocked.
+        """
         read, write = os.pipe()
-        process = subprocess.Popen(
-            python_module(EARLY_WORK, str(write), str(workers or 1)),
-            stdin=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-            pass_fds=(write,),
-        )
+        with sigterm_blocked():
+            process = subprocess.Popen(
+                python_module(EARLY_WORK, str(write), str(workers or 1)),
+                stdin=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+                pass_fds=(write,),
+            )
         os.close(write)
         return cls(process, read)
 
     def end(self) -> None:
-        """End the process, and those below it, before it has got its arguments."""
-        self.process.terminate()
-        try:
-            self.process.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        """End the process before it has got its arguments; those below it end, too."""
+        self.process.kill()
+        self.process.wait()
         for stream in (self.process.stdin, self.process.stderr):
             if stream is not None:
                 with suppress(BrokenPipeError):

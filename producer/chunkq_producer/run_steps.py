@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 from chunkq.create import CheckedJob, check_job, check_output
-from chunkq.errors import ChunkqError, ErrorCode, IncompleteError
+from chunkq.errors import ChunkqError, ErrorCode, IncompleteError, QueueError
 from chunkq.finalize import finalize_job
 from chunkq.job.events import Message, Sink, StageProgress
 from chunkq.job.job_file import Job
@@ -21,6 +21,7 @@ from chunkq.job.output_shapes import unknown_heads
 from chunkq.job.tasks import chunk_count
 from chunkq.paths import without_secret
 from chunkq.queue.registry import open_executor
+from chunkq.system.interrupts import first_signal_kept
 from chunkq_producer.check_model import STAGE as CHECK_STAGE
 from chunkq_producer.check_model import check_model, complete_job
 from chunkq_producer.cluster import Cluster, cluster_for, join_cluster
@@ -32,6 +33,7 @@ from chunkq_producer.worker_command import RunOptions, WorkerCommand, Workers
 from chunkq_producer.workers import (
     InterruptedRunError,
     WorkersOfLeader,
+    ended_cluster,
     have_failed,
     run_workers,
     start_workers,
@@ -40,6 +42,10 @@ from chunkq_producer.workers import (
 
 MAX_RECOVERIES = 2
 """How often one run computes lost results again."""
+STOPPING = (
+    "chunkq: stopping after the check of the network and the first chunks; press Ctrl-C again to "
+    "stop now"
+)
 
 
 @dataclass(frozen=True)
@@ -73,8 +79,8 @@ def run_steps(
     for line in checked.warnings:
         emit(Message(f"chunkq: warning: {line}"))
     rerun = "run the same command" + (" without --overwrite" if overwrite else "")
-    with cluster_for(job, engine, options.workers) as cluster:
-        _check_before_writing(checked, engine, cluster, early, overwrite, emit)
+    with cluster_for(job, engine, options.workers) as cluster, _named(cluster, rerun):
+        is_interrupted = _check_before_writing(checked, engine, cluster, early, overwrite, emit)
         for recovery in range(MAX_RECOVERIES + 1):
             is_first = recovery == 0
             handle, failures = _compute(
@@ -85,6 +91,7 @@ def run_steps(
                 rerun,
                 early if is_first else None,
                 emit,
+                is_interrupted=is_interrupted,
             )
             try:
                 report = finalize_job(handle, worker=socket.gethostname(), rerun=rerun, emit=emit)
@@ -96,6 +103,17 @@ def run_steps(
     return RunResult(handle, report)
 
 
+@contextmanager
+def _named(cluster: Cluster, rerun: str) -> Iterator[None]:
+    """Replace the error of an unreachable queue if the run's own cluster has ended."""
+    try:
+        yield
+    except QueueError as error:
+        if cluster.has_died():
+            raise ended_cluster(rerun) from error
+        raise
+
+
 def _check_before_writing(
     job: CheckedJob,
     engine: Engine,
@@ -103,10 +121,12 @@ def _check_before_writing(
     early: WorkerCommand | None,
     overwrite: bool,
     emit: Sink,
-) -> None:
-    """Raise QueueError if the queue cannot be reached, and the errors of the network's check.
+) -> bool:
+    """Check the queue and the network; return whether a signal came while the network was checked.
 
-    The network of a complete job is not needed, so it is not checked.
+    Such a signal is one during the first chunk, which uses what the check has computed. A second
+    one ends the run at once. The network of a complete job is not needed, so it is not checked.
+    Raises QueueError if the queue cannot be reached, and the errors of the network's check.
     """
     if engine.name != "sqlite":
         with closing(open_executor(cluster.url)) as executor:
@@ -116,22 +136,24 @@ def _check_before_writing(
     if not overwrite and _is_complete(job):
         output = without_secret(job.record.job.output)
         emit(Message(f"chunkq: note: {output} is complete already; use --overwrite to start again"))
-        return
-    if early is not None:
-        emit(StageProgress(CHECK_STAGE))
-        early.start_check(job.record)
-        import_module("zarr")  # creates the output; imported while the workers load the network
-        check = early.check()
-    elif not cluster.launches_remote_workers or engine.step is not None:
-        check = check_model(job.record, emit=emit)
-    else:
-        return
+        return False
+    if early is None and cluster.launches_remote_workers and engine.step is None:
+        return False
+    with first_signal_kept(lambda: emit(Message(STOPPING))) as received:
+        if early is not None:
+            emit(StageProgress(CHECK_STAGE))
+            early.start_check(job.record)
+            import_module("zarr")  # creates the output; imported while the workers load the network
+            check = early.check()
+        else:
+            check = check_model(job.record, emit=emit)
     for line in check.notes:
         emit(Message(f"chunkq: note: {line}"))
     for label, text in check.values.rows():
         emit(Message(f"chunkq: {label} of the network: {text}"))
     for line in check.value_warnings():
         emit(Message(f"chunkq: warning: {line}"))
+    return received.is_set()
 
 
 def _is_complete(job: CheckedJob) -> bool:
@@ -149,6 +171,8 @@ def _compute(
     rerun: str,
     early: WorkerCommand | None,
     emit: Sink,
+    *,
+    is_interrupted: bool,
 ) -> tuple[JobHandle, Sequence[FailureGroup]]:
     """Queue the remaining chunks and run the workers; return the job and its failures."""
     with closing(open_executor(cluster.url)) as executor:
@@ -159,10 +183,21 @@ def _compute(
             store_queue=not cluster.is_temporary,
             emit=emit,
         )
+        if produced.done == produced.chunks and is_interrupted:
+            raise InterruptedRunError.of(rerun)
         if produced.done == produced.chunks:
             return produced.job, ()
         cluster.announce()
-        failures = run_workers(executor, produced.job, cluster, options, rerun, emit, early)
+        failures = run_workers(
+            executor,
+            produced.job,
+            cluster,
+            options,
+            rerun,
+            emit,
+            early,
+            is_interrupted=is_interrupted,
+        )
     for line in map(_failure_line, failures):
         emit(Message(line))
     return produced.job, failures

@@ -19,13 +19,15 @@ from chunkq.job.job_file import Job
 from chunkq.model_check import CheckReport, ModelCheck
 from chunkq.queue.registry import QUEUE_VARIABLE
 from chunkq.system.python_process import python_module
-from chunkq.worker_start import Step, encode_arguments, encode_line
-from chunkq_producer.early_process import END_SECONDS, EarlyProcess, EarlyStart
+from chunkq.worker_start import Step, encode_arguments, encode_line, work_line
+from chunkq_producer.early_process import EarlyProcess, EarlyStart
 from chunkq_producer.engine import Engine, is_cpu_only
 
 if TYPE_CHECKING:
     from chunkq.job.record import JobRecord
 
+END_SECONDS = 10.0
+"""Time in which workers whose work has not begun end, before they are killed."""
 MAX_LINES = 1000
 """Lines of the workers that are kept. The user's code can print any number of them."""
 
@@ -139,12 +141,12 @@ class WorkerCommand(Workers):
     def begin(self) -> None:
         """Let the workers run the tasks of the job, which is now on the queue."""
         self._show_lines()
-        self._send(Step.WORK)
+        self._write(work_line())
 
     def end(self) -> None:
         """End the processes at once if their work has not begun."""
         if not self._has_begun:
-            self._process.terminate()
+            self._close_stdin()
             self.wait(END_SECONDS)
             self.kill()
             self._reader.join()
@@ -175,6 +177,10 @@ class WorkerCommand(Workers):
         """Kill the process if it is still running."""
         self._process.kill()
         self._process.wait()
+        self._close_stdin()
+
+    def _close_stdin(self) -> None:
+        """Close the pipe of which this process is the owner; the workers end with it."""
         if self._process.stdin is not None:
             with suppress(BrokenPipeError):
                 self._process.stdin.close()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Self
 
 from chunkq.errors import (
     ChunkqError,
@@ -18,10 +19,12 @@ from chunkq.errors import (
 )
 from chunkq.job.events import Message, Sink
 from chunkq.job.job_handle import JobHandle
+from chunkq.job.tasks import JobId
 from chunkq.queue.backends.hosted.hosted import HostedQueue
 from chunkq.queue.backends.hosted.remote_workers import load_serve
 from chunkq.queue.backends.hosted.worker_group import RemoteWorkers
 from chunkq.queue.contract.executor import Executor, WorkerName, WorkerOptions, default_depth
+from chunkq.queue.contract.settings import WorkerSettings
 from chunkq.queue.registry import QUEUE_VARIABLE
 from chunkq_producer.cluster import Cluster
 from chunkq_producer.engine import is_cpu_only
@@ -31,12 +34,19 @@ from chunkq_producer.worker_command import RunOptions, WorkerCommand, Workers, w
 REFRESH_SECONDS = 0.5
 LOOK_SECONDS = 1.0
 """Longest time between two looks whether the workers, or their cluster, have ended."""
+BEGIN_SECONDS = 0.1
+"""Longest time between two looks whether the first chunk has begun, if a signal waits for it."""
 QUEUE_ABSENCE_SECONDS = 15.0
 """Time without the queue of a running cluster after which the run ends."""
 
 
 class InterruptedRunError(InterruptedCommandError):
     """A signal stopped the run. Computed chunks are kept."""
+
+    @classmethod
+    def of(cls, rerun: str) -> Self:
+        """Return the error of a run that `rerun`, what the user does, continues."""
+        return cls(f"run: interrupted; {rerun} to continue")
 
 
 class ClusterWorkers(Workers):
@@ -112,6 +122,51 @@ class WorkersOfLeader(Workers):
         return 0
 
 
+class StoppingWorkers(Workers):
+    """Workers that get a signal that came before they ran: they stop after their first chunks.
+
+    `has_begun` returns whether a chunk is in flight.
+    """
+
+    def __init__(self, workers: Workers, has_begun: Callable[[], bool]) -> None:
+        self._workers, self._has_begun = workers, has_begun
+        self._lock = threading.Lock()
+        self._is_stopping = False
+
+    def have_ended(self) -> bool:
+        """Return whether all workers have ended. Stop them when a chunk is in flight."""
+        if not self._is_stopping and self._has_begun():
+            self._pass_on()
+        return self._workers.have_ended()
+
+    def wait(self, seconds: float) -> None:
+        """Wait at most `seconds` for the workers to end, or until it is time to look again."""
+        self._workers.wait(seconds if self._is_stopping else min(seconds, BEGIN_SECONDS))
+
+    def stop(self) -> None:
+        """Pass on a second signal, after the first one."""
+        if self._pass_on():
+            time.sleep(2 * WorkerSettings.from_environment().same_signal)
+        self._workers.stop()
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the workers."""
+        return self._workers.exit_code
+
+    def kill(self) -> None:
+        """Kill workers that cannot continue without this process."""
+        self._workers.kill()
+
+    def _pass_on(self) -> bool:
+        """Pass on the first signal; return False if it was passed on before."""
+        with self._lock:
+            was_stopping, self._is_stopping = self._is_stopping, True
+            if not was_stopping:
+                self._workers.stop()
+        return not was_stopping
+
+
 class WorkerThread(Workers):
     """One worker in a thread of this process."""
 
@@ -159,12 +214,15 @@ def run_workers(
     rerun: str,
     emit: Sink,
     early: WorkerCommand | None = None,
+    *,
+    is_interrupted: bool = False,
 ) -> Sequence[FailureGroup]:
     """Start the workers of a job and wait until they end; return the failures.
 
-    Workers that started `early` are used. `rerun` is what the user does to continue a run that was
-    cut off. Raises InterruptedRunError after a signal, and ChunkqError if the cluster or a worker
-    ended with an error.
+    Workers that started `early` are used. A run that `is_interrupted`, by a signal before this
+    call, stops after its first chunks. `rerun` is what the user does to continue a run that was cut
+    off. Raises InterruptedRunError after a signal, and ChunkqError if the cluster or a worker ended
+    with an error.
     """
     poller = StatusPoller(job, executor)
 
@@ -177,24 +235,46 @@ def run_workers(
             emit(Message(line))
         return max(REFRESH_SECONDS, poller.min_pause)
 
+    has_begun = _begins(executor, job.id) if is_interrupted else None
     if early is None:
         workers = start_workers(executor, job, cluster, options, emit)
     else:
         workers = early
         early.begin()
-    if wait_for_workers(workers, poll, cluster.has_died):
-        raise InterruptedRunError(f"run: interrupted; {rerun} to continue")
+    if has_begun is not None:
+        workers = StoppingWorkers(workers, has_begun)
+    if wait_for_workers(workers, poll, cluster.has_died) or is_interrupted:
+        raise InterruptedRunError.of(rerun)
     if cluster.has_died():
-        raise ChunkqError(
-            f"run: the cluster that this run started has ended; {rerun} to continue",
-            code=ErrorCode.CLUSTER_UNAVAILABLE,
-        )
+        raise ended_cluster(rerun)
     if have_failed(workers):
         raise ChunkqError(
             f"run: a worker ended with an error; fix the cause above, then {rerun}",
             code=ErrorCode.WORKER_FAILED,
         ).with_notes(workers.messages)
     return poller().failures
+
+
+def ended_cluster(rerun: str) -> ChunkqError:
+    """Return the error of a run whose own cluster has ended."""
+    return ChunkqError(
+        f"run: the cluster that this run started has ended; {rerun} to continue",
+        code=ErrorCode.CLUSTER_UNAVAILABLE,
+    )
+
+
+def _begins(executor: Executor, job: JobId) -> Callable[[], bool]:
+    """Return a function that returns whether a task has been reserved since this call."""
+    queued = executor.counts(job).queued
+
+    def has_begun() -> bool:
+        try:
+            counts = executor.counts(job)
+        except QueueError:
+            return False
+        return counts.running > 0 or counts.queued < queued
+
+    return has_begun
 
 
 def start_workers(

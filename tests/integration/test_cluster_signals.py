@@ -72,6 +72,29 @@ def test_a_signal_to_all_processes_of_a_step_lets_the_chunks_in_flight_be_finish
     assert set(workspace.computed().values()) == {1}
 
 
+@pytest.mark.parametrize("engine", ["dask", pytest.param("ray", marks=pytest.mark.proof("ray"))])
+def test_a_signal_to_a_step_whose_network_is_checked_lets_the_first_chunks_be_finished(
+    allocated: StandardWorkspace, undisturbed: StandardWorkspace, engine: str
+) -> None:
+    workspace = allocated
+    with running(workspace, engine, NET_HOLD="load", NET_SLEEP="0.5") as run:
+        workspace.wait_until_stopped()
+        for pid in (run.pid, *run.children()):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: "stopping" in run.output(), "the signal is acknowledged")
+        assert not workspace.job_folder.exists()
+        workspace.open_gate()
+        result = run.wait()
+        assert result.code == 130, result.err
+        run.wait_for_children()
+    assert 0 < len(workspace.done()) < len(undisturbed.done())
+    with running(workspace, engine) as run:
+        assert run.wait().code == 0
+    assert workspace.stored() == undisturbed.stored()
+    assert set(workspace.computed().values()) == {1}
+
+
 @pytest.mark.proof("ray")
 def test_a_run_whose_ray_head_dies_ends_soon_with_one_line_and_the_same_command_continues(
     allocated: StandardWorkspace, undisturbed: StandardWorkspace

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Iterable
 from math import ceil
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from chunkq.errors import ErrorCode
 from chunkq.system.cores import available_cores
+from chunkq.system.interrupts import SAME_SIGNAL_SECONDS
 from tests.harness.files import everything_below
 from tests.harness.networks import toy_model
 from tests.harness.processes import is_alive
@@ -167,16 +169,21 @@ def test_run_and_plan_refuse_a_network_with_the_same_line(workspace: Workspace) 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_during_the_check_leaves_no_process_and_no_file(
+def test_a_second_signal_during_the_check_leaves_no_process_and_no_file(
     workspace: Workspace, number: signal.Signals
 ) -> None:
     before = everything_below(workspace.folder)
     with workspace.start("run", "job.json", "--gpus", "none", NET_FAULT="hangs") as command:
         loads = wait_until(lambda: traced(workspace, "load"), "the network is loaded")
-        command.children()
+        for pid in (command.pid, *command.children()):  # as SLURM and service managers do
+            os.kill(pid, number)
+        first = time.monotonic()
+        wait_until(command.output, "the first signal is acknowledged")
+        wait_until(lambda: time.monotonic() > first + 2 * SAME_SIGNAL_SECONDS, "another one counts")
+        assert all(map(is_alive, command.known))
         command.process.send_signal(number)
-        command.wait().refused(130, ErrorCode.INTERRUPTED)
-        assert len(command.output().splitlines()) == 1
+        command.wait().refused(130, "stopping", ErrorCode.INTERRUPTED)
+        assert len(command.output().splitlines()) == 2
         assert not any(map(is_alive, command.known))
     assert set(everything_below(workspace.folder)) - set(before) <= {"__pycache__"}
     wait_for_end(loads)

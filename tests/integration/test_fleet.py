@@ -151,6 +151,12 @@ class Fleet:
         self.pair.promote()
         self.pair.restart_replica()
 
+    def failover_with_losses(self) -> None:
+        """Fail over to a replica that lacks the last chunks."""
+        self.pair.detach()
+        self.wait_for_progress(0.01)
+        self.failover()
+
     def failback(self) -> None:
         with self.reported(ErrorCode.QUEUE_READ_ONLY):
             self.pair.point_to_replica()
@@ -353,6 +359,7 @@ def test_a_day_of_a_fleet_costs_no_attempt_and_no_byte(tmp_path: Path) -> None:
             fleet.restart_of_redis,
             fleet.failover,
             fleet.failback,
+            fleet.failover_with_losses,
             fleet.full_disk,
             fleet.too_many_clients,
             fleet.new_password,

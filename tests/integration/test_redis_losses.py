@@ -116,6 +116,32 @@ def test_leases_end_in_time_after_the_clock_of_the_server_was_put_back(
     assert not server.client.exists("chunkq:grace")
 
 
+@pytest.mark.parametrize("is_held", [True, False])
+def test_a_lease_that_a_living_worker_does_not_hold_costs_no_attempt(
+    queue: RqExecutor, server: RedisServer, is_held: bool
+) -> None:
+    # Lost was the answer with the lease, or in a failover the acknowledgement.
+    queue.submit(TASKS[:2])
+    worker, heir = WorkerOptions("host:cpu:1"), WorkerOptions("host:cpu:2")
+    wip, lease = f"rq:wip:{queue_name(JOB)}", worker.settings.lease
+    with queue.registered(worker), server.client as client:
+        first, second = queue.reserve(worker), queue.reserve(worker)
+        assert first is not None
+        assert second is not None
+        queue.renew(worker, [first, second])
+        entry = f"{rq_id(first.task)}:{first.token}"
+        end = client.zscore(wip, entry) - lease - 1  # as if time had passed
+        client.zadd(wip, {entry: end})
+        if is_held:
+            client.hset("rq:worker:host:cpu:1", "chunkq_renewal", f"{end - lease} {lease}")
+        else:
+            queue.renew(worker, [second])
+        next_lease = queue.reserve(heir)
+    assert next_lease is not None
+    assert next_lease.task == first.task
+    assert next_lease.attempt.number == (2 if is_held else 1)
+
+
 def test_a_burst_worker_reports_the_chunks_that_the_server_has_lost(
     standard_job: StandardJob, server: RedisServer, tmp_path: Path
 ) -> None:

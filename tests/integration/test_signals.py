@@ -61,6 +61,28 @@ def test_sigterm_to_all_processes_of_a_run_stops_it_after_the_chunks_in_flight(
     assert set(workspace.attempts()) == {0}
 
 
+def test_a_signal_while_the_network_is_checked_lets_the_first_chunks_be_finished(
+    workspace: StandardWorkspace, undisturbed: StandardWorkspace
+) -> None:
+    arguments = ("run", str(workspace.job_file), "--gpus", "none", "-w", "1")
+    with workspace.start(*arguments, NET_HOLD="load", NET_SLEEP="0.5") as command:
+        workspace.wait_until_stopped()
+        for pid in (command.pid, *command.children()):
+            os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: "stopping" in command.output(), "the signal is acknowledged")
+        assert not workspace.job_folder.exists()
+        workspace.open_gate()
+        assert command.wait().code == 130
+        command.wait_for_children()
+    done = workspace.done()
+    assert 0 < len(done) < len(undisturbed.done())
+    assert set(workspace.attempts()) == {0}
+    with workspace.start(*arguments) as command:
+        assert command.wait().code == 0
+    assert workspace.stored() == undisturbed.stored()
+    assert set(workspace.computed().values()) == {1}
+
+
 def test_no_process_of_a_killed_run_keeps_running(workspace: StandardWorkspace) -> None:
     arguments = ("run", str(workspace.job_file), "--gpus", "none", "-w", "2")
     with workspace.start(*arguments, NET_HOLD="forward") as command:

@@ -63,6 +63,7 @@ try:
     if end == "stay":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         with open(f"{folder}/process-{number}/staying", "w") as file:
             file.write(str(os.getpid()))
         os.rename(f"{folder}/process-{number}/staying", f"{folder}/process-{number}/stays")

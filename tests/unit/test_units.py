@@ -78,6 +78,9 @@ def test_devices_cost_their_hours_and_nothing_is_known_without_a_price() -> None
     assert device_cost(1800, None) is None
 
 
-@pytest.mark.parametrize(("value", "text"), [(0, "0.00"), (0.00412, "0.0041"), (12.34, "12.34")])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0.00"), (0.00412, "0.0041"), (12.34, "12.34"), (0.00002, "less than 0.0001")],
+)
 def test_small_amounts_of_money_have_two_digits(value: float, text: str) -> None:
     assert money(value) == text

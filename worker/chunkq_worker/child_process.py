@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from chunkq.system.python_process import python_module
+from chunkq.system.signal_masks import sigterm_blocked
 
 
 @dataclass
@@ -28,15 +29,19 @@ class ChildProcess:
 
     @classmethod
     def start(cls, environment: Mapping[str, str], report: int | None = None) -> ChildProcess:
-        """Start a process with these environment variables in place of this process's."""
+        """Start a process with these environment variables in place of this process's.
+
+        SIGTERM is blocked until the process can handle it.
+        """
         reports, loading = os.pipe()
-        process = subprocess.Popen(
-            python_module("chunkq_worker.worker_process"),
-            stdin=subprocess.PIPE,
-            env=dict(environment),
-            start_new_session=True,  # Ctrl-C reaches only the parent, which forwards it
-            pass_fds=(loading,) if report is None else (loading, report),
-        )
+        with sigterm_blocked():
+            process = subprocess.Popen(
+                python_module("chunkq_worker.worker_process"),
+                stdin=subprocess.PIPE,
+                env=dict(environment),
+                start_new_session=True,  # Ctrl-C reaches only the parent, which forwards it
+                pass_fds=(loading,) if report is None else (loading, report),
+            )
         os.close(loading)
         return cls(process, environment, reports, loading, report)
 

@@ -10,15 +10,16 @@ from chunkq.lazy_imports import without_collection
 from chunkq.worker_start import Step, decode_line
 
 
-def prepare(receive: Callable[[], bytes], report: int | None) -> None:
-    """Follow the lines of a run until the work begins.
+def prepare(receive: Callable[[], bytes], report: int | None) -> float:
+    """Follow the lines of a run until the work begins; return the time in the last one.
 
     `report` is the descriptor to which the result of the check is written, and then closed. Without
     it, another process reports. An error is then raised with the first chunk.
     """
-    step = None
-    while step is not Step.WORK:
+    while True:
         step, argument = decode_line(receive())
+        if step is Step.WORK:
+            return float(argument)
         if step is Step.IMPORT:
             _import_libraries(argument)
         elif step is Step.CHECK and report is not None:

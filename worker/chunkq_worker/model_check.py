@@ -27,6 +27,7 @@ from chunkq.model_check import CheckReport, MemoryCheck, ModelCheck, PatchCheck,
 from chunkq.storage import chunk_cache
 from chunkq.system.cores import available_cores
 from chunkq.system.memory import peak_bytes
+from chunkq.system.signal_masks import discard_blocked_sigterm
 from chunkq.system.standard_output import to_standard_error
 from chunkq_worker.batching import Batcher
 from chunkq_worker.child_env import child_env
@@ -60,6 +61,7 @@ def check_model(
     """
     logging.getLogger("chunkq").setLevel(logging.ERROR)
     _restart_with_worker_env()
+    discard_blocked_sigterm()  # the parent, which gets it too, decides
     to_standard_error()
     record = sys.stdin.buffer.read()
     result = report_shapes(record) if only_shapes else report_check(record, depth, job_folder)

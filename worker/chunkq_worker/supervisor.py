@@ -33,16 +33,18 @@ from chunkq.queue.contract.settings import WorkerSettings
 from chunkq.system.cores import available_cores
 from chunkq.system.gpus import VISIBLE
 from chunkq.system.scratch import delete_abandoned
+from chunkq.system.signal_masks import unblock_sigterm
 from chunkq.terminal import columns, wrapped
-from chunkq.worker_start import Step, encode_line
+from chunkq.worker_start import Step, decode_line
 from chunkq_worker.child_env import child_env
 from chunkq_worker.child_process import ChildProcess, waiting
 from chunkq_worker.devices import Slot
 from chunkq_worker.worker_process import LOADING, WorkerProcessOptions
 
 POLL_SECONDS = 0.1
-WAKE, WORK = b"", encode_line(Step.WORK)
-"""What wakes the supervisor, apart from the lines of a run: a signal, or the end of a process."""
+WAKE, END = b"", b"end"
+"""What wakes the supervisor, apart from the lines of a run: a signal or the end of a process; the
+end of the run."""
 CLOSE_SECONDS = 1.0
 """Time in which the pipe of a process that has ended closes."""
 REQUEUE_SECONDS = 1.0
@@ -97,9 +99,10 @@ class Supervisor:
     executor: Executor = field(init=False)
     _slots: Sequence[_WorkerSlot] = field(init=False)
     _wakes: SimpleQueue[bytes] = field(default_factory=SimpleQueue, init=False)
-    _signals: int = field(default=0, init=False)
-    _last_signal: float = field(default=0.0, init=False)
+    _signals: list[float] = field(default_factory=list, init=False)
+    """Times (s, monotonic) of the signals, without those that follow within `same_signal`."""
     _forwarded: int = field(default=0, init=False)
+    _work_line: bytes = field(default=b"", init=False)
     _pending_requeues: dict[str, bool] = field(default_factory=dict, init=False)
     _next_requeue: float = field(default=0.0, init=False)
     _next_renewal: float = field(default=0.0, init=False)
@@ -111,12 +114,17 @@ class Supervisor:
         """Accept a line of the run that has started this process. Thread-safe."""
         self._wakes.put(line)
 
+    def end_early(self) -> None:
+        """End `start_early`, if it runs, because the run has ended. Thread-safe."""
+        self._wakes.put(END)
+
     def start_early(self, report: int) -> bool:
         """Start the worker processes before their job exists; return whether the work begins.
 
         Those that wait for options are used. They get the lines of the run, the last one by `run`.
         The first process writes the result of its check to the descriptor `report`. If it ends
-        before it can do that, its exit code is reported. A signal ends all processes.
+        before it can do that, its exit code is reported. Signals are left to the run, which gets
+        them too, until the time in its last line.
         """
         self._handle_signals()
         first = self._slots[0]
@@ -125,7 +133,10 @@ class Supervisor:
         while waiting:  # more than slots
             waiting.pop().kill()
         is_reported = False
-        while not self._signals and (line := self._wakes.get()) != WORK:
+        while (line := self._wakes.get()) != END:
+            if line and decode_line(line)[0] is Step.WORK:
+                self._work_line = line
+                break
             for slot in self._slots:
                 _send(slot, line)
             code = None if first.process is None else first.process.poll()
@@ -133,9 +144,12 @@ class Supervisor:
                 is_reported = True
                 CheckReport(exit_code=code).write(report)
         os.close(report)
-        if self._signals:
+        if not self._work_line:
             _kill_all(self._slots)
-        return not self._signals
+            return False
+        until = float(decode_line(self._work_line)[1])
+        del self._signals[: sum(moment <= until for moment in self._signals)]
+        return True
 
     def run(self, executor: Executor) -> int:
         """Run until all worker processes have finished; return the exit code of the command.
@@ -145,7 +159,7 @@ class Supervisor:
         self.executor, slots = executor, self._slots
         self._handle_signals()
         for slot in slots:
-            _send(slot, WORK)  # to processes that started early
+            _send(slot, self._work_line)  # to processes that started early
         if not self.quiet:
             self._log(self._greeting())
         try:
@@ -178,12 +192,13 @@ class Supervisor:
     def _handle_signals(self) -> None:
         signal.signal(signal.SIGTERM, self._count_signal)
         signal.signal(signal.SIGINT, self._count_signal)
+        unblock_sigterm()
 
     def _count_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self._signals and now - self._last_signal <= self.settings.same_signal:
+        if self._signals and now - self._signals[-1] <= self.settings.same_signal:
             return  # sent to all processes of a run, which also passes it on
-        self._signals, self._last_signal = self._signals + 1, now
+        self._signals.append(now)
         self._wakes.put(WAKE)  # the only kind of queue that a signal handler may use
 
     def _check_slot(self, slot: _WorkerSlot) -> None:
@@ -341,7 +356,7 @@ class Supervisor:
         self._wakes.put(WAKE)
 
     def _forward_signals(self, slots: Sequence[_WorkerSlot]) -> None:
-        while self._forwarded < self._signals:
+        while self._forwarded < len(self._signals):
             self._forwarded += 1
             self._log(
                 "stopping after the chunks in flight; press Ctrl-C again to stop now, "

@@ -10,16 +10,13 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import signal
 import sys
-import threading
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from queue import SimpleQueue
-from types import FrameType
 
 from typing_extensions import override
 
@@ -34,6 +31,7 @@ from chunkq.system.standard_output import to_standard_error
 from chunkq.terminal import columns, wrapped
 from chunkq_worker.early_start import prepare
 from chunkq_worker.loading import reporting_to
+from chunkq_worker.stop_signals import StopSignals
 from chunkq_worker.worker_main import serve
 
 EXIT_REQUEUED = 5
@@ -68,6 +66,7 @@ def main() -> int:
     """Read the options, run tasks until the worker ends, and return the exit code."""
     from chunkq import json_values  # imports pydantic, which the supervisor does not need
 
+    signals = StopSignals()
     hide_framework_logs()
     to_standard_error()
     lines: SimpleQueue[bytes] = SimpleQueue()
@@ -88,7 +87,7 @@ def main() -> int:
     on_loading = _loading_reporter(process_options.loading)
     if process_options.is_early:
         with reporting_to(on_loading):
-            prepare(lines.get, process_options.report)
+            signals.forget(prepare(lines.get, process_options.report))
     options = WorkerOptions(
         worker=process_options.worker,
         depth=process_options.depth,
@@ -104,8 +103,9 @@ def main() -> int:
     except ChunkqError as error:
         status = ExitStatus.from_error(error)
     else:
-        _handle_signals(options, executor)
-        status = executor.run_worker(serve, options)
+        signals.stop(options, partial(_requeue_and_exit, options, executor))
+        has_stopped = options.stop.is_set()  # while this process started
+        status = ExitStatus() if has_stopped else executor.run_worker(serve, options)
         executor.close()
     for line in status.lines:
         sys.stderr.write(wrapped(f"chunkq: {line}", columns(sys.stderr)) + "\n")
@@ -146,31 +146,11 @@ def _abort() -> None:
     os._exit(1)
 
 
-def _handle_signals(options: WorkerOptions, executor: Executor) -> None:
-    """Set the SIGTERM handler: finish the chunks in flight first, requeue them the second time.
-
-    SIGINT is ignored; the supervisor receives it and sends SIGTERM.
-    """
-
-    def requeue_and_exit() -> None:
-        with suppress(QueueError):  # then the supervisor requeues the chunks
-            executor.release(options.worker, counted=False)
-        delete_own_folders()
-        os._exit(EXIT_REQUEUED)
-
-    first_signal = 0.0
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal first_signal
-        now = time.monotonic()
-        if not first_signal:
-            first_signal = now
-            options.stop.set()
-        elif now - first_signal > options.settings.same_signal:
-            threading.Thread(target=requeue_and_exit).start()
-
-    signal.signal(signal.SIGTERM, handle)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _requeue_and_exit(options: WorkerOptions, executor: Executor) -> None:
+    with suppress(QueueError):  # then the supervisor requeues the chunks
+        executor.release(options.worker, counted=False)
+    delete_own_folders()
+    os._exit(EXIT_REQUEUED)
 
 
 def _exit_quickly(code: int) -> None:

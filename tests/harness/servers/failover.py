@@ -97,6 +97,11 @@ class RedisPair:
         self.primary.start()
         self.set_password(self._password)
 
+    def detach(self) -> None:
+        """Let the replica get no more data, as one that lags."""
+        with self.replica.client as client:
+            client.replicaof("no", "one")
+
     def promote(self) -> None:
         """Make the replica the primary, after the primary was killed."""
         with self.replica.client as client:

@@ -35,8 +35,8 @@ FAULTS = (
     Fault(
         "decoding-begins-after-the-frame",
         "chunkq/images/videos.py",
-        " and key.pts <= latest:",
-        ":",
+        "(first is not None and first.pts <= time)",
+        "first is not None",
         "frames at the start of a chunk are errors, depending on the chunks",
         named(VIDEOS, "first_of_a_chunk"),
     ),
@@ -78,7 +78,7 @@ FAULTS = (
         "not self._held or self._held + pixels <= self._limit",
         "not self._held or self._held <= self._limit",
         "a worker runs out of memory on large images",
-        named(BUDGET, "at_most_the_limit"),
+        named(BUDGET, "until_there_is_room"),
     ),
     Fault(
         "video-replaced-while-it-is-read",

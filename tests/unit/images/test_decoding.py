@@ -146,7 +146,11 @@ def png_that_declares(width: int, height: int, depth: int) -> bytes:
 
 
 @pytest.mark.parametrize("depth", [8, 16])
-def test_a_file_that_declares_a_huge_image_is_refused_before_it_is_decoded(depth: int) -> None:
+@pytest.mark.parametrize("limit", [Image.MAX_IMAGE_PIXELS, None])
+def test_a_file_that_declares_a_huge_image_is_refused_before_it_is_decoded(
+    depth: int, limit: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(ImageError) as caught:
         decode(png_that_declares(50_000, 50_000, depth), "RGB")
     assert caught.value.code == ErrorCode.IMAGE_TOO_LARGE

@@ -3,7 +3,6 @@
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from io import BytesIO
-from threading import Lock
 
 import numpy as np
 import pytest
@@ -18,32 +17,35 @@ TIME = 30.0
 """Seconds until a test that hangs fails."""
 
 
-def test_threads_hold_at_most_the_limit_or_one_larger_image() -> None:
-    budget, lock = PixelBudget(10), Lock()
-    held: list[int] = []
-    seen: list[list[int]] = []
+def hold(budget: PixelBudget, pixels: int) -> None:
+    with budget.image() as reserve:
+        reserve(pixels)
 
-    def decode_one(pixels: int) -> None:
+
+@pytest.mark.parametrize(("held", "pixels"), [(6, 5), (1, 25), (25, 1)])
+def test_an_image_waits_until_there_is_room_or_until_it_is_alone(held: int, pixels: int) -> None:
+    budget = PixelBudget(10)
+    with ThreadPoolExecutor(1) as pool:
         with budget.image() as reserve:
-            reserve(pixels)
-            with lock:
-                held.append(pixels)
-                seen.append(list(held))
-            with lock:
-                held.remove(pixels)
+            reserve(held)
+            future = pool.submit(hold, budget, pixels)
+            wait_until(lambda: budget.waiting or future.done(), "the image waits or is held")
+            assert not future.done()
+        future.result(TIME)
 
-    sizes = [3, 4, 25, 1, 9, 2, 25, 5] * 40
-    with ThreadPoolExecutor(6) as pool:
-        list(pool.map(decode_one, sizes, timeout=TIME))
-    assert len(seen) == len(sizes)
-    assert all(sum(together) <= 10 or together == [25] for together in seen)
+
+def test_images_are_held_together_up_to_the_limit() -> None:
+    budget = PixelBudget(10)
+    with ThreadPoolExecutor(1) as pool, budget.image() as reserve:
+        reserve(6)
+        pool.submit(hold, budget, 4).result(TIME)
 
 
 def test_a_large_image_is_not_overtaken() -> None:
     budget = PixelBudget(10)
     order: list[str] = []
 
-    def hold(name: str, pixels: int) -> None:
+    def note(name: str, pixels: int) -> None:
         with budget.image() as reserve:
             reserve(pixels)
             order.append(name)
@@ -51,9 +53,9 @@ def test_a_large_image_is_not_overtaken() -> None:
     with ThreadPoolExecutor(3) as pool:
         with budget.image() as reserve:
             reserve(8)
-            large = pool.submit(hold, "large", 10)
+            large = pool.submit(note, "large", 10)
             wait_until(lambda: budget.waiting == 1, "the large image waits")
-            small = pool.submit(hold, "small", 1)
+            small = pool.submit(note, "small", 1)
             wait_until(lambda: budget.waiting == 2, "both images wait")
             assert order == []
         for future in (large, small):

@@ -42,6 +42,7 @@ CODECS = {
     "shown before the keyframe": ("mpeg4", "avi", {"bf": "2", "g": "12"}),
     "no index": ("libx264", "ts", {"bf": "3", "g": "20"}),
     "keyframes only": ("libx264", "mov", {"g": "1"}),
+    "no whole keyframe": ("libx264", "mkv", {"x264-params": "intra-refresh=1:keyint=20"}),
 }
 
 
@@ -68,6 +69,31 @@ def test_each_frame_can_be_the_first_of_a_chunk(video: Path) -> None:
     for number in range(FRAMES):
         [(_, frame)] = read_frames(str(video), index, [number], "RGB")
         np.testing.assert_array_equal(frame, expected[number])
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "ts"])
+def test_a_video_whose_start_is_cut_off_has_all_frames_from_its_first_keyframe(
+    tmp_path: Path, suffix: str
+) -> None:
+    whole, cut = tmp_path / f"whole.{suffix}", tmp_path / f"cut.{suffix}"
+    write_video(whole, "libx264", bf="2", g="9")
+    with av.open(str(whole)) as source, av.open(str(cut), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate(source.demux(video=0)):
+            if number >= 5 and packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    index, expected = index_video(str(cut)), all_frames(cut)
+    lost = len(index) - len(expected)
+    assert 0 < lost < 9
+    for first in range(len(index)):
+        [(_, frame)] = read_frames(str(cut), index, [first], "RGB")
+        if first < lost:
+            assert isinstance(frame, ImageError)
+        else:
+            np.testing.assert_array_equal(frame, expected[first - lost])
+    frames = dict(read_frames(str(cut), index, range(len(index)), "RGB"))
+    assert sum(isinstance(frame, ImageError) for frame in frames.values()) == lost
 
 
 def test_gray_frames_have_one_channel(video: Path) -> None:

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import click
@@ -139,7 +140,7 @@ def work(
         hide_gpus=gpus == "none",
     )
     if lifeline:
-        when_parent_ends(_stop, supervisor.receive)
+        when_parent_ends(partial(_stop, supervisor), supervisor.receive)
     if early is not None and not supervisor.start_early(early):
         return
     executor = open_shared(url)
@@ -243,7 +244,8 @@ def parse_duration(option: str, text: str) -> float:
     return float(hours * 3600 + minutes * 60 + seconds)
 
 
-def _stop() -> None:
+def _stop(supervisor: Supervisor) -> None:
+    supervisor.end_early()
     for _ in range(2):  # the second signal requeues what is still in flight
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)

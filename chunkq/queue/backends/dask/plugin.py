@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 import distributed
 from distributed.diagnostics.plugin import SchedulerPlugin
+from distributed.scheduler import KilledWorker
+from tornado.ioloop import PeriodicCallback
 
 from chunkq.queue.backends.dask.page import add_pages
-from chunkq.queue.backends.hosted.queue_host import QueueHost
+from chunkq.queue.backends.hosted.queue_host import MAX_LOADING_DEATHS, QueueHost
 
 OPERATION = "chunkq"
 """Name of the plugin, and of the operation that it adds to the scheduler."""
@@ -24,6 +26,10 @@ SPARE_WORKERS = 8
 TASK_SECONDS = 3600.0
 """Duration that Dask assumes for a remote worker, so that it asks for one thread for each."""
 MAX_MESSAGE = 300
+DIED_LOADING = (
+    "queue: workers of the Dask cluster ended again and again before they had the network, "
+    "possibly out of memory, or silent for longer than Dask's worker-ttl; see their logs"
+)
 
 
 class QueuePlugin(SchedulerPlugin):
@@ -40,9 +46,18 @@ class QueuePlugin(SchedulerPlugin):
         self._host = host = QueueHost()
         self._launcher = launcher = RemoteWorkerLauncher(scheduler, host)
 
+        def stay_awake() -> None:
+            # An idle timeout counts tasks of Dask only, and those of the queue are none.
+            if host.has_work():
+                scheduler.idle_since = None
+
+        if timeout := scheduler.idle_timeout:
+            pause = 1000 * min(LOOK_SECONDS, timeout / 4)
+            scheduler.periodic_callbacks[OPERATION] = look = PeriodicCallback(stay_awake, pause)
+            look.start()
+
         def answer(request: str) -> str:
-            # An idle timeout counts tasks of Dask only, and the workers of chunkq have none.
-            scheduler.idle_since = None
+            scheduler.idle_since = None  # whoever asks may be about to queue chunks
             response = host.answer(request)
             launcher.start()
             return response
@@ -57,7 +72,10 @@ class QueuePlugin(SchedulerPlugin):
         Dask fails a task whose worker has died four times. A task of chunkq is one thread of the
         cluster for a whole job, so deaths count against it only if no chunkq worker has started.
         """
-        if self._host.expire_workers(worker):
+        was_loading = self._host.is_loading(worker)
+        has_worked = self._host.expire_workers(worker)
+        self._launcher.record_death(has_worked=has_worked, was_loading=was_loading)
+        if has_worked:
             for key, task in scheduler.tasks.items():
                 if str(key).startswith(REMOTE_TASK):
                     task.suspicious = 0
@@ -74,8 +92,24 @@ class RemoteWorkerLauncher:
     def __init__(self, scheduler: Any, host: QueueHost) -> None:
         self._scheduler, self._host = scheduler, host
         self._tasks: defaultdict[str, list[Any]] = defaultdict(list)
+        self._given_up: Counter[str] = Counter()
+        self._lost_loading = 0
+        self._most_threads = 1
+        self._done = 0
         self._numbers = itertools.count()
         self._loop: asyncio.Task[None] | None = None
+
+    def record_death(self, *, has_worked: bool, was_loading: bool) -> None:
+        """Count the deaths of workers before one has its network, or a task is done.
+
+        A worker that the scheduler does not hear, because loading holds Python's lock, is restarted
+        by Dask again and again.
+        """
+        done = self._host.tasks_done()
+        if has_worked or done != self._done:
+            self._done, self._lost_loading = done, 0
+            self._given_up.clear()
+        self._lost_loading += was_loading
 
     def start(self) -> None:
         """Start the loop in the scheduler's event loop if a group needs it."""
@@ -100,12 +134,20 @@ class RemoteWorkerLauncher:
         """Submit remote workers of a group, and record those that Dask has given up."""
         from chunkq.queue.backends.dask.remote import run_remote_thread
 
-        ended = [task for task in self._tasks[name] if task.done()]
-        if errors := {_text(task) for task in ended if task.status == "error"}:
-            self._host.record_exit(name, sorted(errors))
-        running = [task for task in self._tasks[name] if not task.done()]
+        failed = [task for task in self._tasks[name] if task.status == "error"]
+        killed = [task for task in failed if isinstance(_error(task), KilledWorker)]
+        # Dask gives up a task after four deaths of its workers, or fewer, as a site configures it.
+        self._given_up[name] += (self._scheduler.allowed_failures + 1) * len(killed)
+        is_tolerable = self._given_up[name] <= MAX_LOADING_DEATHS
         workers = self._scheduler.workers.values()
         threads = sum(w.nthreads for w in workers if w.status == distributed.Status.running)
+        self._most_threads = max(self._most_threads, threads)
+        if self._lost_loading > MAX_LOADING_DEATHS * self._most_threads:
+            self._lost_loading = 0
+            self._host.record_exit(name, [DIED_LOADING])
+        if errors := {_text(task) for task in failed if not (is_tolerable and task in killed)}:
+            self._host.record_exit(name, sorted(errors))
+        running = [task for task in self._tasks[name] if not task.done()]
         limit = 2 * threads + SPARE_WORKERS
         group = self._host.group(name)
         output = group.job.rpartition("/")[2].removesuffix(".chunkq")
@@ -126,7 +168,20 @@ class RemoteWorkerLauncher:
             prefix.duration_average = TASK_SECONDS
 
 
-def _text(task: Any) -> str:
+def _error(task: Any) -> BaseException:
     """Return the error of a task that has failed, without waiting for more than its message."""
-    error = task._state.exception
-    return " ".join(str(error).split())[:MAX_MESSAGE]
+    error: BaseException = task._state.exception
+    return error
+
+
+def _text(task: Any) -> str:
+    """Return the error of a task that has failed as one line, without the name of the task."""
+    error = _error(task)
+    if isinstance(error, KilledWorker):
+        return DIED_LOADING
+    if type(error).__name__ == "NoWorkerError":
+        return (
+            f"queue: the Dask cluster has had no worker for {error.args[1]:g} s, its "
+            "no-workers-timeout; start workers, or set a longer timeout"
+        )
+    return " ".join(str(_error(task)).split())[:MAX_MESSAGE]

@@ -216,6 +216,14 @@ class QueueHost:
         """Return a group of remote workers."""
         return self._groups[name]
 
+    def tasks_done(self) -> int:
+        """Return how many tasks of all jobs were done since this head started."""
+        return self._done.total()
+
+    def has_work(self) -> bool:
+        """Return whether any task is queued, waiting or running."""
+        return self._table.has_work()
+
     def open_groups(self) -> list[str]:
         """Return the groups that the cluster starts workers for and that are not over."""
         return [

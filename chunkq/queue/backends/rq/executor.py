@@ -206,7 +206,7 @@ class RqExecutor(LeaseQueue):
         """Make the leases of a worker end `seconds` from now."""
         with translated_errors(self.url):
             if leases := self._scripts("leases", worker):
-                self._scripts("renew", seconds, *leases)
+                self._scripts("renew", seconds, worker, *leases)
 
     def record_contributions(self, job: JobId, contributions: Sequence[Contribution]) -> list[Task]:
         """Record contributions of a committed task; return the tasks that this completes."""
@@ -279,7 +279,7 @@ class RqExecutor(LeaseQueue):
         """Extend leases of a worker, and update its heartbeat for RQ's tools."""
         with translated_errors(self.url):
             names = [part for lease in leases for part in _names(lease)]
-            self._retrying_scripts("renew", options.settings.lease, *names)
+            self._retrying_scripts("renew", options.settings.lease, options.worker, *names)
             if self._rq_worker is not None:
                 with suppress(OutOfMemoryError):
                     self._update_entry(self._rq_worker, leases)

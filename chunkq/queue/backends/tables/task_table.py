@@ -331,6 +331,10 @@ class TaskTable(Table):
             {"until": self._clock() + seconds, "worker": worker},
         )
 
+    def has_work(self) -> bool:
+        """Return whether any task has not failed."""
+        return bool(self._read("SELECT 1 FROM tasks WHERE state != 'failed' LIMIT 1", {}))
+
     def demand(self, path: str, limit: int) -> tuple[int, int]:
         """Return the numbers of queued and of running tasks of the jobs of a folder.
 

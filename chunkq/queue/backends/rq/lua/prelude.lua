@@ -118,6 +118,26 @@ local function end_attempt(name, id, attempt)
   return true
 end
 
+-- Record that a worker renews its leases now. Only RQ's entry of the worker is written, if it exists.
+local function record_renewal(worker, now, lease)
+  local key = 'rq:worker:' .. worker
+  if redis.call('EXISTS', key) == 1 then
+    redis.call('HSET', key, 'chunkq_renewal', now .. ' ' .. lease)
+  end
+end
+
+-- Return whether the worker of a lease that ended at `stop` has renewed others since, so that it did
+-- not hold this one: the server lost an acknowledgement in a failover, or the answer with the lease.
+local function was_lost(id, stop)
+  local worker = redis.call('HGET', task(id), 'worker_name') or ''
+  local renewal = redis.call('HGET', 'rq:worker:' .. worker, 'chunkq_renewal') or ''
+  local time, lease = renewal:match('^(%S+) (%S+)$')
+  if not time then return false end
+  local last = stop - tonumber(lease)
+  -- A lease of the same moment may have been made while the renewal was on its way.
+  return tonumber(time) - last > tonumber(lease) / 6
+end
+
 -- Queue a task after an unsuccessful attempt, or fail it after its last one. If the attempt does
 -- not count, the task goes first; otherwise last, because a temporary cause may be over by then.
 local function requeue(name, id, counted, stamp)

@@ -1,8 +1,10 @@
--- Extend leases that have not ended. ARGV: lease (s), then queue, id and attempt of each task.
+-- Extend leases of a worker that have not ended. ARGV: lease (s), worker, then queue, id and attempt of
+-- each task.
 local lease, now = tonumber(ARGV[1]), clock()
 allow_when_full()
 grace_until(now, lease)
-for n = 2, #ARGV, 3 do
+record_renewal(ARGV[2], now, lease)
+for n = 3, #ARGV, 3 do
   local name, id, attempt = ARGV[n], ARGV[n + 1], ARGV[n + 2]
   local entry = id .. ':' .. attempt
   if redis.call('ZSCORE', started(name), entry) then

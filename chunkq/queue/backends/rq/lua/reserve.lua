@@ -7,9 +7,13 @@ local grace = grace_until(now, lease)
 
 for _, name in ipairs(selected_queues(ARGV[5], 6)) do
   if now > grace then
-    for _, entry in ipairs(redis.call('ZRANGEBYSCORE', started(name), 0, now, 'LIMIT', 0, 100)) do
-      local id, expired = entry:match('^(.*):(.-)$')
-      if end_attempt(name, id, expired) then requeue(name, id, true, stamp) end
+    local ended = redis.call(
+      'ZRANGEBYSCORE', started(name), 0, now, 'WITHSCORES', 'LIMIT', 0, 100)
+    for n = 1, #ended, 2 do
+      local id, expired = ended[n]:match('^(.*):(.-)$')
+      if end_attempt(name, id, expired) then
+        requeue(name, id, not was_lost(id, tonumber(ended[n + 1])), stamp)
+      end
     end
   end
   while true do
