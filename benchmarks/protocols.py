@@ -178,11 +178,11 @@ def checkerboard(job: Job, output: str) -> Callable[[], Figures]:
         for chunk, halo in zip(
             active.values(), work.inputs([c.halo for c in active.values()]), strict=True
         ):
-            sums = Accumulator(plan, chunk, weights, torch.zeros, [chunk.region])
+            zeros = torch.zeros((plan.channels, *chunk.region.shape))
+            sums = Accumulator(plan, chunk, weights, zeros)
             for patch, values in work.forward([*plan.patches(chunk)], halo, chunk.halo.start):
                 sums.add([patch], values[None])
-            values = sums.sums[chunk.region].numpy()
-            stores.put(layer(chunk), _in_channels(chunk.region), values)
+            stores.put(layer(chunk), _in_channels(chunk.region), zeros.numpy())
         stores.flush()
 
         def parts(chunk: Chunk) -> list[tuple[Box, Any]]:
@@ -309,11 +309,11 @@ def recompute(job: Job, output: str) -> Callable[[], Figures]:
         for (block, cutout), values in zip(boxes, work.inputs([c for _, c in boxes]), strict=True):
             plan, weights = plan_for(cutout.shape)
             chunk = plan.chunk((0,) * plan.rank)
-            sums = Accumulator(plan, chunk, weights, torch.zeros, [chunk.region])
+            zeros = torch.zeros((plan.channels, *cutout.shape))
+            sums = Accumulator(plan, chunk, weights, zeros)
             for patch, prediction in work.forward([*plan.patches(chunk)], values, chunk.halo.start):
                 sums.add([patch], prediction[None])
-            sums_of_cutout = sums.sums[chunk.region].numpy()
-            cropped = np.ascontiguousarray(sums_of_cutout[_in_channels(block, cutout.start)])
+            cropped = np.ascontiguousarray(zeros.numpy()[_in_channels(block, cutout.start)])
             work.stores.put(work.target, _in_channels(block), cropped)
         return work.finish()
 

@@ -96,12 +96,11 @@ def image_lines(values: dict[str, Any]) -> list[str]:
     if failed := values["failed"]:
         codes = ", ".join(f"{count} {code}" for code, count in values["by_code"].items())
         where = f", see {values['errors']}" if values["errors"] else ""
-        number = "all" if nothing_predicted(values) and failed > 1 else failed
-        lines.append(
-            f"errors: {number} of {counted(values['computed'], 'image', 'images')} "
-            f"{'has' if failed == 1 else 'have'} no result"
-            f"{f' ({codes})' if codes else ''}{where}"
-        )
+        images = counted(values["computed"], "image", "images")
+        share = f"{failed} of {images} {'has' if failed == 1 else 'have'} no result"
+        if nothing_predicted(values):
+            share = f"none of {images} has a result"
+        lines.append(f"errors: {share}{f' ({codes})' if codes else ''}{where}")
     return lines
 
 

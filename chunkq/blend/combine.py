@@ -88,12 +88,8 @@ def label_votes(labels: Array, classes: int) -> Array:
 def add_weighted(total: Array, weights: Array, values: Array) -> None:
     """Add `weights * values` to `total` in place: weights (*S), values and total (C, *S)."""
     if isinstance(total, np.ndarray):
-        products = len(total) * PRODUCT_BYTES // total.itemsize  # of one channel at a time
-        for _, rows in row_slabs(total.shape, products):
-            product = np.empty(total[0, rows].shape, total.dtype)
-            for channel, value in zip(total, values, strict=True):
-                np.multiply(weights[rows], value[rows], out=product)
-                channel[rows] += product
+        for slab in row_slabs(total.shape, PRODUCT_BYTES // total.itemsize):
+            total[slab] += weights[slab[1]] * values[slab]
     else:
         total.addcmul_(weights, values)
 

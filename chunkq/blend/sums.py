@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from operator import add, lt, sub
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -54,30 +54,12 @@ class Contribution:
 
 
 class Accumulator:
-    """Weighted sums of one chunk, as arrays (K, *box.shape) of disjoint boxes of its region.
+    """Weighted sums over one chunk's region (K, *region). Patches are added one by one."""
 
-    The boxes are those of which results are made, so that no result is cut out of a larger array.
-    Patches are added one by one.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        chunk: Chunk,
-        weights: PatchWeights,
-        zeros: Callable[[tuple[int, ...]], Array],
-        boxes: Sequence[Box] | None = None,
-    ) -> None:
-        """Store the sums in arrays that `zeros` returns for shapes, in the dtype of the sums.
-
-        `boxes` are those of `results` by default.
-        """
-        self._plan, self._chunk, self._weights = plan, chunk, weights
+    def __init__(self, plan: Plan, chunk: Chunk, weights: PatchWeights, zeros: Array) -> None:
+        """Use `zeros` of shape (K, *chunk.region.shape), in their dtype, as storage of the sums."""
+        self._plan, self._chunk, self._weights, self._sums = plan, chunk, weights, zeros
         self._rule, self._crop = rule_of(plan.output), output_crop(plan)
-        if boxes is None:
-            boxes = (chunk.interior, *_shared_boxes(plan, chunk))
-        channels = plan.output.sums_channels
-        self.sums = {box: zeros((channels, *box.shape)) for box in boxes}
 
     def add(self, batch: Sequence[Patch], predictions: Array) -> None:
         """Add predictions (n, C, *output patch), float32, after activation and voting."""
@@ -85,14 +67,11 @@ class Accumulator:
             if not patch.target.size:
                 continue
             used = prediction[(slice(None), *target_slices(patch, self._crop))]
-            weights = None
-            if not self._weights.has_no_overlap(patch):
-                weights = self._weights.weights(patch)
-            for sums, inner in self._parts(patch.target):
-                if weights is None:
-                    self._rule.put(sums, used[(slice(None), *inner)])
-                else:
-                    self._rule.add(sums, weights[inner], used[(slice(None), *inner)])
+            sums = self._view(patch.target)
+            if self._weights.has_no_overlap(patch):
+                self._rule.put(sums, used)
+            else:
+                self._rule.add(sums, self._weights.weights(patch), used)
 
     def add_empty(self, patches: Sequence[Patch]) -> None:
         """Add the predictions of patches that are skipped because they are empty."""
@@ -100,29 +79,19 @@ class Accumulator:
         if patches and output.nothing_counts:
             share = buffers.zeros(region.shape, output.sums_dtype)
             add_share(share, self._weights, patches, region)
-            for sums, inner in self._parts(region):
-                self._rule.add_nothing(to_numpy(sums), share[inner])
+            self._rule.add_nothing(to_numpy(self._sums), share)
 
     def results(self) -> list[Array]:
-        """Return the arrays from which `contribution` is made; they can be the sums."""
-        return chunk_results(self._plan, self._chunk, self.sums.__getitem__)
+        """Return the arrays from which `contribution` is made; they can be views of the sums."""
+        return chunk_results(self._plan, self._chunk, self._view)
 
     def contribution(self, inside: Bools | None = None) -> Contribution:
         """Return the result of the chunk as NumPy arrays; `inside` as in `contribution`."""
         parts = [to_numpy(part) for part in self.results()]
         return contribution(self._plan, self._chunk, parts, inside)
 
-    def _parts(self, box: Box) -> Iterator[tuple[Array, tuple[slice, ...]]]:
-        """Yield the sums in a box as views (K, *S), and the slices of each in an array of the box.
-
-        This runs for every patch, so it calls no Python for each axis.
-        """
-        for part, sums in self.sums.items():
-            low, high = (*map(max, part.start, box.start),), (*map(min, part.stop, box.stop),)
-            if all(map(lt, low, high)):
-                own = map(slice, map(sub, low, part.start), map(sub, high, part.start))
-                inner = map(slice, map(sub, low, box.start), map(sub, high, box.start))
-                yield sums[(slice(None), *own)], tuple(inner)
+    def _view(self, box: Box) -> Array:
+        return self._sums[(slice(None), *box.slices(self._chunk.region.start))]
 
 
 def output_crop(plan: Plan) -> tuple[int, ...]:

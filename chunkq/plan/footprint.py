@@ -100,8 +100,10 @@ def _output_footprint(plan: Plan, chunk: Chunk) -> tuple[int, int, int, int]:
     """
     output = plan.output
     output_voxel, sums_voxel = output.voxel_bytes, output.sums_bytes
-    # A float32 average is stored as it is, so the output is a view of the sums of the interior.
-    interior = chunk.interior.size * (sums_voxel if output.stores_sums else output_voxel)
+    sums = sums_voxel * chunk.region.size
+    # A float32 average is stored as it is, so the output is a view of the sums.
+    is_view = output.stores_sums
+    interior = 0 if is_view else chunk.interior.size * output_voxel
     result = chunk.interior.size * output.result_bytes
     # A chunk without patches stores no sums; its whole block is band.
     bands = sum(box.size for box in chunk.band_boxes) * sums_voxel if chunk.is_active else 0
@@ -109,15 +111,15 @@ def _output_footprint(plan: Plan, chunk: Chunk) -> tuple[int, int, int, int]:
     # The argmax holds the largest value before and after a channel, and two arrays of winners.
     has_argmax = output.has_labels and output.channels > 1
     argmax = chunk.interior.size * (4 + 4 + 1 + 1) if has_argmax else 0
-    sums = chunk.interior.size * sums_voxel + bands + outgoing
+    results = interior + bands + outgoing
     rest = sum(box.size for box in chunk.rest_boxes) * output_voxel
-    writing = interior + bands + outgoing + max(chunk.core.size * output_voxel, rest)
+    writing = (sums if is_view else 0) + results + max(chunk.core.size * output_voxel, rest)
     incoming = sum(piece.box.size for piece in plan.incoming_pieces(chunk)) * sums_voxel
     largest_band = max((box.size for box in chunk.band_boxes), default=0)
     adding = min(largest_band * (sums_voxel + output_voxel), 2 * SLAB_BYTES)
     shard = _shard_voxels(plan, chunk) * output.dtype.itemsize * SHARD_COPIES
     return (
-        sums + max(argmax, 0 if output.stores_sums else result + interior),
+        sums + max(argmax, result + results),
         writing + shard,
         bands + rest + incoming,
         max(adding, shard) + chunk.block.size * output_voxel,

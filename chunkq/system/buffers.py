@@ -64,11 +64,9 @@ def _kept_bytes(array: npt.NDArray[Any]) -> float:
         owner = owner.base
     if owner.base is None:
         return owner.nbytes
-    if (storage := getattr(owner.base, "untyped_storage", None)) is not None:
-        return int(storage().nbytes())  # of a tensor of torch
     try:
         return memoryview(owner.base).nbytes
-    except TypeError:
+    except TypeError:  # such as a tensor, which can itself be a view
         return inf
 
 

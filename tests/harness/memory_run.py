@@ -58,10 +58,8 @@ def infer(
     """Compute one chunk like a worker."""
     chunk = plan.chunk(index)
     output = plan.output
-
-    def zeros(shape: tuple[int, ...]) -> Any:
-        return to_device(np.zeros(shape, output.sums_dtype))
-
+    shape = (output.sums_channels, *chunk.region.shape)
+    zeros = to_device(np.zeros(shape, output.sums_dtype))
     sums = Accumulator(plan, chunk, cache, zeros)
     patches, size = list(plan.patches(chunk)), plan.grid.batch
     for first in range(0, len(patches), size):

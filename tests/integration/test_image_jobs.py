@@ -12,6 +12,7 @@ import pytest
 import s3fs
 from chunkq_producer.job_status import job_status
 from chunkq_producer.reports.job_report import load_job_report
+from chunkq_worker.images.image_check import check_images
 from PIL import Image
 
 import chunkq
@@ -20,6 +21,7 @@ from chunkq.errors import ErrorCode, IncompleteError, JobError, ModelError
 from chunkq.finalize import finalize_job
 from chunkq.job.job_file import load_job
 from chunkq.job.job_handle import open_job
+from chunkq.model_check import ValueCheck
 from chunkq.repair import repair_output
 from chunkq.stages.tables import PIECE
 from chunkq.verify import verify_job
@@ -281,6 +283,17 @@ def test_status_and_report_speak_of_images(tmp_path: Path, damaged: dict[str, st
     assert report.unit == "images"
     assert report.cost is not None
     assert report.cost > 0
+
+
+@pytest.mark.parametrize(("path", "notes"), [("0.png", 1), ('""', 0)])
+def test_the_check_of_the_network_notes_that_no_image_can_be_read(
+    tmp_path: Path, path: str, notes: int
+) -> None:
+    (tmp_path / "list.csv").write_text(f"path,n\n{path},1\n{path},2\n")
+    values = photo_job(tmp_path, input=str(tmp_path / "list.csv"), truth=None)
+    check = check_images(check_job(load_job(values)).record)
+    assert len(check.notes) == notes
+    assert check.values == ValueCheck()
 
 
 def test_a_network_that_fails_for_every_image_is_an_error_of_the_job(

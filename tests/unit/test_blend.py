@@ -106,17 +106,6 @@ def test_every_weight_and_combine_equals_the_reference_for_several_chunk_sizes(
     check_case(Case((23, 31), (10, 8), (8, 8), keys), "position_dependent", weight, 1)
 
 
-@given(cases())
-def test_the_sums_of_a_chunk_cover_its_region_exactly_once(case: Case) -> None:
-    plan = with_weights(case, "weight_uniform").plan
-    cache = PatchWeights(plan, plan.blend_weights(), in_numpy)
-    for chunk in map(plan.chunk, plan.active_indices()):
-        count = np.zeros(chunk.region.shape, int)
-        for box in blend.Accumulator(plan, chunk, cache, np.zeros).sums:
-            count[box.slices(chunk.region.start)] += 1
-        assert (count == 1).all()
-
-
 def constant(value: float, shape: tuple[int, ...]) -> ref.Predict:
     return lambda _x, _start: np.full((1, *shape), value)
 

@@ -1,7 +1,6 @@
 """Compare the planned memory of a chunk with the arrays that its computation allocates."""
 
 import tracemalloc
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,10 +45,9 @@ def test_the_footprint_of_writing_equals_the_arrays_of_a_contribution(
 ) -> None:
     plan = plan_of(combine, channels)
     chunk = plan.chunk((1, 1))
-    zeros = partial(np.zeros, dtype=np.float32)
+    zeros = np.zeros((channels, *chunk.region.shape), np.float32)
     weights = PatchWeights(plan, plan.blend_weights(), np.asarray)
-    sums = Accumulator(plan, chunk, weights, zeros)
-    result = sums.contribution()
+    result = Accumulator(plan, chunk, weights, zeros).contribution()
     assert result.own_block is not None
     pieces = [sums for _, sums in result.pieces]
     bases = map(base_array, [result.core, *result.own_block.band, *result.own_block.rest, *pieces])
@@ -57,7 +55,7 @@ def test_the_footprint_of_writing_equals_the_arrays_of_a_contribution(
     copied = max(result.core.nbytes, sum(values.nbytes for values in result.own_block.rest))
     planned = chunk_footprint(plan, chunk)
     assert planned.writing == sum(allocated.values()) + copied
-    assert planned.computing >= planned.waiting + sum(part.nbytes for part in sums.sums.values())
+    assert planned.computing > planned.waiting + zeros.nbytes
     assert planned.waiting == chunk.halo.size
 
 
@@ -88,7 +86,7 @@ def test_each_additional_chunk_in_flight_adds_the_same_memory() -> None:
     assert largest.waiting == footprint(plan_of("weighted_avg", 3)).waiting * 4
     steps = np.diff([largest.peak_bytes(depth) for depth in (1, 2, 3, 4)])
     assert set(steps) == {max(largest.waiting, largest.writing, largest.finalizing)}
-    assert largest.peak_bytes(1) == max(largest.computing, largest.finalizing)
+    assert largest.peak_bytes(1) == largest.computing
 
 
 def test_a_chunk_without_patches_holds_only_the_pieces_of_others() -> None:

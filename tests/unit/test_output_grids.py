@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -175,7 +174,7 @@ def run(case: Case, volume: Array) -> list[Array]:
         inputs = [window(windows, volume, patch.source).astype(np.float64) for patch in patches]
         for number, view in enumerate(plan.views):
             output, chunk = view.output, view.chunk(index)
-            zeros = partial(np.zeros, dtype=np.float32)
+            zeros = np.zeros((output.channels, *chunk.region.shape), np.float32)
             sums = Accumulator(view, chunk, weights[number], zeros)
             for patch, x in zip(patches, inputs, strict=True):
                 y = network(x, case.sizes[number], case.scales[number])

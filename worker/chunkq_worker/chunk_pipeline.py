@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 from typing_extensions import override
 
@@ -84,8 +83,10 @@ class HostPipeline(ChunkPipeline):
     def open(self, chunk: Chunk, halos: Halos, *, checked: bool = False) -> ChunkRun:
         sums = []
         for view, weights in zip(self._plan.views, self._weights, strict=True):
-            zeros = partial(self._runtime.zeros, dtype=view.output.sums_dtype)
-            sums.append(Accumulator(view, view.chunk(chunk.index), weights, zeros))
+            part, output = view.chunk(chunk.index), view.output
+            shape = (output.sums_channels, *part.region.shape)
+            zeros = self._runtime.zeros(shape, output.sums_dtype)
+            sums.append(Accumulator(view, part, weights, zeros))
         return HostRun(self._plan, self._batcher, self._weights, sums, chunk, halos)
 
     @override

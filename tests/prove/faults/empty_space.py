@@ -9,7 +9,7 @@ FAULTS = (
     Fault(
         "empty-patches-have-no-weight",
         "chunkq/blend/sums.py",
-        "self._rule.add_nothing(to_numpy(sums), share[inner])",
+        "self._rule.add_nothing(to_numpy(self._sums), share)",
         "pass",
         "the border between empty and full space depends on what was skipped",
         named(SPACE, "any_cut and below"),
