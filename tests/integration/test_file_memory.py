@@ -14,11 +14,11 @@ import zarr
 EDGE, CHUNK = 1024, 128
 MOST_BYTES = 500_000_000
 MEASURED = """
-import json, resource, sys
+import json, sys
 from chunkq.cli import main
+from chunkq.system.memory import peak_bytes
 code = main()
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps({"code": code, "peak": peak}), file=sys.stderr)
+print(json.dumps({"code": code, "peak": peak_bytes()}), file=sys.stderr)
 """
 
 
