@@ -87,7 +87,7 @@ def sealed(inferred: Workspace) -> Workspace:
 
 
 def flip_bit_of_value(path: Path) -> None:
-    """Flip a bit of a JSON document so that its values change; that of a float's last digit may not."""
+    """Flip a bit of a JSON document that changes a value; one of a last digit may not."""
     content = path.read_bytes()
     for at in range(len(content) // 2, len(content)):
         flipped = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
