@@ -141,7 +141,7 @@ class RedisPair:
     def fill_disk(self) -> Path:
         """Fill the primary's disk; return the file to delete."""
         file = self.primary.settings.folder / "full"
-        with file.open("wb") as stream, suppress(OSError):
+        with suppress(OSError), file.open("wb", buffering=0) as stream:
             while True:
                 stream.write(bytes(1 << 16))
                 stream.flush()
