@@ -45,7 +45,7 @@ def find_compose() -> list[str]:
     for command in (["docker", "compose"], ["docker-compose"]):
         if is_new_enough(command):
             return command
-    program = platformdirs.user_cache_path("chunkq") / f"compose-{SUITE}" / PROGRAM
+    program = platformdirs.user_cache_path("chunkq-tests") / f"compose-{SUITE}" / PROGRAM
     if not program.exists():
         fetch(program.parents[len(PROGRAM.parts) - 1])
     if not is_new_enough([str(program)]):
