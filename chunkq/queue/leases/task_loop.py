@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from chunkq.errors import (
+    RESUME,
     FrameworkConflictError,
     GateClosedError,
     IncompleteError,
@@ -217,8 +218,7 @@ class _TaskLoops:
         first = argument(outputs[0])
         return IncompleteError(
             f"{', '.join(outputs)}: tasks wait for chunks that failed or are missing; run `chunkq "
-            f"status {first}` to see why, then `chunkq retry {first}` or `chunkq produce "
-            "--resume`",
+            f"status {first}` to see why, then `chunkq retry {first}`, or {RESUME}",
             [],
         )
 

@@ -21,11 +21,14 @@ class GroupStatus:
 
     A worker without tasks ends if it is not needed, because all chunks that are left are running.
     The cluster starts others when more are queued. The group `is_over` when none runs or is needed.
+    It `has_room` if the cluster has a thread, core or GPU for a worker, free or not; None before
+    the first look.
     """
 
     is_stopped: bool
     is_needed: bool
     is_over: bool
+    has_room: bool | None
     ended: int
     messages: list[str]
 
@@ -166,9 +169,13 @@ class RemoteTable(Table):
         """Make remote workers finish their tasks in flight and end."""
         self._call("stop_group", name)
 
-    def record_exit(self, name: str, messages: Sequence[str]) -> None:
+    def record_exit(self, name: str, messages: Sequence[str], worker: str) -> None:
         """Record that a remote worker has ended, with its error messages."""
-        self._call("record_exit", name, messages)
+        self._call("record_exit", name, messages, worker)
+
+    def record_outage(self, name: str, messages: Sequence[str], worker: str) -> None:
+        """Record that a remote worker has ended because it could not reach the queue."""
+        self._call("record_outage", name, messages, worker)
 
     @override
     def close(self) -> None:
