@@ -65,6 +65,7 @@ class ClusterWorkers(Workers):
     ) -> None:
         self._remote_workers, self._emit, self._has_died = remote_workers, emit, has_died
         self._reached = self._had_room = time.monotonic()
+        self._lost: int | None = None
         self._lacks_room = not remote_workers.has_room
         if self._lacks_room:
             log.warning("%s", remote_workers.no_room)
@@ -84,9 +85,20 @@ class ClusterWorkers(Workers):
                 raise
             return self._has_died()
         self._reached = time.monotonic()
+        self._report_losses(status.lost_processes)
         if status.has_room is not None and not status.is_over:
             self._report_room(status.has_room)
         return status.is_over
+
+    def _report_losses(self, lost: int) -> None:
+        """Log how many processes of the cluster were lost since the last call."""
+        new, self._lost = 0 if self._lost is None else lost - self._lost, lost
+        if new:
+            log.warning(
+                "queue: %s: %s lost; other workers compute the chunks",
+                self._remote_workers.url,
+                "1 worker process was" if new == 1 else f"{new} worker processes were",
+            )
 
     def _report_room(self, has_room: bool) -> None:
         """Log once that the cluster has no worker or node any more, and once that it has one."""

@@ -42,7 +42,7 @@ def host() -> Iterator[QueueHost]:
     """Return a host with two leases: of a worker with the owner "node", and one without."""
     host = QueueHost()
     request(host, "submit", [[*JOB, name, f"message {name}"] for name in ("a", "b")])
-    request(host, "register_worker", "worker-1", "node")
+    request(host, "register_worker", "worker-1", "node", True)
     for worker in ("worker-1", "worker-2"):
         assert request(host, "reserve", worker, LONG, None, [])["result"][4] == 1
     yield host
@@ -278,6 +278,10 @@ def test_a_run_says_once_that_a_cluster_has_no_room_and_once_that_it_has(
     assert logged(False, NO_ROOM_SECONDS + 1) == ["no room"]
     assert logged(False, 100) == []
     assert logged(True, 1) == ["room"]
+    host.expire_workers("node")
+    host.expire_workers("node")
+    assert [line.split()[2:6] for line in logged(True, 1)] == [["1", "worker", "process", "was"]]
+    assert logged(True, 1) == []
 
 
 def test_the_chunks_of_a_suspended_actor_get_others_and_the_run_does_not_wait_for_it(

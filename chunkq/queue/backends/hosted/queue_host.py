@@ -86,6 +86,7 @@ class QueueHost:
         self._loading: set[str] = set()
         self._loading_deaths: Counter[str] = Counter()
         self._workers: defaultdict[str, set[str]] = defaultdict(set)
+        self._lost_processes = 0
         self._expected: dict[str, float] = {}
         """Remote worker -> time (s, monotonic) until which it sends a request, if it runs."""
         self._groups: defaultdict[str, WorkerGroup] = defaultdict(WorkerGroup)
@@ -218,10 +219,11 @@ class QueueHost:
         """Return whether a worker of an owner loads a network."""
         return not self._loading.isdisjoint(self._workers.get(owner, ()))
 
-    def register_worker(self, worker: str, owner: str) -> None:
+    def register_worker(self, worker: str, owner: str, is_remote: bool = False) -> None:
         """Store the process that a worker ends with: a Dask worker, or the parent of an actor."""
         self._workers[owner].add(worker)
-        self._expected[worker] = time.monotonic() + LOADING_LEASE  # it imports its libraries first
+        if is_remote:  # it imports its libraries first
+            self._expected[worker] = time.monotonic() + LOADING_LEASE
 
     def is_silent(self, owner: str) -> bool:
         """Return whether no worker of a process sends requests, because it is suspended.
@@ -240,6 +242,7 @@ class QueueHost:
         unless the process dies again and again. Return whether a worker had its network.
         """
         workers = self._workers.pop(owner, set())
+        self._lost_processes += not workers.isdisjoint(self._expected)
         self._forget(workers)
         for worker in workers - self._loading:
             self._table.shorten(worker, LOST_WORKER_LEASE)
@@ -309,6 +312,7 @@ class QueueHost:
             "is_needed": bool(queued) or not running,
             "is_over": self._is_over(group),
             "has_room": group.has_room,
+            "lost_processes": self._lost_processes,
             "ended": group.ended,
             "messages": group.messages,
         }

@@ -44,7 +44,7 @@ class RemoteWorkers:
     def __init__(
         self, table: RemoteTable, name: str, *, has_room: bool, no_room: str, room: str
     ) -> None:
-        self._table, self.name = table, name
+        self._table, self.name, self.url = table, name, table.url
         self.has_room, self.no_room, self.room = has_room, no_room, room
 
     def status(self) -> GroupStatus:

@@ -279,7 +279,7 @@ class ChunkqWorker:
         queue = RayExecutor("ray://auto")
         name = WorkerName.new(current_device()).name
         try:
-            queue.table.register_worker(name, owner)
+            queue.table.register_worker(name, owner, is_remote=True)
             run_remote_worker(queue, group, name, job, depth, PatchCounter().add)
         except Exception as error:
             record = queue.table.record_outage if is_outage(error) else queue.table.record_exit
