@@ -359,7 +359,7 @@ NOT_FOR_STATUS = (
         (
             "plan job.json",
             "torch zarr redis rich s3fs fsspec tifffile nibabel h5py array_api_compat pyarrow PIL "
-            "chunkq_worker chunkq.writers.zarr chunkq.storage.formats.nifti chunkq.model_check "
+            "chunkq_worker chunkq.writers.base chunkq.storage.formats.nifti chunkq.model_check "
             "chunkq.storage.formats.tiff chunkq.storage.formats.hdf5 chunkq.stages.completion",
         ),
         (
