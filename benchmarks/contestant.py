@@ -24,7 +24,8 @@ import tensorstore as ts
 import torch
 
 from benchmarks.turns import THREADS, Figures
-from chunkq.job.job_file import Job, load_job
+from chunkq.job.job_file import Job
+from chunkq.job.job_reading import load_job
 from chunkq.job.resolve import resolve
 from chunkq.plan.plan import Patch, Plan
 from chunkq.storage.images import find_source

@@ -19,7 +19,7 @@ import yaml
 from chunkq.cli import main
 from chunkq.create import check_job
 from chunkq.errors import ChunkqError, ErrorCode, JobError
-from chunkq.job.job_file import load_job
+from chunkq.job.job_reading import load_job
 from chunkq.job.record import JobRecord
 from chunkq.plan.footprint import largest_footprint
 from chunkq.plan.plan import total_costs

@@ -15,7 +15,7 @@ import yaml
 from chunkq.errors import ErrorCode
 from chunkq.install_hint import EXTRAS, install_command
 from chunkq.job import key_reference
-from chunkq.job.job_file import load_job
+from chunkq.job.job_reading import load_job
 from chunkq.lazy_imports import COMMANDS
 from chunkq.queue.backends.sqlite import SqliteExecutor
 from chunkq.queue.contract.executor import WorkerOptions

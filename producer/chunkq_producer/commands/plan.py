@@ -16,7 +16,8 @@ from chunkq.create import CheckedJob, check_job
 from chunkq.errors import ChunkqError, ErrorCode, JobError, ModelError
 from chunkq.geometry.axes import Axis
 from chunkq.install_hint import install_command
-from chunkq.job.job_file import Job, load_job, select_job_file
+from chunkq.job.job_file import Job
+from chunkq.job.job_reading import load_job, select_job_file
 from chunkq.job.known_empty import MISSING
 from chunkq.job.model_config import STOCHASTIC
 from chunkq.job.output_shapes import unknown_heads

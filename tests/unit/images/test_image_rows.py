@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from chunkq.errors import ErrorCode, JobError, StoreError
 from chunkq.job import image_rows
 from chunkq.job.image_rows import ImageRows, find_rows, sample_rows
-from chunkq.job.job_file import Job, load_job
+from chunkq.job.job_file import Job
+from chunkq.job.job_reading import load_job
 from chunkq.job.ledger import INPUTS, Ledger
 from chunkq.job.row_plan import default_rows, row_plan
 from chunkq.job.stored_rows import StoredRows
