@@ -157,7 +157,7 @@ def _formats() -> tuple[str, ...]:
 
 
 def _is_changed_by_pillow(image: Image.Image) -> bool:
-    """Return whether Pillow does not keep the values of a TIFF image with more than 8 bits or signs.
+    """Return whether Pillow does not keep the values of a TIFF image, deep or with signs.
 
     It reduces colors to 8 bits, does not invert deep gray, and reads int8 as uint8 and uint32 as
     int32.

@@ -100,7 +100,7 @@ def test_a_video_whose_start_is_cut_off_has_all_frames_from_its_first_keyframe(
 
 TURNS = [(a, 0, 0, d) for a, d in product((-1, 1), repeat=2)]
 TURNS += [(0, b, c, 0) for b, c in product((-1, 1), repeat=2)]
-"""Matrices of turns by multiples of 90 degrees, mirrored or not: column a p + c q, row b p + d q."""
+"""Matrices of turns by multiples of 90°, mirrored or not: column a p + c q, row b p + d q."""
 
 
 @pytest.fixture(scope="module")
