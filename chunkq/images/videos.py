@@ -169,7 +169,8 @@ def _pixels(frame: Any, number: int, mode: Mode) -> Pixels | ImageError:
     The matrix a, b, u, c, d, v, x, y, w maps a column p and a row q to the column a p + c q and the
     row b p + d q, see libavutil/display.h. An ImageError stands for turns by no multiple of 90°.
     """
-    pixels = frame.to_ndarray(format=FORMATS[mode]).reshape(frame.height, frame.width, -1)
+    pixels: Pixels = frame.to_ndarray(format=FORMATS[mode])
+    pixels = pixels.reshape(frame.height, frame.width, -1)
     matrix = frame.side_data.get(Type.DISPLAYMATRIX)
     if matrix is None:
         return pixels
