@@ -40,7 +40,6 @@ from chunkq.plan.item_tasks import ItemTasks
 from chunkq.plan.plan import Plan
 from chunkq.plan.pyramid import Pyramid
 from chunkq.storage.array import Array
-from chunkq.storage.formats.zarr_writing import WritableArray
 from chunkq.storage.images import ImageSource
 
 if TYPE_CHECKING:
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
     from chunkq.job.output import Output
     from chunkq.job.stored_rows import StoredRows
     from chunkq.plan.patch_selection import SkipRules
+    from chunkq.storage.formats.zarr_writing import WritableArray
     from chunkq.storage.mask import Mask
     from chunkq.storage.staged import StagedCopy
 
