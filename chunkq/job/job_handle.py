@@ -30,7 +30,6 @@ from chunkq.job.ledger import ItemLedger, Ledger
 from chunkq.job.output_handle import OutputHandle
 from chunkq.job.pyramids import pyramids_of
 from chunkq.job.record import JobRecord
-from chunkq.job.resolve import empty_rule
 from chunkq.job.task_records import RecentCommits
 from chunkq.job.tasks import JobId, Task, chunk_name
 from chunkq.paths import without_secret
@@ -368,14 +367,14 @@ class ItemHandle:
 
         return SkipRules(
             None if job.mask is None else self.image.mask(self.item).inside,
-            empty_rule(job),
+            job.empty_rule,
             (lambda box: any(cells.any(box) for cells in stored)) if stored else None,
         )
 
     @property
     def can_turn_out_empty(self) -> bool:
         """Whether a chunk that is a task can turn out to be empty."""
-        return empty_rule(self.job.record.job) is not None
+        return self.job.record.job.empty_rule is not None
 
     @cached_property
     def outputs(self) -> tuple[OutputHandle, ...]:
