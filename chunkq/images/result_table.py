@@ -109,7 +109,9 @@ def read_columns(file: IO[bytes], suffix: str, columns: pa.Schema) -> pa.Table:
     if suffix == ".csv":
         options = pa.csv.ConvertOptions(
             column_types={field.name: _csv_type(field) for field in columns},
+            null_values=[""],
             strings_can_be_null=True,
+            quoted_strings_can_be_null=False,  # texts are quoted: a class can be named "NA"
         )
         table = pa.csv.read_csv(file, convert_options=options)
     else:
