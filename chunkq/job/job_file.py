@@ -16,6 +16,7 @@ from chunkq.images.image_spec import ImageSpec
 from chunkq.images.sleap_package import folder_of
 from chunkq.job.cluster_config import DaskConfig, RayConfig
 from chunkq.job.fields import (
+    Below,
     Fill,
     InferenceType,
     InputConfig,
@@ -46,6 +47,7 @@ from chunkq.job.output_config import (
     PyramidConfig,
     ValueRange,
 )
+from chunkq.plan.empty_rule import EmptyRule
 from chunkq.plan.outputs import Activation, Combine
 
 SCHEMA_FILE = Path(__file__).with_name("job_file.schema.json")
@@ -627,6 +629,14 @@ class Job(Section):
     def has_known_empty(self) -> bool:
         """Whether chunks can be known to be empty when the job is created."""
         return self.mask is not None or self.skip_empty == "missing"
+
+    @property
+    def empty_rule(self) -> EmptyRule | None:
+        """Which voxels are empty by their values, None if none is."""
+        rule = self.skip_empty
+        if isinstance(rule, Below):
+            return EmptyRule(rule.below, is_limit=True)
+        return None if rule is None or isinstance(rule, str) else EmptyRule(float(rule))
 
     def output_configs(self) -> dict[str, OutputConfig]:
         """Return the outputs by name, with the keys of the job where they have none of their own.
