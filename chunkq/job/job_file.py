@@ -16,12 +16,8 @@ from chunkq.images.image_spec import ImageSpec
 from chunkq.images.sleap_package import folder_of
 from chunkq.job.cluster_config import DaskConfig, RayConfig
 from chunkq.job.fields import (
-    Below,
     Fill,
     InferenceType,
-    InputConfig,
-    Inputs,
-    Mask,
     Names,
     NonNegative,
     Offsets,
@@ -29,14 +25,15 @@ from chunkq.job.fields import (
     Region,
     Section,
     Shape,
-    SkipEmpty,
     Widths,
     key_doc,
 )
 from chunkq.job.image_config import GUIDE, ImageConfig, Keep, PeaksConfig, TruthConfig
 from chunkq.job.image_job import IMAGE, with_image_defaults
+from chunkq.job.input_config import InputConfig, Inputs
 from chunkq.job.job_path import without_format
 from chunkq.job.job_problems import job_problems
+from chunkq.job.mask_config import Below, Mask, SkipEmpty
 from chunkq.job.model_config import ModelConfig
 from chunkq.job.output_config import (
     Classes,
