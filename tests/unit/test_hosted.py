@@ -307,3 +307,25 @@ def test_the_chunks_of_a_suspended_actor_get_others_and_the_run_does_not_wait_fo
     request(host, "cancel", *JOB)
     launcher._update("group", [{"CPU": 1}])
     assert request(host, "group_status", "group")["result"]["is_over"]
+
+
+def test_a_new_queue_of_ray_ends_the_workers_that_wait_for_a_node_and_for_a_lost_queue(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from chunkq.queue.backends.ray import launcher, queue_actor
+
+    actors = {
+        number: {"ActorClassName": kind, "Name": name}
+        for number, (kind, name) in enumerate([("ChunkqWorker", "a"), ("Other", "b")])
+    }
+    asked, killed = [], []
+
+    def find(actor_state_name: str) -> dict[int, dict[str, str]]:
+        asked.append(actor_state_name)
+        return actors
+
+    monkeypatch.setattr(launcher.state, "actors", find)
+    monkeypatch.setattr(launcher.ray, "get_actor", lambda name, namespace: name)
+    monkeypatch.setattr(launcher.ray, "kill", killed.append)
+    assert queue_actor.ChunkqQueue()._launcher
+    assert (asked, killed) == (["PENDING_CREATION"], ["a"])
