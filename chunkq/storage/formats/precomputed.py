@@ -29,7 +29,7 @@ from chunkq.storage.formats.base import (
     CACHED,
     NO_OPTIONS,
     ArrayInfo,
-    Format,
+    LeveledFormat,
     Options,
     missing_error,
     unreadable_error,
@@ -241,7 +241,7 @@ class ShardedArray(StoreArray):
         return None
 
 
-class PrecomputedFormat(Format):
+class PrecomputedFormat(LeveledFormat):
     """Neuroglancer precomputed volumes, recognized by the document `info`.
 
     Stored axes are x, y, z, channel; arrays are presented as ([c,] z, y, x), from the first voxel
@@ -261,12 +261,8 @@ class PrecomputedFormat(Format):
         return "scales" in info or str(info.get("@type")).startswith("neuroglancer")
 
     @override
-    def find(self, path: str, options: Options = NO_OPTIONS) -> ArrayInfo:
-        return _find(path, None, Access.of(options))
-
-    @override
-    def find_level(self, path: str, level: int | str, options: Options = NO_OPTIONS) -> ArrayInfo:
-        return _find(path, level, Access.of(options))
+    def find_any(self, path: str, level: int | str | None, access: Access) -> ArrayInfo:
+        return _find(path, level, access)
 
     @override
     def stored_chunks(self, path: str, options: Options) -> StoredChunks | None:
