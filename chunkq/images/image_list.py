@@ -34,6 +34,8 @@ PATH = "path"
 """Column of the paths."""
 RESERVED = "chunkq:"
 """Start of the names of columns that chunkq adds to a stored list."""
+CSV = pa.csv.ParseOptions(newlines_in_values=True)
+"""Without it, a text of several lines is damage where it lies on a border of blocks."""
 PATHS_AT_ONCE = 1 << 16
 
 
@@ -207,7 +209,7 @@ def _parsed(content: bytes, suffix: str) -> pa.Table:
         return _plain_strings(table)
     if suffix == ".csv":
         options = pa.csv.ConvertOptions(column_types={PATH: pa.string()})
-        return pa.csv.read_csv(source, convert_options=options)
+        return pa.csv.read_csv(source, parse_options=CSV, convert_options=options)
     lines = (line.strip() for line in content.decode("utf-8-sig").split("\n"))
     return pa.table({PATH: pa.array([line for line in lines if line], pa.string())})
 

@@ -125,6 +125,14 @@ def test_a_column_is_copied_or_refused_before_work_starts(folder: Path, kind: pa
         assert table.take(pa.array([0])).column("other").to_pylist() == [None]
 
 
+def test_a_long_csv_has_texts_of_several_lines(folder: Path) -> None:
+    count = (1 << 20) // 64  # more than a block of pyarrow
+    rows = "".join(f'{n}.png,"a\nb\n{n:060}"\n' for n in range(count))
+    (folder / "list.csv").write_text(f"path,note\n{rows}")
+    table = find_images(f"{folder}/list.csv").table
+    assert table.column("note").to_pylist() == [f"a\nb\n{n:060}" for n in range(count)]
+
+
 def test_a_text_file_has_one_path_per_line(folder: Path) -> None:
     (folder / "list.txt").write_text("\ufeff b.png \r\n\nsub/d.webp\n", newline="")
     assert relative(folder, find_images(f"{folder}/list.txt").paths) == ["b.png", "sub/d.webp"]
