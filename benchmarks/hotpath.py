@@ -38,7 +38,7 @@ WATCHED = (
     ("device", "gather a batch", "chunkq_worker.batching", "Batcher._fill"),
     ("device", "check for NaN", "chunkq_worker.output_predictions", "is_finite"),
     ("device", "activation, votes", "chunkq_worker.output_predictions", "_activate"),
-    ("device", "weights", "chunkq.blend.patch_weights", "PatchWeights.weights"),
+    ("device", "weights", "chunkq.blend.patch_weights", "PatchWeights.weights_if_shared"),
     ("device", "blend", "chunkq.blend.rules", "add_weighted"),
     ("device", "clear sums", "chunkq_worker.runtimes.torch", "TorchRuntime.zeros"),
     ("device", "reduce", "chunkq.blend.sums", "chunk_results"),
