@@ -30,17 +30,16 @@ from chunkq.job.ledger import ItemLedger, Ledger
 from chunkq.job.output_handle import OutputHandle
 from chunkq.job.pyramids import pyramids_of
 from chunkq.job.record import JobRecord
-from chunkq.job.resolve import empty_rule
 from chunkq.job.task_records import RecentCommits
 from chunkq.job.tasks import JobId, Task, chunk_name
 from chunkq.paths import without_secret
+from chunkq.plan.chunk import Chunk, Index
+from chunkq.plan.costs import Costs, total_costs
 from chunkq.plan.item_tasks import ItemTasks
-from chunkq.plan.plan import Chunk, Costs, Index, Plan, total_costs
+from chunkq.plan.plan import Plan
 from chunkq.plan.pyramid import Pyramid
 from chunkq.storage.array import Array
-from chunkq.storage.formats.zarr_writing import WritableArray
 from chunkq.storage.images import ImageSource
-from chunkq.storage.staged import Slabs, StagedCopy
 
 if TYPE_CHECKING:
     from chunkq.blend.weights import Weights
@@ -49,7 +48,9 @@ if TYPE_CHECKING:
     from chunkq.job.output import Output
     from chunkq.job.stored_rows import StoredRows
     from chunkq.plan.patch_selection import SkipRules
+    from chunkq.storage.formats.zarr_writing import WritableArray
     from chunkq.storage.mask import Mask
+    from chunkq.storage.staged import StagedCopy
 
 JOBS_CACHED = 8
 MASKS_KEPT = 2
@@ -218,6 +219,8 @@ class ImageHandle:
         source = self.image.sources[number]
         if not source.staged:
             return None
+        from chunkq.storage.staged import Slabs, StagedCopy  # for jobs that need copies
+
         slabs = Slabs.of(source.stored_axes, np.dtype(source.dtype).itemsize)
         # Either an image is alone, or it has one source.
         name = str(self.image.number + number)
@@ -364,14 +367,14 @@ class ItemHandle:
 
         return SkipRules(
             None if job.mask is None else self.image.mask(self.item).inside,
-            empty_rule(job),
+            job.empty_rule,
             (lambda box: any(cells.any(box) for cells in stored)) if stored else None,
         )
 
     @property
     def can_turn_out_empty(self) -> bool:
         """Whether a chunk that is a task can turn out to be empty."""
-        return empty_rule(self.job.record.job) is not None
+        return self.job.record.job.empty_rule is not None
 
     @cached_property
     def outputs(self) -> tuple[OutputHandle, ...]:

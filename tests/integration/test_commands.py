@@ -349,6 +349,7 @@ NOT_FOR_STATUS = (
     "chunkq_worker PIL psutil click.shell_completion chunkq.job.output chunkq.job.known_empty "
     "chunkq.blend.weights chunkq.images.image_list chunkq.images.decoding "
     "chunkq.writers.base chunkq.writers.zarr chunkq.job.exports chunkq.storage.formats.zarr "
+    "chunkq.storage.formats.zarr_writing chunkq.storage.staged chunkq.storage.claims "
     "chunkq.storage.formats.nifti chunkq.storage.formats.tiff"
 )
 
@@ -359,7 +360,7 @@ NOT_FOR_STATUS = (
         (
             "plan job.json",
             "torch zarr redis rich s3fs fsspec tifffile nibabel h5py array_api_compat pyarrow PIL "
-            "chunkq_worker chunkq.writers.zarr chunkq.storage.formats.nifti chunkq.model_check "
+            "chunkq_worker chunkq.writers.base chunkq.storage.formats.nifti chunkq.model_check "
             "chunkq.storage.formats.tiff chunkq.storage.formats.hdf5 chunkq.stages.completion",
         ),
         (

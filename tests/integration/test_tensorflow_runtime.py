@@ -31,7 +31,7 @@ from chunkq.job.job_reading import load_job
 from chunkq.job.model_config import ModelConfig
 from chunkq.job.record import JobRecord
 from chunkq.paths import file_hash
-from chunkq.plan.plan import Volume
+from chunkq.plan.volume import Volume
 from chunkq.storage.images import find_source
 from tests.harness.assertions import assert_contains
 from tests.harness.volumes import random_volume, read_output, write_zarr

@@ -38,8 +38,10 @@ from chunkq.job.output_shapes import unknown_heads, with_output_shapes
 from chunkq.job.record import JobRecord
 from chunkq.job.resolve import resolve
 from chunkq.paths import absolute, without_secret
+from chunkq.plan.chunk import Chunk, Index
 from chunkq.plan.item_tasks import ItemTasks
-from chunkq.plan.plan import Chunk, Index, Plan, Volume
+from chunkq.plan.plan import Plan
+from chunkq.plan.volume import Volume
 from chunkq.queue.registry import queue_url
 from chunkq.stages.completion import chunks_of
 from chunkq.storage.formats.base import ArrayInfo

@@ -24,11 +24,12 @@ from chunkq.job.output_shapes import unknown_heads
 from chunkq.job.stored_images import output_axes
 from chunkq.job.tasks import chunk_count
 from chunkq.paths import without_secret
+from chunkq.plan.costs import Costs, total_costs
 from chunkq.plan.fetches import Fetches
 from chunkq.plan.footprint import largest_footprint
 from chunkq.plan.object_sizes import StoredSize
 from chunkq.plan.output_text import names_text, output_values, range_text
-from chunkq.plan.plan import Costs, Plan, total_costs
+from chunkq.plan.plan import Plan
 from chunkq.queue.contract.executor import DEFAULT_DEPTH_CPU, DEFAULT_DEPTH_GPU, default_depth
 from chunkq.storage import chunk_cache
 from chunkq.storage.images import ImageSource

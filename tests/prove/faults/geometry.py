@@ -176,7 +176,7 @@ FAULTS = (
     ),
     Fault(
         "input-bytes-of-one-axis",
-        "chunkq/plan/plan.py",
+        "chunkq/plan/costs.py",
         "read_high - read_low",
         "axis.halo(blocks)[1] - axis.halo(blocks)[0]",
         "the plan predicts more input bytes than workers read at the volume's border",
@@ -200,7 +200,7 @@ FAULTS = (
     ),
     Fault(
         "storage-chunks-need-not-divide",
-        "chunkq/job/resolve.py",
+        "chunkq/job/grid_problems.py",
         "axis.chunk % axis.storage",
         "axis.chunk < axis.storage",
         "two chunks write one storage chunk at once and lose voxels",

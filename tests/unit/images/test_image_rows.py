@@ -19,7 +19,7 @@ from chunkq.job.ledger import INPUTS, Ledger
 from chunkq.job.row_plan import default_rows, row_plan
 from chunkq.job.stored_rows import StoredRows
 from chunkq.plan.footprint import footprint
-from chunkq.plan.plan import Volume
+from chunkq.plan.volume import Volume
 
 
 def job(table: Path, **keys: Any) -> Job:

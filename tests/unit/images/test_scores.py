@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as arrays
 
 from chunkq.errors import ErrorCode
 from chunkq.images.image_error import ImageError
-from chunkq.images.result_table import chunk_result, write_table
+from chunkq.images.result_table import chunk_result, read_columns, write_table
 from chunkq.images.scores import Accuracy, ScoreSpec
 
 LEVELS = st.sampled_from([-2.0, -0.5, 0.0, 0.5, 3.0])
@@ -119,6 +119,38 @@ def test_every_type_of_a_column_is_written_as_text(suffix: str) -> None:
     assert row["list"] == [None, 1.0]
     assert row["dates"] == ["2020-01-02"]
     assert row["bytes"] == "/w=="
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        (pa.array([b"\xff\xff", None], pa.binary(2)), '"//8="'),
+        (
+            pa.ExtensionArray.from_storage(
+                pa.fixed_shape_tensor(pa.int8(), [2]),
+                pa.array([[1, 2], None], pa.list_(pa.int8(), 2)),
+            ),
+            "[1, 2]",
+        ),
+    ],
+    ids=["fixed size", "tensor"],
+)
+def test_csv_has_values_of_any_type(values: pa.Array, text: str) -> None:
+    file = io.BytesIO()
+    assert write_table([pa.table({"path": ["a", "b"], "key": values})], ".csv", file) == 2
+    rows = csv.DictReader(io.StringIO(file.getvalue().decode()))
+    assert [row["key"] for row in rows] == [text, ""]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
+def test_texts_that_look_like_missing_values_are_read_as_they_were_written(suffix: str) -> None:
+    texts = ["NA", "null", "nan", "", None, "1", "true", "2020-01-01", 'a"b,\n']
+    columns = pa.schema({"label": pa.string()})
+    file = io.BytesIO()
+    table = pa.table({"path": list("abcdefghi"), "label": pa.array(texts, pa.string())})
+    write_table([table], suffix, file)
+    file.seek(0)
+    assert read_columns(file, suffix, columns).column("label").to_pylist() == texts
 
 
 def test_equal_results_have_equal_bytes() -> None:
