@@ -598,6 +598,11 @@ class Job(Section):
         return self.inference_type == IMAGE
 
     @property
+    def predicts_classes(self) -> bool:
+        """Whether the table of an image job has predicted classes. Else `label` is the list's."""
+        return self.is_image and self.peaks is None and self.keep != "features"
+
+    @property
     def image_spec(self) -> ImageSpec:
         """How the pixels of an image become the input of the network."""
         return (self.image or ImageConfig()).spec()
