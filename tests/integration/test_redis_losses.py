@@ -241,7 +241,7 @@ def test_workers_report_an_outage_once_and_its_end(
 
             def is_started_again() -> bool:
                 started.update({*worker.children()} - {first, second})
-                return len(started) > 1
+                return len(started) > 2
 
             wait_until(is_started_again, "it is started again")
             server.start()

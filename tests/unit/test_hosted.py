@@ -271,6 +271,7 @@ def test_a_run_says_once_that_a_cluster_has_no_room_and_once_that_it_has(
     assert [record.getMessage() for record in caplog.records] == ["no room"]
     assert not run.have_ended()  # before the head has looked
     assert caplog.records[1:] == []
+    assert logged(False, 1) == []
     assert logged(False, 100) == []
     assert logged(True, 100) == ["room"]
     assert logged(False, NO_ROOM_SECONDS - 1) == []
