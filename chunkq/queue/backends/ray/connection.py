@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import threading
 from dataclasses import dataclass
@@ -118,6 +119,13 @@ def _discard_events() -> None:
     driver.print_to_stdstream = lambda data, ignore_prefix: None
 
 
+def _remove_sigterm_report() -> None:
+    """Install Python's handler of SIGTERM again. Ray's prints a stack before it calls that."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is threading.main_thread() and handler is not None:
+        signal.signal(signal.SIGTERM, handler)
+
+
 def _connect(address: str) -> None:
     """Connect this process; retry if the server process that Ray starts for it crashes.
 
@@ -138,4 +146,5 @@ def _connect(address: str) -> None:
                 raise
             log.warning("Ray failed to start its server for this process; retrying")
         else:
+            _remove_sigterm_report()
             return
