@@ -316,6 +316,8 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
             "network" + ("" if trial else " (--check-model measures the total)"),
         ),
     ]
+    if padding := _padding_text(job):
+        rows.append(("note", padding))
     if model.stochastic:
         rows.append(("note", STOCHASTIC))
     rows += [("warning", line) for line in job.all_warnings]
@@ -332,6 +334,30 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
             )
         )
     return rows
+
+
+def _padding_text(job: CheckedJob) -> str:
+    """Return which axes are shorter than the patch, and what the rest of it is filled with."""
+    keys, names = job.record.job, [axis.name for axis in job.record.images[0].spatial_axes]
+    shorter = [
+        {n: (p, s) for n, p, s in zip(names, plan.input_patch, plan.volume.shape) if p > s}
+        for plan in job.plans
+    ]
+    if not any(shorter):
+        return ""
+    axes = next(filter(None, shorter))
+    texts = [f"{name} ({patch} of {size} voxels)" for name, (patch, size) in axes.items()]
+    count = sum(map(bool, shorter))
+    several = f" for {count} of {len(shorter)} volumes" if len(shorter) > 1 else ""
+    filled = (
+        f"pad_value, {keys.pad_value:g}"
+        if keys.pad_mode == "constant"
+        else f"voxels of the volume (pad_mode {keys.pad_mode})"
+    )
+    return (
+        f"the patch is larger than the volume along {', '.join(texts)}{several}; the rest of it is "
+        f"filled with {filled}"
+    )
 
 
 def _stored_key(job: CheckedJob) -> str:
