@@ -340,7 +340,11 @@ def _padding_text(job: CheckedJob) -> str:
     """Return which axes are shorter than the patch, and what the rest of it is filled with."""
     keys, names = job.record.job, [axis.name for axis in job.record.images[0].spatial_axes]
     shorter = [
-        {n: (p, s) for n, p, s in zip(names, plan.input_patch, plan.volume.shape) if p > s}
+        {
+            n: (p, s)
+            for n, p, s in zip(names, plan.input_patch, plan.volume.shape, strict=True)
+            if p > s
+        }
         for plan in job.plans
     ]
     if not any(shorter):
