@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from chunkq.errors import JobError
+from chunkq.web_requests import RECEIVED
 
 VARIABLE = "CHUNKQ_CACHE_BYTES"
 """Environment variable with the size of the cache (bytes)."""
@@ -48,7 +49,10 @@ def context() -> Any:
 
 
 class FetchCounter:
-    """Counts what this process fetches through tensorstore. Its methods are thread-safe."""
+    """Counts what this process fetches through tensorstore, and from web servers through fsspec.
+
+    Its methods are thread-safe.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -65,7 +69,7 @@ def _total() -> Fetched:
     """Return what this process has fetched since it started."""
     import tensorstore as ts
 
-    requests = received = 0
+    requests, received = RECEIVED.total()
     for metric in ts.experimental_collect_matching_metrics("/tensorstore/kvstore/"):
         kind = metric["name"].rpartition("/")[2]
         value = _sum(metric["values"])

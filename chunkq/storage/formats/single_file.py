@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from chunkq.errors import ErrorCode, StoreError
 from chunkq.paths import is_url, is_web, open_filesystem, without_secret
 from chunkq.storage.array import Voxels
 from chunkq.storage.formats.base import missing_error, unreadable_error
+from chunkq.web_requests import CountedStream
 
 SPATIAL_RANK = 3
 """The last axes of a file at a URL that are read in one request; one per index of the others."""
@@ -53,8 +54,10 @@ class SingleFile:
         if self.path.startswith("memory://"):  # whose files share one position
             return io.BytesIO(self.filesystem.cat_file(self.inner))
         # fsspec streams a response of a web server if there are no blocks.
-        options = {"block_size": 0} if is_web(self.path) else {"block_size": STREAM_BYTES}
-        file: BinaryIO = self.filesystem.open(self.inner, "rb", **options)
+        if is_web(self.path):
+            stream = CountedStream(self.filesystem.open(self.inner, "rb", block_size=0))
+            return cast(BinaryIO, stream)
+        file: BinaryIO = self.filesystem.open(self.inner, "rb", block_size=STREAM_BYTES)
         return file
 
     def require_parts(self, advice: str = "download the file, or convert it to Zarr") -> None:
