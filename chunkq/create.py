@@ -29,6 +29,7 @@ from chunkq.plan.item_tasks import ItemTasks
 from chunkq.plan.plan import Costs, Plan, total_costs
 from chunkq.plan.pyramid import Pyramid
 from chunkq.storage.formats.precomputed_metadata import INFO
+from chunkq.storage.formats.single_file import replaced_text
 from chunkq.storage.images import ImageSource
 from chunkq.storage.objects import ObjectFolder
 
@@ -271,11 +272,9 @@ def _check_same(stored: JobRecord, record: JobRecord) -> None:
         )
     pairs = zip(stored.sources, _flat_identities(stored), _flat_identities(record), strict=True)
     problems = [
-        f"input: {without_secret(source.path)} was replaced since {output} was produced "
-        "(its size or time of change differs); restore it together with its time, or use "
-        "--overwrite to start again"
-        for source, identity_then, identity_now in pairs
-        if identity_then != identity_now
+        f"input: {replaced_text(source.path, f'{output} was produced', before, now)}"
+        for source, before, now in pairs
+        if before != now
     ]
     if problems:
         raise JobError(problems, code=ErrorCode.INPUT_CHANGED)

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shlex
 import shutil
+import subprocess
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -453,6 +455,22 @@ def test_produce_reports_an_input_of_the_same_shape_that_was_replaced(
         2, ErrorCode.INPUT_CHANGED, "in.npy ", "--overwrite"
     )
     assert code_of(workspace.job.check_inputs) == ErrorCode.INPUT_CHANGED
+
+
+def test_an_input_that_was_restored_without_its_time_continues_with_the_named_command(
+    tmp_path: Path,
+) -> None:
+    workspace = make_workspace(tmp_path)
+    np.save(tmp_path / "in.npy", random_volume(SHAPE))
+    workspace.write_job(input="in.npy")
+    workspace.call("produce", "job.json").ok()
+    time = (tmp_path / "in.npy").stat().st_mtime_ns
+    os.utime(tmp_path / "in.npy", ns=(time, time + 1))
+    refusal = workspace.call("produce", "job.json")
+    refusal.refused(2, ErrorCode.INPUT_CHANGED, "in.npy ", "--overwrite")
+    command = refusal.err.split("`")[1]
+    subprocess.run(shlex.split(command), check=True)
+    workspace.call("produce", "job.json").ok()
 
 
 def test_finalize_warns_about_a_missing_input(inferred: Workspace) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from chunkq.access import DEFAULT_ACCESS
-from chunkq.storage.chunk_cache import Fetched, FetchCounter
+from chunkq.storage.chunk_cache import FetchCounter, Fetched
 from chunkq.storage.formats.file_ranges import Range, open_binary, read_ranges
 from chunkq.storage.formats.single_file import SingleFile
 from tests.harness.networks import toy_model
