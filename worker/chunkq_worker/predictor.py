@@ -46,6 +46,7 @@ from chunkq.storage.images import ImageSource, source_of
 from chunkq.storage.remedies import PYTHON
 from chunkq.storage.selection import Picks, Selection
 from chunkq.summaries import html_table, lengths, one_line
+from chunkq.timing.report import Report
 from chunkq_worker.device import get_device
 from chunkq_worker.imported_classes import class_name
 from chunkq_worker.inference_engine import ENGINES_CACHED, InferenceEngine
@@ -432,7 +433,7 @@ class Predictor:
         mask: Any = None,
         overwrite: bool = False,
         progress: Progress = None,
-    ) -> dict[str, Any]:
+    ) -> Report:
         """Write the result as a sealed OME-Zarr image with its job folder; return the report.
 
         Run the job with this input in this process, without a queue. If the volume is a path, an
