@@ -27,7 +27,7 @@ from chunkq_producer.job_plan import plan_job, with_model_check
 LABEL_COLUMNS, NARROW_LABEL_COLUMNS, WIDE = 20, 14, 60
 """Columns of the labels, on terminals of at least `WIDE` columns and on narrower ones."""
 TASKS_COLOR = "tab:orange"
-"""Color of chunks that are not known to be empty, beside others that are."""
+"""Color of chunks to run, beside others that are known to be empty."""
 
 
 @click.command()
@@ -98,11 +98,14 @@ def _save_plot(job: CheckedJob, path: Path) -> None:
         ) from None
     names = [axis.name for axis in job.record.largest_item.image.spatial_axes]
     tasks = job.tasks[job.record.largest_item.number]
-    layers = []
-    if tasks.counts is not None:
-        name = f"{tasks.costs.chunks} of them not empty"
-        layers.append(Layer(name, TASKS_COLOR, tasks.counts > 0))
-    figure = draw_plan(tasks.plan, names, layers)
+    count = len(job.plans)
+    which = f" of one of {count} volumes or time points" if count > 1 else ""
+    layers, chunks = [], f"{tasks.costs.chunks} chunks to run{which}"
+    skipped = tasks.plan.costs.chunks - tasks.costs.chunks
+    if tasks.counts is not None and skipped:
+        layers.append(Layer(chunks, TASKS_COLOR, tasks.counts > 0))
+        chunks = f"{skipped} chunks known to be empty, seen where none to run hides them"
+    figure = draw_plan(tasks.plan, names, layers, chunks)
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:  # ValueError: a suffix of no format
