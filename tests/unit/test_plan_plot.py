@@ -66,7 +66,7 @@ def test_a_layer_is_drawn_where_one_of_its_chunks_lies() -> None:
     figure = draw_plan(plan, "zyx", [Layer("empty chunks", "gray", empty)])
     for axes, shape in zip(figure.axes, [(1000, 2), (1000, 3), (2, 3)], strict=True):
         [mesh] = [c for c in axes.collections if isinstance(c, QuadMesh)]
-        colors = mesh.get_facecolor().reshape(-1, 4)
+        colors = mesh.get_array().reshape(-1, 4)  # before it is drawn, faces have none
         assert len(colors) <= np.prod(np.minimum(shape, MAX_CELLS))
         [shown] = colors[colors[:, 3] > 0]
         [legend] = figure.legends
