@@ -30,7 +30,8 @@ from benchmarks.network import make_job
 from benchmarks.protocols import PROTOCOLS
 from benchmarks.turns import THREADS, Figures, Turn
 from chunkq.blend.weights import built_in_weights
-from chunkq.job.job_file import Job, load_job
+from chunkq.job.job_file import Job
+from chunkq.job.job_reading import load_job
 from chunkq.job.resolve import resolve
 from chunkq.storage.images import find_source
 

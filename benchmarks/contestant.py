@@ -24,9 +24,11 @@ import tensorstore as ts
 import torch
 
 from benchmarks.turns import THREADS, Figures
-from chunkq.job.job_file import Job, load_job
+from chunkq.job.job_file import Job
+from chunkq.job.job_reading import load_job
 from chunkq.job.resolve import resolve
-from chunkq.plan.plan import Patch, Plan
+from chunkq.plan.chunk import Patch
+from chunkq.plan.plan import Plan
 from chunkq.storage.images import find_source
 
 Contestant = Callable[[Job, str], Callable[[], Figures]]

@@ -29,7 +29,7 @@ from benchmarks.contestant import chunkq
 from benchmarks.network import make_job
 from benchmarks.turns import THREADS
 from chunkq.blend.combine import add_weighted
-from chunkq.job.job_file import load_job
+from chunkq.job.job_reading import load_job
 
 SHAPE = (224, 160, 160)
 WATCHED = (

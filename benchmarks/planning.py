@@ -33,7 +33,8 @@ from chunkq.job.record import JobRecord
 from chunkq.job.resolve import resolve
 from chunkq.job.task_records import Commit
 from chunkq.job.tasks import Task, chunk_name
-from chunkq.plan.plan import Plan, Volume
+from chunkq.plan.plan import Plan
+from chunkq.plan.volume import Volume
 from chunkq.queue.backends.rq.names import rq_id
 from chunkq.queue.backends.sqlite import SqliteExecutor
 from chunkq.storage.images import ImageSource

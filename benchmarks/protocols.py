@@ -35,7 +35,9 @@ from chunkq.geometry.box import Box
 from chunkq.job.job_file import Job, parse_job
 from chunkq.job.resolve import resolve
 from chunkq.job.user_code import load_blend_weights
-from chunkq.plan.plan import Chunk, Patch, Plan, Volume
+from chunkq.plan.chunk import Chunk, Patch
+from chunkq.plan.plan import Plan
+from chunkq.plan.volume import Volume
 from chunkq.storage.images import find_source
 
 PENDING = 64 << 20

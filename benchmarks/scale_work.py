@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from benchmarks.scale_inputs import Inputs
 from chunkq.job.job_file import parse_job
 from chunkq.job.resolve import resolve
-from chunkq.plan.plan import Plan, Volume
+from chunkq.plan.plan import Plan
+from chunkq.plan.volume import Volume
 from chunkq.queue.backends.rq.executor import MAX_QUEUED
 
 SMALL_READS, SMALL_WRITES = 7, 2

@@ -27,7 +27,8 @@ from benchmarks.queues import queue_servers
 from chunkq.create import check_job, create_job
 from chunkq.enqueue import enqueue
 from chunkq.finalize import finalize_job
-from chunkq.job.job_file import Job, load_job
+from chunkq.job.job_file import Job
+from chunkq.job.job_reading import load_job
 from chunkq.queue.contract.executor import WorkerOptions
 from chunkq.queue.registry import open_executor
 

@@ -21,8 +21,8 @@ from typing import Any
 from chunkq_worker.child_env import child_env
 
 from benchmarks.network import make_job
-from chunkq.job.job_file import load_job
 from chunkq.job.job_handle import open_job
+from chunkq.job.job_reading import load_job
 
 ROUNDS, SHAPE, EDGE, TIMEOUT = 5, (224, 160, 160), 64, 600.0
 

@@ -28,7 +28,7 @@ from chunkq.storage.formats.zarr_nodes import read_node
 from chunkq.storage.images import ImageSource, find_array, source_of
 from chunkq.storage.objects import ObjectFolder
 from chunkq.storage.staged import Slabs, StagedCopy
-from chunkq.writers.base import ExportWriter, ImageToWrite, StoredValues, WriterOptions
+from chunkq.writers.base import ExportWriter, FileWriter, ImageToWrite, StoredValues, WriterOptions
 from chunkq.writers.copying import copy_image
 from chunkq.writers.file_space import FileSpace, file_space
 from chunkq.writers.partial import Partial, check_target, partial_output
@@ -136,8 +136,9 @@ def convert(
     writer, target = conversion.writer, conversion.target
     for note in writer.notes:
         emit(Message(f"chunkq: warning: {note}"))
-    check_target(target, is_file=writer.is_file, overwrite=overwrite)
-    with partial_output(target, is_file=writer.is_file, overwrite=overwrite) as partial:
+    is_file = isinstance(writer, FileWriter)
+    check_target(target, is_file=is_file, overwrite=overwrite)
+    with partial_output(target, is_file=is_file, overwrite=overwrite) as partial:
         array = WholeImage(conversion.source, _opened(conversion.source, partial, emit))
         identity = conversion.identity
         first = partial.steps(identity) if writer.is_resumable else 0

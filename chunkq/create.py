@@ -25,8 +25,9 @@ from chunkq.job.stored_images import check_outputs, new_record
 from chunkq.job.tasks import JobId
 from chunkq.job.user_code import load_blend_weights
 from chunkq.paths import is_url, is_web, open_filesystem, without_secret
+from chunkq.plan.costs import Costs, total_costs
 from chunkq.plan.item_tasks import ItemTasks
-from chunkq.plan.plan import Costs, Plan, total_costs
+from chunkq.plan.plan import Plan
 from chunkq.plan.pyramid import Pyramid
 from chunkq.storage.formats.precomputed_metadata import INFO
 from chunkq.storage.formats.single_file import replaced_text

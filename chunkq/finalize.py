@@ -22,9 +22,9 @@ from chunkq.job.job_handle import ItemHandle, JobHandle
 from chunkq.job.model_config import STOCHASTIC
 from chunkq.job.task_records import Commit
 from chunkq.job.tasks import chunk_count
+from chunkq.plan.chunk import Index
 from chunkq.plan.footprint import largest_footprint
 from chunkq.plan.output_text import output_values
-from chunkq.plan.plan import Index
 from chunkq.queue.contract.executor import Attempt
 from chunkq.seams import Seam, measure_seams
 from chunkq.stages.base import Stage, TaskKey

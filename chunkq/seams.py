@@ -79,19 +79,20 @@ def measure_seams(job: JobHandle) -> list[Seam]:
 def _measure(job: JobHandle, number: int, output: OutputSpec) -> Iterator[Seam]:
     """Yield the differences along each axis of an output that has borders."""
     rank = job.record.plan().rank
-    arrays = [
-        job.output.image(image, number).open_present(cached=True) for image in job.record.images
-    ]
+    arrays = [job.output.image(image, number).open_present() for image in job.record.images]
     sums, corners, pairs = np.zeros((rank, 2)), [0] * rank, [0] * rank
-    for item, border in _selected(job, number):
-        array = arrays[item.item.image.number]
-        stored = item.outputs[number]
-        layers = [stored.read(array, box) for box in (border.at_border, border.inside)]
-        at = layers[0].ndim - rank + border.axis
-        differences = [_difference(v, at, is_labels=output.combine in LABELS) for v in layers]
-        sums[border.axis] += differences
-        pairs[border.axis] += layers[0].size // 2
-        corners[border.axis] += 1
+    for item, borders in _selected(job, number):
+        boxes = [box for border in borders for box in (border.at_border, border.inside)]
+        layers = iter(item.outputs[number].read(arrays[item.item.image.number], boxes))
+        for border in borders:
+            at_border, inside = next(layers), next(layers)
+            at = at_border.ndim - rank + border.axis
+            sums[border.axis] += [
+                _difference(values, at, is_labels=output.combine in LABELS)
+                for values in (at_border, inside)
+            ]
+            pairs[border.axis] += at_border.size // 2
+            corners[border.axis] += 1
     for axis in range(rank):
         if corners[axis]:
             name = job.record.images[0].spatial_axes[axis].name
@@ -99,8 +100,8 @@ def _measure(job: JobHandle, number: int, output: OutputSpec) -> Iterator[Seam]:
             yield Seam(output.name, name, corners[axis], pairs[axis], *means)
 
 
-def _selected(job: JobHandle, number: int) -> Iterator[tuple[ItemHandle, Border]]:
-    """Yield borders about corners of all items, which are evenly shared among these."""
+def _selected(job: JobHandle, number: int) -> Iterator[tuple[ItemHandle, tuple[Border, ...]]]:
+    """Yield the borders about each of some corners, which are evenly shared among all items."""
     rank = job.record.plan().rank
     limit = MAX_BORDERS // (rank * 2 ** (rank - 1))  # borders that meet at a corner
     counts = [count_corners(item.plan.of_output(number)) for item in job.items]
@@ -112,7 +113,7 @@ def _selected(job: JobHandle, number: int) -> Iterator[tuple[ItemHandle, Border]
         before += count
         pairs = 2 * MIN_PAIRS * share // wanted if wanted else 0
         for borders in select_corners(item.plan.of_output(number), share, pairs):
-            yield from ((item, border) for border in borders)
+            yield item, borders
 
 
 def _difference(values: npt.NDArray[np.generic], axis: int, *, is_labels: bool) -> float:
@@ -120,4 +121,5 @@ def _difference(values: npt.NDArray[np.generic], axis: int, *, is_labels: bool) 
     first, second = np.split(values, 2, axis)
     if is_labels:
         return float(np.count_nonzero(first != second))
-    return float(np.abs(first.astype(np.float64) - second.astype(np.float64)).sum())
+    differences = np.subtract(first, second, dtype=np.float64)
+    return float(np.abs(differences, out=differences).sum())

@@ -23,7 +23,7 @@ from chunkq.job.object_checksums import decode_checksums, encode_checksums
 from chunkq.job.output_documents import Damage, WrittenDocument
 from chunkq.job.output_layouts import ARRAY_DOCUMENTS
 from chunkq.job.task_records import EXPORT, Commit
-from chunkq.plan.plan import Index
+from chunkq.plan.chunk import Index
 from chunkq.stages.base import Stage, TaskKey
 from chunkq.stages.registry import stages
 from chunkq.storage.formats.zarr_writing import NOT_STORED, object_checksum

@@ -21,7 +21,8 @@ from chunkq.blend.weight_profiles import LOG_PROFILES
 from chunkq.geometry.box import Box
 from chunkq.job.job_file import parse_job
 from chunkq.job.resolve import resolve
-from chunkq.plan.plan import Plan, Volume
+from chunkq.plan.plan import Plan
+from chunkq.plan.volume import Volume
 
 SCHEMES = MappingProxyType({"light": "#22252b", "dark": "#e2e4e9"})
 """Scheme of the site -> color of lines and text."""

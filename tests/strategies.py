@@ -14,7 +14,8 @@ from chunkq.images.poses import Poses
 from chunkq.job.job_file import Job, parse_job
 from chunkq.job.resolve import resolve
 from chunkq.job.user_code import load_blend_weights
-from chunkq.plan.plan import Plan, Volume
+from chunkq.plan.plan import Plan
+from chunkq.plan.volume import Volume
 from tests import reference as ref
 
 PAD_MODES = ("constant", "reflect", "symmetric", "edge")

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.borders import small, whole_volume
 from benchmarks.contestant import chunkq, read
-from chunkq.job.job_file import load_job
+from chunkq.job.job_reading import load_job
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 

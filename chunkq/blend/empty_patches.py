@@ -19,7 +19,8 @@ from chunkq.blend.patch_weights import PatchWeights
 from chunkq.blend.rules import rule_of
 from chunkq.blend.weights import Weights, multiply_out
 from chunkq.geometry.box import Box
-from chunkq.plan.plan import Chunk, Index, Patch, Plan
+from chunkq.plan.chunk import Chunk, Index, Patch
+from chunkq.plan.plan import Plan
 from chunkq.system import buffers
 
 Floats = npt.NDArray[np.floating]

@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 from chunkq.blend.combine import Array
 from chunkq.blend.weights import Neighbors, ProductWeights, Weights, multiply_out, neighbors
-from chunkq.plan.plan import Patch, Plan
+from chunkq.plan.chunk import Patch
+from chunkq.plan.plan import Plan
 from chunkq.system import buffers
 
 MAP_CACHE_BYTES = 256 << 20

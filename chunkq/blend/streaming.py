@@ -10,8 +10,9 @@ import numpy.typing as npt
 from chunkq.blend.empty_patches import EmptyChunks
 from chunkq.blend.sums import Contribution, finalize_sums
 from chunkq.geometry.box import Box
+from chunkq.plan.chunk import Chunk, Index, Piece
 from chunkq.plan.empty_rule import Bools
-from chunkq.plan.plan import Chunk, Index, Piece, Plan
+from chunkq.plan.plan import Plan
 from chunkq.system import buffers
 
 Values = npt.NDArray[Any]

@@ -19,9 +19,10 @@ from chunkq.blend.empty_patches import EmptyChunks, add_share
 from chunkq.blend.patch_weights import PatchWeights
 from chunkq.blend.rules import rule_of
 from chunkq.geometry.box import Box
+from chunkq.plan.chunk import Chunk, Index, Patch, Piece
 from chunkq.plan.empty_rule import Bools
 from chunkq.plan.footprint import SLAB_BYTES
-from chunkq.plan.plan import Chunk, Index, Patch, Piece, Plan
+from chunkq.plan.plan import Plan
 from chunkq.system import buffers
 
 

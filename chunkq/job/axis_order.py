@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Any
 
 from chunkq.job.model_config import ModelConfig
-from chunkq.plan.plan import Volume
+from chunkq.plan.volume import Volume
 
 EITHER_ORDER = ("tensorflow", "onnx")
 """Runtimes whose networks and shapes can have channels first or last."""

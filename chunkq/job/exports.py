@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from chunkq.errors import JobError
 from chunkq.job.items import Image
@@ -12,9 +13,9 @@ from chunkq.job.output_name import SLP, table_suffix
 from chunkq.job.record import JobRecord
 from chunkq.job.stored_images import output_axes
 from chunkq.paths import join
-from chunkq.writers.base import ExportWriter, ImageToWrite, StoredValues, WriterOptions
-from chunkq.writers.file_space import file_space
-from chunkq.writers.registry import WRITERS
+
+if TYPE_CHECKING:
+    from chunkq.writers.base import FileWriter
 
 ERRORS = "errors.parquet"
 """Name of the table of errors, in the folder of the job's epoch."""
@@ -73,13 +74,17 @@ def _tables(record: JobRecord) -> Iterator[ExportedFile]:
     yield ExportedFile(record.job.output, image, TABLE_NUMBER, ())
 
 
-def writers(record: JobRecord, file: ExportedFile) -> list[ExportWriter]:
+def writers(record: JobRecord, file: ExportedFile) -> list[FileWriter]:
     """Return the writer of each output of a file. Raises StoreError if the format lacks it."""
     name = record.file_name
     if name is None:
         raise ValueError("the output of the job is Zarr")
+    from chunkq.writers.base import ImageToWrite, StoredValues, WriterOptions
+    from chunkq.writers.file_space import file_space
+    from chunkq.writers.registry import FILE_WRITERS
+
     plan = record.image_plan(file.image)
-    file_writers: list[ExportWriter] = []
+    file_writers: list[FileWriter] = []
     for number in file.outputs:
         view = plan.of_output(number)
         spec, scale = view.output, plan.outputs[number].scale
@@ -100,7 +105,7 @@ def writers(record: JobRecord, file: ExportedFile) -> list[ExportWriter]:
             values=None if values is None else StoredValues(values.scale, values.offset),
         )
         options = WriterOptions(dataset=spec.name)
-        file_writers.append(WRITERS[name.format](image, file.path, options))
+        file_writers.append(FILE_WRITERS[name.format](image, file.path, options))
     return file_writers
 
 

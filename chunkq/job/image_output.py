@@ -202,12 +202,9 @@ class ImageOutput:
         self.check(name)
         return self._layout.open(join(self.path, name), self._documents[level])
 
-    def open_present(self, *, cached: bool = False) -> Array:
-        """Open the array of level 0 for reading, sealed or not.
-
-        `cached` keeps storage chunks in the cache of this process. Raises StoreError.
-        """
-        return self._layout.open_present(self.present_path, self._documents[0], cached=cached)
+    def open_present(self) -> Array:
+        """Open the array of level 0 for reading, sealed or not. Raises StoreError."""
+        return self._layout.open_present(self.present_path, self._documents[0])
 
     def check(self, name: str) -> None:
         """Raise StoreError unless the array's metadata are those that were created.

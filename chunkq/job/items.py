@@ -14,7 +14,7 @@ from chunkq.geometry.axes import Axis
 from chunkq.job.axis_order import declared_channels
 from chunkq.job.job_file import Job
 from chunkq.paths import without_secret
-from chunkq.plan.plan import Volume
+from chunkq.plan.volume import Volume
 from chunkq.storage.array import Array
 from chunkq.storage.images import ImageSource, find_source
 

@@ -1,26 +1,20 @@
-"""Job file: strict, frozen pydantic models. Validation does not read the volumes."""
+"""The keys of a job file: strict, frozen pydantic models. Validation reads no volumes."""
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, ValidationError, model_validator
 
-from chunkq.errors import ArgumentError, JobError
+from chunkq.errors import JobError
 from chunkq.geometry.grids import Edge
 from chunkq.geometry.padding import PadMode
 from chunkq.images.image_spec import ImageSpec
 from chunkq.images.sleap_package import folder_of
-from chunkq.job.class_names import with_class_names
+from chunkq.job.cluster_config import DaskConfig, RayConfig
 from chunkq.job.fields import (
     Fill,
     InferenceType,
@@ -39,8 +33,8 @@ from chunkq.job.fields import (
     key_doc,
 )
 from chunkq.job.image_config import GUIDE, ImageConfig, Keep, PeaksConfig, TruthConfig
-from chunkq.job.image_job import IMAGE, is_over_images, with_image_defaults
-from chunkq.job.job_path import canonical, without_format
+from chunkq.job.image_job import IMAGE, with_image_defaults
+from chunkq.job.job_path import without_format
 from chunkq.job.job_problems import job_problems
 from chunkq.job.model_config import ModelConfig
 from chunkq.job.output_config import (
@@ -52,101 +46,10 @@ from chunkq.job.output_config import (
     PyramidConfig,
     ValueRange,
 )
-from chunkq.job.output_name import check_new_output
-from chunkq.paths import absolute_input
 from chunkq.plan.outputs import Activation, Combine
 
 SCHEMA_FILE = Path(__file__).with_name("job_file.schema.json")
 """JSON schema of the job file, for editors. `docs/job_file_page.py` writes it."""
-
-
-class DaskConfig(Section):
-    """Options to connect to a Dask cluster or to start one."""
-
-    address: Annotated[
-        str | None,
-        key_doc(
-            "Cluster",
-            "Scheduler of a running cluster: `HOST`, `HOST:PORT` or `tcp://HOST:PORT`.",
-            example="login1:8786",
-            unit=None,
-            omitted="none; set it for `cluster: running`",
-        ),
-    ] = None
-    protocol: Annotated[
-        Literal["tcp", "tls", "ucx"],
-        key_doc(
-            "Cluster",
-            "Transport between the processes of the cluster. `ucx` needs the package "
-            "distributed-ucxx and has no encryption.",
-            example="tls",
-            unit=None,
-        ),
-    ] = "tcp"
-    interface: Annotated[
-        str | None,
-        key_doc(
-            "Cluster",
-            "Network interface between the nodes.",
-            example="ib0",
-            unit=None,
-            omitted="chosen by Dask",
-        ),
-    ] = None
-    scheduler_port: Annotated[
-        Positive,
-        key_doc(
-            "Cluster",
-            "Port of the scheduler. A cluster that `chunkq run` creates uses any free port unless "
-            "this is set.",
-            example=8787,
-            unit=None,
-        ),
-    ] = 8786
-    n_workers: Annotated[
-        Positive | None,
-        key_doc(
-            "Cluster",
-            "Worker processes on each node of a cluster that `chunkq run` creates.",
-            example=4,
-            unit="processes",
-            omitted="one per GPU, or one without GPUs",
-        ),
-    ] = None
-    threads_per_worker: Annotated[
-        Positive | None,
-        key_doc(
-            "Cluster",
-            "Chunks in flight in each worker process.",
-            example=2,
-            unit="chunks",
-            omitted="the default of `--depth`",
-        ),
-    ] = None
-
-
-class RayConfig(Section):
-    """Options to connect to a Ray cluster or to start one."""
-
-    address: Annotated[
-        str | None,
-        key_doc(
-            "Cluster",
-            "Head of a running cluster: `HOST` or `HOST:PORT`.",
-            example="login1:6379",
-            unit=None,
-            omitted="none; set it for `cluster: running`",
-        ),
-    ] = None
-    port: Annotated[
-        Positive,
-        key_doc(
-            "Cluster",
-            "Port of the head.",
-            example=6380,
-            unit=None,
-        ),
-    ] = 6379
 
 
 class Job(Section):
@@ -794,153 +697,16 @@ class Job(Section):
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
-def select_job_file(job: Path | None, config: Path | None) -> Path:
-    """Return the job file of a command: its argument JOB, or the value of its option -c.
-
-    Raises JobError unless exactly one of them is given.
-    """
-    if job is not None and config is not None:
-        raise JobError(f"-c: found {config} beside the job file {job}; use one of them")
-    path = job or config
-    if path is None:
-        raise JobError("JOB: missing; name a YAML or JSON job file, `chunkq init` writes one")
-    return path
-
-
-def load_job(
-    source: str | Path | Mapping[str, Any],
-    *,
-    input: str | None = None,
-    output: str | None = None,
-) -> Job:
-    """Read a job from a YAML file, a JSON file or a mapping, and make its paths absolute.
-
-    Paths in a file are relative to the file's folder. Paths in a mapping, and the arguments
-    `input` and `output`, which replace those of the job, are relative to the working directory.
-    Raises JobError with one line per mistake.
-    """
-    values = job_values(source)
-    if input is not None:
-        volume = absolute_input(input, Path.cwd()) if input else ""
-        mapping = values.get("input")
-        values["input"] = {**mapping, "path": volume} if isinstance(mapping, dict) else volume
-    if output is not None:
-        values["output"] = canonical(output, Path.cwd()) if output else ""
-    return _parse_with_output(values)
-
-
-def job_values(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of a job file or a mapping, with absolute paths and not validated.
-
-    Raises ArgumentError for a source of another type, and JobError for an unreadable file.
-    """
-    # Most commands read no job file.
-    from chunkq.job.absolute_paths import make_absolute
-    from chunkq.job.job_document import read_document
-
-    if isinstance(source, Mapping):
-        values, base = dict(source), Path.cwd()
-    elif isinstance(source, (str, os.PathLike)):
-        path = Path(os.path.expanduser(source))
-        values, base = read_document(path), path.absolute().parent
-    else:
-        raise ArgumentError(
-            "job: expected the path of a job file or a dict of its keys, found "
-            f"{type(source).__name__}"
-        )
-    make_absolute(values, base)
-    return with_class_names(values, base)
-
-
-def _parse_with_output(values: Mapping[str, Any]) -> Job:
-    """Validate a mapping, including the canonical form of its output path.
-
-    Raises JobError with one line per mistake.
-    """
-    output, problem = values.get("output"), None
-    if isinstance(output, str) and output:
-        try:
-            check_new_output(output, Path("/"), is_table=is_over_images(values))
-        except JobError as error:
-            problem = error
-    try:
-        job = parse_job(values)
-    except JobError as error:
-        if problem is None or any(line.startswith("output: ") for line in error.problems):
-            raise
-        raise JobError([*error.problems, *problem.problems], code=error.code) from None
-    if problem is not None:
-        raise problem
-    return job
-
-
 def parse_job(values: Mapping[str, Any]) -> Job:
     """Validate a mapping with absolute paths. Raises JobError with one line per mistake."""
     values = with_image_defaults(values)
     try:
         return Job.model_validate(values)
     except ValidationError as error:
-        errors = _independent(error.errors())
-    from chunkq.job.error_lines import error_line, without_branches  # of invalid jobs only
+        from chunkq.job.invalid_job import invalid_job_error  # of invalid jobs only
 
-    has_one_input = not isinstance(values.get("input"), (list, tuple))
-    for detail in errors:
-        detail["loc"] = without_branches(detail["loc"], has_one_input=has_one_input)
-    lines = [error_line(error) for error in errors]
-    raise JobError([*lines, *_combination_problems(values, [error["loc"] for error in errors])])
-
-
-def _independent(errors: list[Any]) -> list[Any]:
-    """Return pydantic's errors without those of lists that are too short without invalid items."""
-    return [
-        error
-        for error in errors
-        if error["type"] != "too_short"
-        or not any(e["loc"][:-1][: len(error["loc"])] == error["loc"] for e in errors)
-    ]
-
-
-PLACEHOLDER_MODEL = MappingProxyType(
-    {"runtime": "torch", "type": "torchscript", "model_input_shape": [1]}
-)
-
-
-def _combination_problems(
-    values: Mapping[str, Any], invalid: list[tuple[int | str, ...]]
-) -> list[str]:
-    """Check the combinations of the valid keys; placeholders replace required invalid keys.
-
-    pydantic skips these checks if any key is invalid. `invalid` has the locations of these keys.
-    """
-    invalid = [location for location in invalid if location]
-    model = values.get("model_config")
-    model = dict(model) if isinstance(model, dict) else {"ts_file": "/"}
-    valid = dict(values)
-    for section, *inner in invalid:
-        if section == "model_config" and inner:
-            model.pop(str(inner[0]), None)
-        else:
-            valid.pop(str(section), None)
-    if "type" not in model:
-        model["ts_file"] = "/"
-    valid = {"input": "/", "output": "/", **valid, "model_config": {**PLACEHOLDER_MODEL, **model}}
-    reported = {".".join(map(str, location[:2])) for location in invalid}
-    reported |= {str(location[0]) for location in invalid if location[0] != "model_config"}
-    try:
-        Job.model_validate(valid)
-    except JobError as error:
-        # A line such as "strides: unsupported for inference_type patch" may come from the default
-        # that replaced an invalid inference_type.
-        keys = "|".join(re.escape(str(location[-1])) for location in invalid) or "(?!)"
-        reason = re.compile(rf"\bfor ({keys})\b")
-        return [
-            line
-            for line in error.problems
-            if line.partition(":")[0] not in reported and not reason.search(line)
-        ]
-    except ValidationError:
-        pass
-    return []
+        problem = invalid_job_error(values, error)
+    raise problem
 
 
 def job_schema() -> dict[str, Any]:

@@ -83,9 +83,11 @@ class JobFolder:
 
         Raises JobError if another process has claimed or replaced it.
         """
+        from chunkq.storage.claims import replace  # of commands that change a job
+
         with self.claim(before):
             prepare()
-            if not self.objects.replace(RECORD, before, record.to_json()):
+            if not replace(self.objects, RECORD, before, record.to_json()):
                 raise self._replaced_error()
 
     @contextmanager
@@ -94,7 +96,9 @@ class JobFolder:
 
         Raises JobError if another process holds the claim, or if the record has other content.
         """
-        with self.objects.claim(RECORD, content) as is_claimed:
+        from chunkq.storage.claims import hold_claim
+
+        with hold_claim(self.objects, RECORD, content) as is_claimed:
             if not is_claimed:
                 raise self._replaced_error()
             yield

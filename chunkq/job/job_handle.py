@@ -34,13 +34,14 @@ from chunkq.job.resolve import empty_rule
 from chunkq.job.task_records import RecentCommits
 from chunkq.job.tasks import JobId, Task, chunk_name
 from chunkq.paths import without_secret
+from chunkq.plan.chunk import Chunk, Index
+from chunkq.plan.costs import Costs, total_costs
 from chunkq.plan.item_tasks import ItemTasks
-from chunkq.plan.plan import Chunk, Costs, Index, Plan, total_costs
+from chunkq.plan.plan import Plan
 from chunkq.plan.pyramid import Pyramid
 from chunkq.storage.array import Array
 from chunkq.storage.formats.zarr_writing import WritableArray
 from chunkq.storage.images import ImageSource
-from chunkq.storage.staged import Slabs, StagedCopy
 
 if TYPE_CHECKING:
     from chunkq.blend.weights import Weights
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from chunkq.job.stored_rows import StoredRows
     from chunkq.plan.patch_selection import SkipRules
     from chunkq.storage.mask import Mask
+    from chunkq.storage.staged import StagedCopy
 
 JOBS_CACHED = 8
 MASKS_KEPT = 2
@@ -218,6 +220,8 @@ class ImageHandle:
         source = self.image.sources[number]
         if not source.staged:
             return None
+        from chunkq.storage.staged import Slabs, StagedCopy  # for jobs that need copies
+
         slabs = Slabs.of(source.stored_axes, np.dtype(source.dtype).itemsize)
         # Either an image is alone, or it has one source.
         name = str(self.image.number + number)

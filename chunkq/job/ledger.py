@@ -24,7 +24,7 @@ from chunkq.errors import PieceError
 from chunkq.job.task_records import Commit, Failure, RecentCommits
 from chunkq.job.tasks import chunk_name, parse_chunk
 from chunkq.paths import without_secret
-from chunkq.plan.plan import Index
+from chunkq.plan.chunk import Index
 from chunkq.storage import documents
 from chunkq.storage.objects import PART_BYTES, ObjectFolder
 from chunkq.system import buffers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -72,12 +72,14 @@ class OutputHandle:
         outer = self._stored_box(box)
         return self.target.store(outer, values.reshape(outer.shape))
 
-    def read(self, array: Array, box: Box) -> npt.NDArray[Any]:
-        """Read final voxels ([C,] *box.shape) from the open array of the output.
+    def read(self, array: Array, boxes: Sequence[Box]) -> list[npt.NDArray[Any]]:
+        """Read the final voxels ([C,] *box.shape) of boxes from the open array of the output.
 
-        `box` is not empty. Raises ChunkReadError.
+        No box is empty. What several have in common is read once. Raises ChunkReadError.
         """
-        return array.read(self._stored_box(box)).reshape(self.plan.output_box(box).shape)
+        parts = array.read_together([self._stored_box(box) for box in boxes])
+        shapes = (self.plan.output_box(box).shape for box in boxes)
+        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def object_names(self, box: Box) -> Iterator[str]:
         """Yield the names in the output of the objects that hold a box of voxels, in a fixed order.

@@ -28,7 +28,7 @@ from chunkq.paths import without_secret
 from chunkq.plan.plan import Plan
 from chunkq.storage.array import Array
 from chunkq.storage.codecs import Codec
-from chunkq.storage.formats.base import CACHED
+from chunkq.storage.formats.base import NO_OPTIONS
 from chunkq.storage.formats.precomputed_metadata import (
     INFO,
     SEGMENT_PROPERTIES,
@@ -110,8 +110,8 @@ class OutputLayout(ABC):
         """Open an array for reading and writing. Raises StoreError."""
 
     @abstractmethod
-    def open_present(self, path: str, document: str, *, cached: bool = False) -> Array:
-        """Open an array for reading, `cached` in this process. Raises StoreError."""
+    def open_present(self, path: str, document: str) -> Array:
+        """Open an array for reading. Raises StoreError."""
 
     @abstractmethod
     def attributes(self, image: StoredImage, documents: Mapping[str, str]) -> dict[str, Any]:
@@ -223,10 +223,10 @@ class ZarrLayout(OutputLayout):
         return ZarrFormat().open_for_writing(path, {ZARR_FORMAT: self._format})
 
     @override
-    def open_present(self, path: str, document: str, *, cached: bool = False) -> Array:
+    def open_present(self, path: str, document: str) -> Array:
         from chunkq.storage.formats.zarr import ZarrFormat
 
-        return ZarrFormat().open(path, {CACHED: True} if cached else {})
+        return ZarrFormat().open(path, NO_OPTIONS)
 
     @override
     def attributes(self, image: StoredImage, documents: Mapping[str, str]) -> dict[str, Any]:
@@ -360,10 +360,10 @@ class PrecomputedLayout(OutputLayout):
         return write_scale(path, ScaleDocument.parse(document))
 
     @override
-    def open_present(self, path: str, document: str, *, cached: bool = False) -> Array:
+    def open_present(self, path: str, document: str) -> Array:
         from chunkq.storage.formats.precomputed_writing import ScaleDocument, read_scale
 
-        return read_scale(path, ScaleDocument.parse(document), cached=cached)
+        return read_scale(path, ScaleDocument.parse(document))
 
     @override
     def attributes(self, image: StoredImage, documents: Mapping[str, str]) -> dict[str, Any]:

@@ -32,7 +32,8 @@ from chunkq.job.output_specs import MAX_PATCH_VALUES, NetworkOutput, ResolvedOut
 from chunkq.plan.chunk_choice import choose_chunks, inner_chunk, storage_edge
 from chunkq.plan.empty_rule import EmptyRule
 from chunkq.plan.outputs import HeadName, OutputSpec
-from chunkq.plan.plan import Plan, Volume
+from chunkq.plan.plan import Plan
+from chunkq.plan.volume import Volume
 from chunkq.storage.remedies import JOB_FILE, Remedies
 
 

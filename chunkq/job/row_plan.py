@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from chunkq.geometry.grid_spec import GridSpec
 from chunkq.job.job_file import Job
-from chunkq.plan.plan import Plan, Volume
+from chunkq.plan.plan import Plan
+from chunkq.plan.volume import Volume
 
 CHUNKS = 128
 """Chunks that a list is cut into, if these have a number of rows that is neither small nor large.

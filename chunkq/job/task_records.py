@@ -10,7 +10,7 @@ from operator import attrgetter
 from typing import Any, TypeVar
 
 from chunkq import json_values
-from chunkq.plan.plan import Index
+from chunkq.plan.chunk import Index
 from chunkq.storage import documents
 
 T = TypeVar("T")

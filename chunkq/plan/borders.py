@@ -43,8 +43,8 @@ def select_corners(plan: Plan, limit: int, pairs: int) -> Iterator[tuple[Border,
 
     There are as many corners as give `pairs` pairs of voxels along each axis, or one per
     `BLOCKS_PER_CORNER` blocks if these are more, and at most `limit`. The borders of a corner are
-    in the same storage chunks, so the caller should keep these: whole ones on both sides of the
-    corner where they are shorter than half a block. No pair is in two corners.
+    in the same storage chunks, so the caller should read them together: whole storage chunks on
+    both sides of the corner where they are shorter than half a block. No pair is in two corners.
     """
     planes = [_planes(plan, axis) for axis in range(plan.rank)]
     total = count_corners(plan)

@@ -9,7 +9,7 @@ from math import prod
 import numpy as np
 
 from chunkq.geometry.grids import AxisGeometry
-from chunkq.plan.plan import BLOCKS_PER_BATCH
+from chunkq.plan.costs import BLOCKS_PER_BATCH
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from math import prod
 
-from chunkq.plan.plan import Chunk, Plan
+from chunkq.plan.chunk import Chunk
+from chunkq.plan.plan import Plan
 from chunkq.plan.sample_chunks import sample_chunks
 
 SHARD_COPIES = 3

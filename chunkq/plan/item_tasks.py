@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chunkq.geometry.padding import IntArray
+from chunkq.plan.chunk import Index
+from chunkq.plan.costs import Costs
 from chunkq.plan.empty_rule import Bools
-from chunkq.plan.patch_counts import Counts
-from chunkq.plan.plan import Costs, Index, Plan
+from chunkq.plan.plan import Plan
 
 if TYPE_CHECKING:
     from chunkq.plan.object_sizes import Along, ObjectSizes, StoredSize
+    from chunkq.plan.patch_counts import Counts
 
 
 @dataclass(frozen=True)

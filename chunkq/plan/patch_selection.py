@@ -10,8 +10,9 @@ import numpy.typing as npt
 
 from chunkq.geometry.box import Box
 from chunkq.geometry.grid_spec import GridSpec, Scale
+from chunkq.plan.chunk import Chunk, Patch
 from chunkq.plan.empty_rule import Bools, EmptyRule, occupied_in
-from chunkq.plan.plan import Chunk, Patch, Plan
+from chunkq.plan.plan import Plan
 
 Inside = tuple[Bools | None, ...]
 """For each output which voxels of a box are inside the mask; None if all are."""

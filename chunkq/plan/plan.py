@@ -10,191 +10,25 @@ See docs/design.md, sections "Geometry" and "Blocks and pieces".
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache, cached_property
 from itertools import islice, product
 from math import prod
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from chunkq.geometry.box import Box
 from chunkq.geometry.grid_spec import GridSpec
 from chunkq.geometry.grids import AxisBlock, AxisGeometry, AxisPatch
-from chunkq.geometry.padding import IntArray
-from chunkq.plan.batches import NeededBatches, along, needed_batches, needed_totals, window
+from chunkq.plan.batches import NeededBatches, along, needed_batches, window
+from chunkq.plan.chunk import Chunk, Index, Patch, Piece, upper_offsets
+from chunkq.plan.costs import Costs, costs_of
 from chunkq.plan.outputs import Head, OutputSpec
+from chunkq.plan.volume import Volume
 from chunkq.summaries import html_table, lengths, one_line
-
-Index = tuple[int, ...]
-BLOCKS_PER_BATCH = 1 << 16
-"""Blocks of one axis that are summed in one array operation; bounds the planner's memory."""
-
-
-@dataclass(frozen=True, slots=True)
-class Volume:
-    """Spatial shape in voxels and dtype name of the input.
-
-    For several inputs, `dtype` is their common dtype and `dtypes` lists the dtype of each. Each
-    input has `channels` channels.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    dtypes: tuple[str, ...] = ()
-    channels: int = 1
-
-    @classmethod
-    def joined(cls, volumes: Sequence[Volume]) -> Volume:
-        """Return one volume for several inputs, which have the same shape and channels."""
-        dtypes = tuple(volume.dtype for volume in volumes)
-        if len(dtypes) == 1:
-            return volumes[0]
-        common = np.result_type(*dtypes).name
-        return cls(volumes[0].shape, common, dtypes, volumes[0].channels)
-
-    @property
-    def inputs(self) -> int:
-        """Number of inputs."""
-        return len(self.dtypes) or 1
-
-    @property
-    def voxel_bytes(self) -> int:
-        """Bytes per voxel, summed over the channels of all inputs."""
-        itemsizes = (np.dtype(dtype).itemsize for dtype in self.dtypes or (self.dtype,))
-        return self.channels * sum(itemsizes)
-
-
-@dataclass(frozen=True, slots=True)
-class Patch:
-    """One patch: its grid and its number along each axis.
-
-    `source` is the input window. `target` holds the kept voxels inside the volume, those that the
-    patch predicts. It can be empty in the plan of an output that is narrower than others.
-    """
-
-    grid: int
-    numbers: tuple[int, ...]
-    source: Box
-    target: Box
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Partial sums that chunk `source` stores for block `target`.
-
-    `box` is the part of the target's block that they cover. `name` is unique among the pieces of
-    one target.
-    """
-
-    source: Index
-    target: Index
-    box: Box
-
-    @property
-    def name(self) -> str:
-        """One digit per axis: 1 if the target is one block above the source, else 0."""
-        return "".join(str(t - s) for s, t in zip(self.source, self.target, strict=True))
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """One unit of work.
-
-    block      output voxels that the chunk owns; empty outside of the region of the job
-    interior   part of the block that no other chunk predicts; ends where the block ends
-    core       part of the interior whose storage chunks contain no voxel of the band; ends where
-               the block ends
-    overlap    number of voxels of the next block along each axis that its patches predict
-    region     voxels for which it has sums: the block and the overlap. For a region of the volume,
-               also the voxels outside of it that its patches predict
-    halo       input window of its patches; can extend beyond the volume
-    owned      `owned[g][a]` is the range of its patch numbers of grid g along axis a
-    runs       positions of the patches that it computes among those that it owns; all of them,
-               unless the job has a region
-    """
-
-    index: Index
-    block: Box
-    interior: Box
-    core: Box
-    overlap: Index
-    region: Box
-    halo: Box
-    owned: tuple[tuple[range, ...], ...]
-    runs: tuple[range, ...]
-
-    @property
-    def is_active(self) -> bool:
-        """Return whether the chunk computes a patch; if not, its whole block is band.
-
-        Only active chunks are tasks.
-        """
-        return bool(self.runs)
-
-    @property
-    def patches(self) -> int:
-        """Number of patches that the chunk computes."""
-        return sum(map(len, self.runs))
-
-    @property
-    def has_band(self) -> bool:
-        """Return whether other chunks contribute to the block, which must then be finalized."""
-        return self.block.size > 0 and self.interior != self.block
-
-    @property
-    def band_boxes(self) -> tuple[Box, ...]:
-        """The band as disjoint boxes: the block without its interior."""
-        return tuple(self.block.without_corner(self.interior.start))
-
-    @property
-    def rest_boxes(self) -> tuple[Box, ...]:
-        """The interior voxels whose storage chunks contain band voxels, as disjoint boxes."""
-        return tuple(self.interior.without_corner(self.core.start))
-
-    @property
-    def touched_boxes(self) -> tuple[Box, ...]:
-        """The storage chunks that contain band voxels, as disjoint boxes: block without core."""
-        return tuple(self.block.without_corner(self.core.start))
-
-
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """Work and data volume of a job; bytes count uncompressed voxels.
-
-    `chunks` compute a patch and are tasks. `blocks` also counts those without patches. Of a region
-    there can be more chunks than blocks, because chunks outside of it reach into it.
-    """
-
-    chunks: int
-    blocks: int
-    finalized_blocks: int
-    finalized_voxels: int
-    patches: int
-    input_bytes: int
-    output_bytes: int
-    piece_bytes: int
-
-    @property
-    def store_bytes(self) -> int:
-        """Bytes read and written: input with halos, output, and each piece twice."""
-        return self.input_bytes + self.output_bytes + 2 * self.piece_bytes
-
-
-class HasCosts(Protocol):
-    """A plan, or the tasks of one."""
-
-    @property
-    def costs(self) -> Costs:
-        """Its costs."""
-
-
-def total_costs(parts: Iterable[HasCosts]) -> Costs:
-    """Return the sums of the costs of several plans, or of their tasks."""
-    rows = [astuple(part.costs) for part in parts]
-    return Costs(*map(sum, zip(*rows, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -545,7 +379,7 @@ class Plan:
             return []
         return [
             Piece(chunk.index, target, box)
-            for up in _subsets(self.rank)
+            for up in upper_offsets(self.rank)
             if all(chunk.overlap[a] for a in range(self.rank) if up[a])
             for target, box in [self._upper_neighbor(chunk, up)]
             if box.size
@@ -557,7 +391,7 @@ class Plan:
         pieces: list[Piece] = []
         if not block.size:
             return pieces
-        for up in _subsets(self.rank):
+        for up in upper_offsets(self.rank):
             source = tuple(i - u for i, u in zip(chunk.index, up, strict=True))
             has_band = all(inner[a] > block.start[a] for a in range(self.rank) if up[a])
             if has_band and self.is_active(source):
@@ -595,7 +429,7 @@ class Plan:
     @cached_property
     def costs(self) -> Costs:
         """Exact totals over all chunks. Takes time linear in the blocks along one axis."""
-        return _costs(self)
+        return costs_of(self)
 
     def _upper_neighbor(self, chunk: Chunk, up: Index) -> tuple[Index, Box]:
         """Return the index of an upper neighbor and the part of its block that the chunk predicts.
@@ -618,113 +452,3 @@ def _patch(g: int, along: Sequence[AxisPatch]) -> Patch:
     """Return the patch of a grid that lies so along each axis."""
     numbers, starts, stops, lows, highs = zip(*along, strict=True)
     return Patch(g, numbers, Box(starts, stops), Box(lows, highs))
-
-
-def _subsets(rank: int) -> list[Index]:
-    """Return all non-empty sets of axes as tuples of 0 and 1, in binary counting order."""
-    return list(product((0, 1), repeat=rank))[1:]
-
-
-class _AxisTotals:
-    """Sums over the blocks `[first, stop)` of one axis.
-
-    A total over a box of blocks is a product of such sums.
-    """
-
-    def __init__(self, axis: AxisGeometry, first: int, stop: int) -> None:
-        self.sums = dict.fromkeys(
-            ("length", "interior", "core", "without_band", "upper_overlap", "read"), 0
-        )
-        self.patches = [0] * len(axis.grids)
-        for low in range(first, stop, BLOCKS_PER_BATCH):
-            high = min(low + BLOCKS_PER_BATCH, stop)
-            self._add(axis, np.arange(low, high, dtype=np.int64))
-
-    def _add(self, axis: AxisGeometry, blocks: IntArray) -> None:
-        length = axis.stop(blocks) - axis.start(blocks)
-        band = axis.band(blocks)
-        read_low, read_high = axis.read(blocks)
-        sums = {
-            "length": length,
-            "interior": length - band,
-            "core": length - axis.aligned_band(blocks),
-            "without_band": band == 0,
-            "upper_overlap": axis.upper_overlap(blocks),
-            "read": read_high - read_low,
-        }
-        for key, values in sums.items():
-            self.sums[key] += int(values.sum())
-        for g, grid in enumerate(axis.grids):
-            low, high = grid.owned(blocks, axis.chunk)
-            self.patches[g] += int((high - low).sum())
-
-
-def _ends(numbers: range) -> tuple[int, int]:
-    return numbers.start, numbers.stop
-
-
-class _Totals:
-    """Exact totals over the blocks of a plan."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan, self._totals = plan, cache(_AxisTotals)
-
-    def over(self, boxes: Iterable[Box], *keys: str) -> int:
-        """Return the total over boxes of blocks of the product of one sum per axis."""
-        return sum(
-            prod(
-                self._totals(axis, low, high).sums[key]
-                for axis, low, high, key in zip(
-                    self._plan.axes, box.start, box.stop, keys, strict=True
-                )
-            )
-            for box in boxes
-        )
-
-    def patches(self) -> int:
-        """Return the number of patches that all blocks own."""
-        axes = self._plan.axes
-        per_axis = [self._totals(axis, *_ends(axis.numbers)).patches for axis in axes]
-        return sum(map(prod, zip(*per_axis, strict=True)))
-
-
-def _costs(plan: Plan) -> Costs:
-    totals, rank = _Totals(plan), plan.rank
-    every, active = (plan.block_indices,), plan.active
-    if plan.is_whole:
-        patches, voxels_read = totals.patches(), totals.over(active, *["read"] * rank)
-    else:
-        patches, voxels_read = needed_totals(plan.axes, plan.grid.batch)
-    stored = [_stored(view, totals if view is plan else _Totals(view)) for view in plan.views]
-    finalized_voxels, output_bytes, piece_bytes = (
-        map(sum, zip(*stored, strict=True)) if stored else (0, 0, 0)
-    )
-    return Costs(
-        chunks=sum(box.size for box in active),
-        blocks=plan.block_indices.size,
-        finalized_blocks=plan.block_indices.size - totals.over(every, *["without_band"] * rank),
-        finalized_voxels=finalized_voxels,
-        patches=patches,
-        input_bytes=voxels_read * plan.volume.voxel_bytes,
-        output_bytes=output_bytes,
-        piece_bytes=piece_bytes,
-    )
-
-
-def _stored(plan: Plan, totals: _Totals) -> tuple[int, int, int]:
-    """Return what is stored of one output: voxels that are finalized, bytes, bytes of pieces."""
-    every, active, rank = (plan.block_indices,), plan.active, plan.rank
-    interior = totals.over(every, *["interior"] * rank)
-    length = totals.over(every, *["length"] * rank)
-    core = totals.over(every, *["core"] * rank)
-    piece_voxels = sum(
-        totals.over(active, *("upper_overlap" if u else "length" for u in up))
-        for up in _subsets(rank)
-    )
-    band_voxels = totals.over(active, *["length"] * rank) - interior
-    sums_bytes, stored_bytes = plan.output.sums_bytes, plan.output.voxel_bytes
-    return (
-        length - core,
-        plan.region.size * stored_bytes,
-        (piece_voxels + band_voxels) * sums_bytes + (interior - core) * stored_bytes,
-    )

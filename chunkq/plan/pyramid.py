@@ -15,9 +15,10 @@ from chunkq.geometry.box import Box
 from chunkq.geometry.grids import AxisGeometry
 from chunkq.geometry.levels import Level
 from chunkq.geometry.padding import IntArray
+from chunkq.plan.chunk import Index
 from chunkq.plan.empty_rule import Bools
 from chunkq.plan.item_tasks import ItemTasks, sum_of_products
-from chunkq.plan.plan import Index, Plan
+from chunkq.plan.plan import Plan
 
 if TYPE_CHECKING:
     from chunkq.plan.object_sizes import Along, ObjectSizes, StoredSize

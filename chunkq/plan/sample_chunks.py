@@ -5,7 +5,8 @@ from __future__ import annotations
 from itertools import product
 from math import inf
 
-from chunkq.plan.plan import Chunk, Index, Plan
+from chunkq.plan.chunk import Chunk, Index
+from chunkq.plan.plan import Plan
 
 MAX_CHUNKS = 343
 """Plans with at most so many chunks are represented by all of them."""

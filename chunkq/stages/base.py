@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, NamedTuple
 
 from chunkq.job.job_handle import ItemHandle
-from chunkq.plan.plan import Index
+from chunkq.plan.chunk import Index
 from chunkq.queue.contract.executor import Attempt
 
 

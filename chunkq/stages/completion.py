@@ -10,7 +10,7 @@ from chunkq.job.job_handle import ItemHandle, JobHandle
 from chunkq.job.task_records import Failure
 from chunkq.job.tasks import Task, chunk_count
 from chunkq.paths import without_secret
-from chunkq.plan.plan import Index
+from chunkq.plan.chunk import Index
 from chunkq.queue.contract.executor import Contribution, GateState
 from chunkq.stages.base import Stage, TaskKey
 from chunkq.stages.registry import stage_of, stages

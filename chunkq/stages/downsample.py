@@ -12,7 +12,7 @@ from chunkq.errors import ChunkqError, ErrorCode, QueueError
 from chunkq.job.job_handle import ItemHandle
 from chunkq.job.object_checksums import encode_checksums
 from chunkq.job.task_records import Commit
-from chunkq.plan.plan import Index
+from chunkq.plan.chunk import Index
 from chunkq.queue.contract.executor import Attempt
 from chunkq.stages.base import Stage, TaskKey
 from chunkq.system import buffers

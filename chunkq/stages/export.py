@@ -17,12 +17,11 @@ from chunkq.job.job_handle import ItemHandle
 from chunkq.job.object_checksums import encode_checksums
 from chunkq.job.task_records import EXPORT, FILE_SIZE, Commit
 from chunkq.paths import is_url, join, open_filesystem, without_secret
-from chunkq.plan.plan import Index
+from chunkq.plan.chunk import Index
 from chunkq.queue.contract.executor import Attempt
 from chunkq.stages.base import Report, Stage, not_reported
 from chunkq.storage.formats.zarr_writing import object_checksum
 from chunkq.system.memory import peak_bytes
-from chunkq.system.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from chunkq.job.exports import ExportedFile
@@ -96,6 +95,8 @@ def _export(item: ItemHandle, file: ExportedFile, attempt: Attempt, report: Repo
         )
     name = f"{uuid.uuid4().hex}.partial"
     if is_url(file.path):
+        from chunkq.system.scratch import scratch_folder  # for URLs only
+
         with scratch_folder(EXPORT) as folder:
             path = str(folder / name)
             size, checksum = _write(item, file, path, report)

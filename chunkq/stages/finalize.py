@@ -15,7 +15,7 @@ from chunkq.errors import PieceError
 from chunkq.job.job_handle import ItemHandle
 from chunkq.job.object_checksums import encode_checksums
 from chunkq.job.task_records import Commit
-from chunkq.plan.plan import Chunk, Index, Piece
+from chunkq.plan.chunk import Chunk, Index, Piece
 from chunkq.queue.contract.executor import Attempt
 from chunkq.stages.base import Stage, TaskKey
 from chunkq.system.memory import peak_bytes

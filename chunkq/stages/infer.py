@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from chunkq.errors import ChunkqError
 from chunkq.job.job_handle import ItemHandle
-from chunkq.plan.plan import Index
+from chunkq.plan.chunk import Index
 from chunkq.queue.contract.executor import Attempt
 from chunkq.stages.base import Stage
 

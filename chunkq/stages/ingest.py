@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from typing_extensions import override
 
@@ -13,13 +13,15 @@ from chunkq.job.job_handle import ImageHandle, ItemHandle
 from chunkq.job.ledger import STAGED
 from chunkq.job.task_records import Commit
 from chunkq.job.tasks import Task
-from chunkq.plan.plan import Index
+from chunkq.plan.chunk import Index
 from chunkq.queue.contract.executor import Attempt
 from chunkq.stages.base import Stage
 from chunkq.storage.array import Array
 from chunkq.storage.images import ImageSource
-from chunkq.storage.staged import StagedCopy
 from chunkq.system.memory import peak_bytes
+
+if TYPE_CHECKING:
+    from chunkq.storage.staged import StagedCopy
 
 SLAB_SECONDS = 600.0
 """Longest time (s) between two slabs of a task that is not over its time limit."""

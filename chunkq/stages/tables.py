@@ -15,7 +15,7 @@ from chunkq.job.exports import ERRORS_NUMBER, ExportedFile, exported_files
 from chunkq.job.job_handle import ItemHandle, JobHandle
 from chunkq.job.output_name import SLP, table_suffix
 from chunkq.paths import without_secret
-from chunkq.plan.plan import Index
+from chunkq.plan.chunk import Index
 from chunkq.units import counted
 
 PIECE = "rows"

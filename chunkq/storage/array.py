@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,14 @@ class Array(ABC):
         A storage chunk that is missing is read as the array's fill value. Raises ChunkReadError if
         voxels cannot be read or are damaged; never returns other voxels instead.
         """
+
+    def read_together(self, boxes: Sequence[Box]) -> list[Voxels]:
+        """Read boxes in one request, in their order. Raises ChunkReadError.
+
+        A storage chunk that several boxes have in common is fetched and decoded once, as far as
+        the storage can do that.
+        """
+        return [self.read(box) for box in boxes]
 
     def read_in_order(self, boxes: Iterable[Box]) -> Iterator[Voxels]:
         """Yield the voxels of boxes, which follow each other in the order of storage.

@@ -14,7 +14,7 @@ from chunkq.geometry.axes import Axis, color_letters, picked, starts_like_color
 from chunkq.geometry.grids import AxisGeometry
 from chunkq.paths import split_format, without_secret
 from chunkq.plan.fetches import Fetches, axis_fetches, picked_fetches
-from chunkq.plan.plan import Volume
+from chunkq.plan.volume import Volume
 from chunkq.storage.array import Array
 from chunkq.storage.axes_view import AxesView
 from chunkq.storage.formats.base import AFFINE, CACHED, ORIENTATION, ArrayInfo, Options
@@ -22,7 +22,6 @@ from chunkq.storage.formats.registry import format_named, format_of
 from chunkq.storage.oriented import Orientation, OrientedArray
 from chunkq.storage.remedies import JOB_FILE, Remedies
 from chunkq.storage.selection import EVERYTHING, Selection, select
-from chunkq.storage.staged import Slabs
 from chunkq.storage.stored_chunks import StoredCells, StoredChunks
 
 IMAGE_LIST, DIGEST = "image_list", "digest"
@@ -292,6 +291,8 @@ def _storage(array: ArrayInfo, axes: tuple[Axis, ...]) -> tuple[int, ...]:
     """Return the shape of a storage chunk of what workers read, in the order of `axes`."""
     if not array.staged:
         return array.storage
+    from chunkq.storage.staged import Slabs  # for files that cannot be read by region
+
     slabs = Slabs.of(_stored(axes, array.orientation), np.dtype(array.dtype).itemsize)
     order = [number for number, _ in array.orientation] or range(len(axes))
     return tuple(slabs.chunks[number] for number in order)

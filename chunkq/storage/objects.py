@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import inspect
 import os
-import shutil
-import socket
-import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import chain
 from typing import IO, Any, NamedTuple
 
@@ -22,30 +15,25 @@ from typing_extensions import Buffer
 from zlib_ng import zlib_ng
 
 from chunkq.paths import is_url, join, open_filesystem, read_bytes
+from chunkq.storage.local_files import (
+    NO_FILE,
+    PARTIAL,
+    delete_partial_files,
+    discard,
+    files_in,
+    move_new,
+    remove,
+    remove_tree,
+    write_file,
+)
 from chunkq.system import buffers
 
-PARTIAL = ".partial-"
-"""Prefix of temporary files, which remain if a writer is killed. They are never listed."""
 LOCK = ".__lock"
 """Part of the names of tensorstore's temporary files, which remain if a writer is killed."""
-
-NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV})
-"""Errors of file systems without hard links."""
-NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 MAX_READERS = 16
 """Files that are read concurrently; parallel file systems need several requests."""
 PART_BYTES = 1 << 18
 """Bytes of a large object that are read or written at a time. They fit into the CPU's cache."""
-MAX_ATTEMPTS = 20
-"""Attempts to write into a folder that others delete, or to delete one that others write into."""
-MIN_PAUSE, MAX_PAUSE = 0.001, 0.1
-"""Seconds before the second attempt, doubled before each later one up to the maximum."""
-
-
-CONDITIONAL_WRITES = frozenset({"s3", "s3a", "gs", "gcs", "memory"})
-"""Schemes whose file systems can create an object only if it does not exist."""
-CLAIM_SECONDS = 60.0
-"""Seconds after which another process takes over a claim."""
 
 
 class ObjectInfo(NamedTuple):
@@ -79,8 +67,9 @@ class ObjectFolder:
         """Whether `put_new` is atomic. The value is certain only after `put_new` was called."""
         if not self._local:
             self._filesystem, self._root = open_filesystem(path)
-            scheme = path.partition("://")[0]
-            self.is_exclusive = scheme in CONDITIONAL_WRITES and _has_mode(self._filesystem)
+            from chunkq.storage.conditional_writes import are_supported  # at URLs only
+
+            self.is_exclusive = are_supported(path.partition("://")[0], self._filesystem)
 
     def put(self, name: str, *parts: Buffer, durable: bool = True, private: bool = False) -> None:
         """Write an object atomically: a reader sees all of it or nothing.
@@ -97,7 +86,8 @@ class ObjectFolder:
         """Write an object like `put`. Iterate over `parts` once for each attempt to write them."""
         target = join(self._root, name)
         if self._local:
-            self._write(target, parts, os.replace, durable, 0o600 if private else 0o666)
+            mode = 0o600 if private else 0o666
+            write_file(self._root, target, parts, os.replace, durable=durable, mode=mode)
         else:
             self._filesystem.pipe_file(target, b"".join(parts))
 
@@ -111,7 +101,7 @@ class ObjectFolder:
         target = join(self._root, name)
         if self._local:
             try:
-                self._write(target, (content,), _link)
+                write_file(self._root, target, (content,), move_new)
             except FileExistsError:
                 return False
             return True
@@ -129,87 +119,18 @@ class ObjectFolder:
         Raises FileExistsError if a conditional write finds an object.
         """
         if self.is_exclusive:
+            from chunkq.storage.conditional_writes import is_not_implemented, is_precondition_failed
+
             try:
                 self._filesystem.pipe_file(target, content, mode="create")
                 return
             except OSError as error:
-                if _is_precondition_failed(error):
+                if is_precondition_failed(error):
                     raise FileExistsError(target) from error
-                if not _is_not_implemented(error):
+                if not is_not_implemented(error):
                     raise
                 self.is_exclusive = False
         self._filesystem.pipe_file(target, content)
-
-    @contextmanager
-    def claim(self, name: str, content: bytes | None) -> Iterator[bool]:
-        """Claim an object that has this content (None: does not exist), in order to replace it.
-
-        Yields whether this process holds the claim and the object has the content. At most one
-        process holds the claim for the same content. The claim is a separate object that contains
-        its owner. Another process takes over the claim of a process that has ended: on the same
-        machine immediately, from other machines after `CLAIM_SECONDS`.
-        """
-        claim = f"{name}.{hashlib.sha256(content or b'').hexdigest()[:16]}.claim"
-        owner = f"{_machine_id()} {os.getpid()} {uuid.uuid4().hex}".encode()
-        if not self.put_new(claim, owner) and not self._take_over_claim(claim, owner):
-            yield False
-            return
-        try:
-            yield self.get(name) == content
-        finally:
-            if self.get(claim) == owner:  # else another process took it over after CLAIM_SECONDS
-                self.delete(claim)
-
-    def replace(self, name: str, before: bytes | None, content: bytes) -> bool:
-        """Replace an object whose content is `before`; return False if it has other content.
-
-        Only the process that holds the claim may call this.
-        """
-        if before is None:
-            return self.put_new(name, content)
-        if self.get(name) != before:
-            return False
-        self.put(name, content)
-        return True
-
-    def _take_over_claim(self, claim: str, owner: bytes) -> bool:
-        """Take over a claim whose owner has ended; return whether this process now holds it."""
-        folder, _, file = claim.rpartition("/")
-        ages = [time.time() - e.modified for e in self.list(folder) if e.name == file]
-        is_recent = any(age < CLAIM_SECONDS for age in ages)
-        if is_recent and not _has_ended(self.get(claim)):
-            return False
-        self.delete(claim)
-        return self.put_new(claim, owner)
-
-    def _write(
-        self,
-        target: str,
-        parts: Iterable[Buffer],
-        move: Callable[[str, str], None],
-        durable: bool = True,
-        mode: int = 0o666,
-    ) -> None:
-        """Write a temporary file in the root folder, then `move` it to its target.
-
-        Try again if another process deletes the target's folder or the temporary file.
-        """
-        temporary = os.path.join(self._root, f"{PARTIAL}{uuid.uuid4().hex}")
-        try:
-            for attempt in range(MAX_ATTEMPTS):
-                try:
-                    _make_folder(os.path.dirname(target))
-                    if not os.path.exists(temporary):
-                        _write_file(temporary, parts, durable, mode)
-                    move(temporary, target)
-                    return
-                except FileNotFoundError:
-                    if attempt + 1 == MAX_ATTEMPTS:
-                        raise
-                    _back_off(attempt)
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(temporary)
 
     def get(self, name: str) -> bytes | None:
         """Return the content of an object, or None if it does not exist."""
@@ -287,7 +208,7 @@ class ObjectFolder:
         """Yield the objects directly inside a folder, in any order; none if it does not exist."""
         path = join(self._root, folder)
         if self._local:
-            for entry in _scan(path):
+            for entry in files_in(path):
                 if (info := _object_info(entry)) is not None:
                     yield info
             return
@@ -366,7 +287,7 @@ class ObjectFolder:
             listed = [info for info in self.list(folder) if keep(info.name)]
             step = 1 + len(listed) // max_size
             return len(listed), step, listed[::step]
-        entries = [entry for entry in _scan(join(self._root, folder)) if keep(entry.name)]
+        entries = [entry for entry in files_in(join(self._root, folder)) if keep(entry.name)]
         step = 1 + len(entries) // max_size
         sample = [info for entry in entries[::step] if (info := _object_info(entry)) is not None]
         return len(entries), step, sample
@@ -382,16 +303,14 @@ class ObjectFolder:
 
     def delete_partial_files(self) -> None:
         """Delete temporary files of killed writers. A running writer writes its file again."""
-        if self._local and os.path.isdir(self._root):
-            for name in os.listdir(self._root):
-                if name.startswith(PARTIAL):
-                    _remove(os.path.join(self._root, name))
+        if self._local:
+            delete_partial_files(self._root)
 
     def delete_folder(self, folder: str = "") -> None:
         """Delete a folder and its content. Do nothing if it does not exist."""
         path = join(self._root, folder) if folder else self._root
         if self._local:
-            _remove_tree(path)
+            remove_tree(path)
             return
         if self._filesystem.exists(path):
             self._filesystem.rm(path, recursive=True)
@@ -402,18 +321,11 @@ class ObjectFolder:
         Rename local ones before deleting them. A process that is suspended during the deletion
         then cannot delete files that others have created under the same names.
         """
-        if not self._local:
+        if self._local:
+            discard(self._root, names)
+        else:
             for name in names:
                 self.delete_folder(name)
-            return
-        trash = os.path.join(self._root, f"{PARTIAL}{uuid.uuid4().hex}")
-        for name in names:
-            source = join(self._root, name)
-            while os.path.lexists(source):
-                os.makedirs(trash, exist_ok=True)
-                with suppress(FileNotFoundError):  # another process deleted the partial files
-                    os.rename(source, join(trash, name))
-        _remove_tree(trash)
 
     def clear(self) -> None:
         """Discard the content of this folder. Do nothing if it does not exist."""
@@ -423,82 +335,7 @@ class ObjectFolder:
             self.discard(*(n for n in os.listdir(self._root) if not n.startswith(PARTIAL)))
             self.delete_partial_files()
         else:
-            _remove(self._root)
-
-
-def _write_file(path: str, parts: Iterable[Buffer], durable: bool, mode: int) -> None:
-    """Write a file with a mode less the umask. If `durable`, flush it to the disk."""
-    with open(path, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-        file.writelines(parts)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _link(temporary: str, target: str) -> None:
-    """Move a file to its target. Raises FileExistsError if the target exists."""
-    try:
-        os.link(temporary, target)
-    except OSError as error:
-        if error.errno not in NO_LINKS:
-            raise
-        # Until the replacement, readers see an empty file and treat it as damaged.
-        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        os.replace(temporary, target)
-
-
-def _remove(path: str) -> None:
-    """Delete a file or a folder. Do nothing if it does not exist."""
-    if os.path.isdir(path) and not os.path.islink(path):
-        _remove_tree(path)
-    else:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-
-
-def _remove_tree(path: str) -> None:
-    """Delete a folder. Try again while others write to it."""
-    for attempt in range(MAX_ATTEMPTS):
-        try:
-            if os.path.exists(path):
-                shutil.rmtree(path, onerror=_ignore_missing)
-            return
-        except OSError as error:
-            if error.errno != errno.ENOTEMPTY or attempt + 1 == MAX_ATTEMPTS:
-                raise
-            _back_off(attempt)
-
-
-def _make_folder(path: str) -> None:
-    """Create a folder unless it exists. Raises FileNotFoundError if others deleted it again."""
-    try:
-        os.makedirs(path, exist_ok=True)
-    except FileExistsError as error:  # the folder was deleted before makedirs checked its type
-        if os.path.exists(path) and not os.path.isdir(path):
-            raise
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
-
-
-def _back_off(attempt: int) -> None:
-    """Wait for other processes that use the same folder."""
-    time.sleep(min(MIN_PAUSE * 2**attempt, MAX_PAUSE))
-
-
-def _ignore_missing(call: object, path: str, info: tuple[type, BaseException, object]) -> None:
-    """Ignore that another process has deleted a file; raise any other error."""
-    if not isinstance(info[1], FileNotFoundError):
-        raise info[1]
-
-
-def _scan(path: str) -> Iterator[os.DirEntry[str]]:
-    """Yield the files directly inside a local folder; none if it does not exist."""
-    try:
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if not entry.name.startswith(PARTIAL) and entry.is_file():
-                    yield entry
-    except NO_FILE:
-        return
+            remove(self._root)
 
 
 def _object_info(entry: os.DirEntry[str]) -> ObjectInfo | None:
@@ -508,65 +345,6 @@ def _object_info(entry: os.DirEntry[str]) -> ObjectInfo | None:
     except FileNotFoundError:
         return None
     return ObjectInfo(entry.name, status.st_mtime, status.st_size)
-
-
-def _machine_id() -> str:
-    """Return the host name and PID namespace: equal for processes that see each other's ids."""
-    try:
-        namespace = os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        namespace = 0
-    return f"{socket.gethostname()} {namespace}"
-
-
-def _has_mode(filesystem: Any) -> bool:
-    """Return whether the installed release of a file system supports conditional writes."""
-    write = getattr(filesystem, "_pipe_file", filesystem.pipe_file)
-    return "mode" in inspect.signature(write).parameters
-
-
-def _has_ended(owner: bytes | None) -> bool:
-    """Return whether the owner of a claim is a process of this machine that has ended."""
-    if owner is None:
-        return True
-    machine, _, process = owner.decode(errors="replace").rpartition(" ")[0].rpartition(" ")
-    return machine == _machine_id() and process.isdecimal() and not _is_running(int(process))
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
-
-
-def _is_precondition_failed(error: BaseException) -> bool:
-    """Return whether a conditional write failed because the object exists.
-
-    s3fs raises a plain OSError in this case.
-    """
-    codes = _response_codes(error)
-    return bool(codes & {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"})
-
-
-def _is_not_implemented(error: BaseException) -> bool:
-    """Return whether an S3 server does not support conditional writes."""
-    return bool(_response_codes(error) & {"NotImplemented", "501"})
-
-
-def _response_codes(error: BaseException | None) -> set[str]:
-    """Return the S3 error codes and HTTP statuses of an error and its causes."""
-    codes: set[str] = set()
-    while error is not None:
-        response = getattr(error, "response", None)
-        if isinstance(response, dict):
-            codes.add(str(response.get("Error", {}).get("Code")))
-            codes.add(str(response.get("ResponseMetadata", {}).get("HTTPStatusCode")))
-        error = error.__cause__ or error.__context__
-    return codes
 
 
 def _modified(entry: dict[str, Any]) -> float:

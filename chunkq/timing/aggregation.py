@@ -12,8 +12,9 @@ import numpy as np
 
 from chunkq.job.task_records import Commit
 from chunkq.job.tasks import chunk_name
+from chunkq.plan.costs import Costs, total_costs
 from chunkq.plan.footprint import largest_footprint
-from chunkq.plan.plan import Costs, Plan, total_costs
+from chunkq.plan.plan import Plan
 from chunkq.plan.pyramid import LevelCosts
 from chunkq.queue.contract.executor import WorkerName
 from chunkq.timing.intervals import (

@@ -106,7 +106,7 @@ DEFAULT_OPTIONS = WriterOptions()
 class ExportWriter(ABC):
     """Write one image in a format.
 
-    To add a format, subclass this class, add it to `registry.WRITERS`, and run
+    To add a format, subclass this class or `FileWriter`, add it to `registry`, and run
     `tests/contract/test_writer_contract.py` for it.
 
     - `__init__` computes the layout and raises StoreError in one line if the format cannot hold
@@ -125,8 +125,6 @@ class ExportWriter(ABC):
 
     is_resumable: ClassVar[bool] = False
     """Whether steps can be written by another process, each of them atomically."""
-    is_file: ClassVar[bool] = True
-    """Whether the image is one file."""
     orientation: Orientation
     dtype: np.dtype[Any]
     blocks: Blocks
@@ -144,11 +142,6 @@ class ExportWriter(ABC):
         """Number of steps of `write`."""
         return self.blocks.count
 
-    @property
-    def size(self) -> StoredSize:
-        """How many bytes the image takes in its file. Writers of files implement it."""
-        raise NotImplementedError
-
     @abstractmethod
     def write(self, path: str, voxels: Iterator[Voxels], report: Report, first: int = 0) -> None:
         """Write the image at a path, from step `first` on.
@@ -159,6 +152,15 @@ class ExportWriter(ABC):
     def refused(self, problem: str) -> StoreError:
         """Return the error for an image that the format cannot hold."""
         return StoreError(f"output: {self.name}: {problem}", code=ErrorCode.STORE_UNSUPPORTED)
+
+
+class FileWriter(ExportWriter):
+    """Write one image into a file."""
+
+    @property
+    @abstractmethod
+    def size(self) -> StoredSize:
+        """How many bytes the image takes in its file."""
 
 
 def deflated_bytes(size: int, padding: int = 0, parts: int = 1) -> int:

@@ -18,7 +18,7 @@ from chunkq.storage.array import Voxels
 from chunkq.storage.formats.hdf5_axes import ELEMENT_SIZE, ELEMENT_START
 from chunkq.writers.base import (
     DEFAULT_OPTIONS,
-    ExportWriter,
+    FileWriter,
     ImageToWrite,
     Report,
     WriterOptions,
@@ -43,7 +43,7 @@ DATASET_BYTES, CHUNK_ENTRY_BYTES = 16384, 256
 """Most bytes of the metadata of a dataset, and of what an index has for each of its chunks."""
 
 
-class Hdf5Writer(ExportWriter):
+class Hdf5Writer(FileWriter):
     """A dataset of an HDF5 file, in the axes of the image. A file can have several datasets.
 
     The dimensions are labelled with the names of the axes. `element_size_um` and

@@ -23,7 +23,7 @@ from chunkq.plan.object_sizes import StoredSize
 from chunkq.storage.array import Voxels
 from chunkq.writers.base import (
     DEFAULT_OPTIONS,
-    ExportWriter,
+    FileWriter,
     ImageToWrite,
     Report,
     StoredValues,
@@ -64,7 +64,7 @@ PART_BYTES = 1 << 20
 """Bytes that are compressed at a time."""
 
 
-class NiftiWriter(ExportWriter):
+class NiftiWriter(FileWriter):
     """NIfTI-1, and NIfTI-2 for axes longer than 32 767 voxels.
 
     Dimensions are x, y, z, time, channels. Voxels of an image that comes from a NIfTI file are in

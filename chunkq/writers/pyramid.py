@@ -34,7 +34,6 @@ class PyramidWriter(ExportWriter):
     """
 
     is_resumable: ClassVar[bool] = True
-    is_file: ClassVar[bool] = False
 
     def _lay_out(self, chunk: Sequence[int]) -> None:
         """Compute blocks and levels for storage chunks of this shape along the stored axes."""

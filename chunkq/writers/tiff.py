@@ -23,7 +23,7 @@ from chunkq.plan.object_sizes import StoredSize
 from chunkq.storage.array import Voxels
 from chunkq.writers.base import (
     DEFAULT_OPTIONS,
-    ExportWriter,
+    FileWriter,
     ImageToWrite,
     Report,
     WriterOptions,
@@ -70,7 +70,7 @@ NAMESPACE = uuid.UUID("f3f0b7a4-4e0c-4c55-9d25-6b0f7a1a5a10")
 """Namespace of the identifiers of files, which would be random otherwise."""
 
 
-class TiffWriter(ExportWriter):
+class TiffWriter(FileWriter):
     """OME-TIFF. Pages are y, x; they follow each other along time, channels and z.
 
     Each page has its smaller versions in sub-IFDs, as readers of pyramids expect; z is not reduced.

@@ -15,9 +15,10 @@ from chunkq.enqueue import EnqueueResult
 from chunkq.errors import ArgumentError, QueueError
 from chunkq.finalize import finalize_job
 from chunkq.job.events import Event, Sink, fan_out, ignore, progress_sink, write_log
-from chunkq.job.job_file import Job, load_job
+from chunkq.job.job_file import Job
 from chunkq.job.job_handle import open_job
 from chunkq.job.job_path import job_folder_of, output_path
+from chunkq.job.job_reading import load_job
 from chunkq.queue.contract.executor import Executor
 from chunkq.queue.registry import open_executor, queue_url
 from chunkq.timing.report import Report

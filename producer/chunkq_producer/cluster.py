@@ -8,7 +8,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 from chunkq.errors import JobError, QueueError
-from chunkq.job.job_file import DaskConfig, Job
+from chunkq.job.cluster_config import DaskConfig
+from chunkq.job.job_file import Job
 from chunkq.queue.backends import credentials
 from chunkq.queue.registry import load_backend, queue_url
 from chunkq.system.cores import available_cores

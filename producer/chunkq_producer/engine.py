@@ -8,7 +8,8 @@ from types import MappingProxyType
 from urllib.parse import urlencode, urlsplit
 
 from chunkq.errors import JobError
-from chunkq.job.job_file import DaskConfig, Job, RayConfig
+from chunkq.job.cluster_config import DaskConfig, RayConfig
+from chunkq.job.job_file import Job
 from chunkq.paths import without_secret
 from chunkq.queue.registry import BACKENDS, QUEUE_VARIABLE, checked_scheme, queue_url
 from chunkq.system.gpus import visible_gpus

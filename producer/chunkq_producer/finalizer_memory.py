@@ -22,7 +22,8 @@ from chunkq.job.job_handle import ItemHandle, open_job
 from chunkq.job.record import JobRecord
 from chunkq.job.sample_job import copy_job, largest_item
 from chunkq.job.tasks import chunk_name, parse_chunk
-from chunkq.plan.plan import Chunk, Index, Plan
+from chunkq.plan.chunk import Chunk, Index
+from chunkq.plan.plan import Plan
 from chunkq.plan.sample_chunks import sample_chunks
 from chunkq.queue.contract.executor import Attempt
 from chunkq.stages.finalize import OWN_PIECE

@@ -18,7 +18,7 @@ from chunkq.job.ledger import STAGED
 from chunkq.job.task_records import Failure, RecentCommits
 from chunkq.job.tasks import Task
 from chunkq.paths import without_secret
-from chunkq.plan.plan import total_costs
+from chunkq.plan.costs import total_costs
 from chunkq.progress_bar import Bar
 from chunkq.queue.contract.executor import Executor, RunningTask, TaskCounts, WorkerName
 from chunkq.stages import completion

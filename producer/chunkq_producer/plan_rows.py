@@ -15,11 +15,12 @@ from chunkq.job.model_config import STOCHASTIC
 from chunkq.job.stored_images import output_axes
 from chunkq.job.tasks import chunk_count
 from chunkq.paths import without_secret
+from chunkq.plan.costs import Costs, total_costs
 from chunkq.plan.fetches import Fetches
 from chunkq.plan.footprint import largest_footprint
 from chunkq.plan.object_sizes import StoredSize
 from chunkq.plan.output_text import names_text, output_values, range_text
-from chunkq.plan.plan import Costs, Plan, total_costs
+from chunkq.plan.plan import Plan
 from chunkq.storage import chunk_cache
 from chunkq.storage.images import ImageSource
 from chunkq.units import device_cost, duration, money, si

@@ -461,15 +461,15 @@ def test_a_path_is_detected_by_its_own_format_only(form: Form, folder: Path) -> 
 
 
 @each_form
-def test_boxes_in_order_have_the_voxels_of_boxes_that_are_read_alone(
+def test_boxes_in_order_and_together_have_the_voxels_of_boxes_that_are_read_alone(
     form: Form, folder: Path
 ) -> None:
     values = random_volume(SHAPE, "uint16")
     array = written(form, folder, values).open()
     boxes = [Box((low, 0, 0), (low + 2, 10, 11)) for low in (1, 3, 9)]
-    regions = list(array.read_in_order(boxes))
-    for box, region in zip(boxes, regions, strict=True):
-        np.testing.assert_array_equal(region, values[box.slices((0, 0, 0))])
+    for regions in (list(array.read_in_order(boxes)), array.read_together(boxes[::-1])[::-1]):
+        for box, region in zip(boxes, regions, strict=True):
+            np.testing.assert_array_equal(region, values[box.slices((0, 0, 0))])
 
 
 # ------------------------------------------------------------------------- identity and damage
@@ -510,6 +510,8 @@ def test_truncated_voxels_raise_an_error_with_their_box(form: Form, folder: Path
         array.read(Box.of_shape(SHAPE))
     assert error.value.code is ErrorCode.INPUT_UNREADABLE
     assert source.path in str(error.value)
+    with pytest.raises(ChunkReadError):
+        array.read_together([Box.of_shape(SHAPE)])
 
 
 @pytest.mark.parametrize("stop", [12, 13])

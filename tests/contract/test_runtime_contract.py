@@ -26,7 +26,8 @@ from chunkq.blend.combine import activate, add_weighted, to_labels, to_numpy, to
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.job.job_file import parse_job
 from chunkq.job.model_config import ModelConfig
-from chunkq.plan.plan import Plan, Volume
+from chunkq.plan.plan import Plan
+from chunkq.plan.volume import Volume
 from tests import models
 from tests.harness.predictions import each_prediction
 from tests.models import CHANNELS, FORMS, PATCH, Form

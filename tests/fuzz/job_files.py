@@ -19,10 +19,10 @@ import yaml
 from chunkq.cli import main
 from chunkq.create import check_job
 from chunkq.errors import ChunkqError, ErrorCode, JobError
-from chunkq.job.job_file import load_job
+from chunkq.job.job_reading import load_job
 from chunkq.job.record import JobRecord
+from chunkq.plan.costs import total_costs
 from chunkq.plan.footprint import largest_footprint
-from chunkq.plan.plan import total_costs
 from tests.fuzz.findings import Finding, of_error, of_text
 from tests.fuzz.mutations import encode, mutated_text, mutated_values, odd_file
 from tests.harness.standard_job import JOB

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from chunkq.job.ledger import ItemLedger
 from chunkq.job.level_arrays import LevelArray
-from chunkq.plan.plan import Index
+from chunkq.plan.chunk import Index
 from chunkq.stages import downsample
 from chunkq.storage.formats.zarr_writing import WritableArray
 

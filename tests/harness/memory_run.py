@@ -12,7 +12,7 @@ from chunkq.blend.sums import Accumulator, Contribution, finalize_sums
 from chunkq.blend.weights import Weights
 from chunkq.geometry.box import Box
 from chunkq.geometry.padding import source_indices
-from chunkq.plan.plan import Index
+from chunkq.plan.chunk import Index
 from tests import reference as ref
 from tests.strategies import JobPlan
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from chunkq_worker.batching import Batcher, Halos
 
-from chunkq.plan.plan import Patch
+from chunkq.plan.chunk import Patch
 
 
 def each_prediction(

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from chunkq.job.job_handle import ItemHandle
 from chunkq.job.task_records import Commit
-from chunkq.plan.plan import Index
+from chunkq.plan.chunk import Index
 from chunkq.queue.contract.executor import Attempt
 from chunkq.stages.base import Stage, TaskKey
 

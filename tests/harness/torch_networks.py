@@ -14,7 +14,7 @@ from chunkq_worker.steps import Steps
 
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.job.job_file import parse_job
-from chunkq.plan.plan import Volume
+from chunkq.plan.volume import Volume
 from tests.harness.predictions import each_prediction
 from tests.strategies import JobPlan
 

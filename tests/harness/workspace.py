@@ -20,9 +20,9 @@ from chunkq_worker.run_task import run_task
 from chunkq.cli import main
 from chunkq.create import check_job, create_job
 from chunkq.finalize import finalize_job
-from chunkq.job.job_file import load_job
 from chunkq.job.job_folder import JobFolder
 from chunkq.job.job_handle import ItemHandle, JobHandle, open_job
+from chunkq.job.job_reading import load_job
 from chunkq.job.ledger import ItemLedger
 from chunkq.job.task_records import Commit, Failure
 from chunkq.queue.contract.executor import Attempt, Executor, RunningTask, TaskCounts

@@ -45,7 +45,7 @@ from chunkq.errors import (
 )
 from chunkq.job.job_file import Job
 from chunkq.job.job_handle import open_job
-from chunkq.plan.plan import Chunk
+from chunkq.plan.chunk import Chunk
 from tests import reference as ref
 from tests.harness.documents import code_block
 from tests.harness.files import everything_below, files_below

@@ -15,7 +15,7 @@ from chunkq_worker.model_check import run_check
 
 from chunkq.create import check_job, check_output
 from chunkq.errors import ChunkqError, ErrorCode, StoreError
-from chunkq.job.job_file import load_job
+from chunkq.job.job_reading import load_job
 from tests.harness.files import everything_below
 from tests.harness.networks import toy_model
 from tests.harness.volumes import random_volume, read_output, write_zarr

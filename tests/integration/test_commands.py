@@ -15,7 +15,7 @@ import yaml
 from chunkq.errors import ErrorCode
 from chunkq.install_hint import EXTRAS, install_command
 from chunkq.job import key_reference
-from chunkq.job.job_file import load_job
+from chunkq.job.job_reading import load_job
 from chunkq.lazy_imports import COMMANDS
 from chunkq.queue.backends.sqlite import SqliteExecutor
 from chunkq.queue.contract.executor import WorkerOptions
@@ -389,7 +389,7 @@ NOT_FOR_STATUS = (
         (
             "plan job.json",
             "torch zarr redis rich s3fs fsspec tifffile nibabel h5py array_api_compat pyarrow PIL "
-            "chunkq_worker chunkq.writers.zarr chunkq.storage.formats.nifti chunkq.model_check "
+            "chunkq_worker chunkq.writers.base chunkq.storage.formats.nifti chunkq.model_check "
             "chunkq.storage.formats.tiff chunkq.storage.formats.hdf5 chunkq.stages.completion",
         ),
         (

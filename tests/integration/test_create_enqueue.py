@@ -12,7 +12,7 @@ from chunkq.create import CheckedJob, check_job, create_job
 from chunkq.enqueue import check_not_running, enqueue
 from chunkq.errors import ErrorCode, JobError
 from chunkq.job.events import Event, StageProgress
-from chunkq.job.job_file import load_job
+from chunkq.job.job_reading import load_job
 from chunkq.queue.contract.executor import Executor, TaskCounts, WorkerOptions
 from chunkq.queue.leases.task_loop import LeaseQueue
 from chunkq.queue.registry import open_executor

@@ -17,8 +17,8 @@ from chunkq.create import CheckedJob, check_job, create_job
 from chunkq.errors import ChunkqError, ErrorCode, IncompleteError
 from chunkq.finalize import finalize_job
 from chunkq.job.image_output import ImageOutput
-from chunkq.job.job_file import load_job
 from chunkq.job.job_folder import JobFolder
+from chunkq.job.job_reading import load_job
 from chunkq.job.task_records import Failure
 from chunkq.job.tasks import chunk_name
 from chunkq.queue.contract.executor import TaskCounts

@@ -29,10 +29,12 @@ from chunkq.blend.weights import ArrayWeights, Weights
 from chunkq.errors import ErrorCode, ModelError, PredictionError
 from chunkq.job.job_file import parse_job
 from chunkq.job.user_code import load_blend_weights
+from chunkq.plan.chunk import Chunk
 from chunkq.plan.footprint import extra_device_bytes
 from chunkq.plan.patch_selection import PatchSelection
-from chunkq.plan.plan import Chunk, Plan, Volume
+from chunkq.plan.plan import Plan
 from chunkq.plan.value_range import ValueRange
+from chunkq.plan.volume import Volume
 from tests import reference as ref
 from tests.harness.memory_run import window
 from tests.simulated_device import Counts, SimulatedDevice

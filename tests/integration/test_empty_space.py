@@ -19,8 +19,8 @@ from chunkq.create import check_job, create_job
 from chunkq.enqueue import enqueue
 from chunkq.errors import ChunkqError, ErrorCode, PredictionWarning
 from chunkq.finalize import finalize_job
-from chunkq.job.job_file import load_job
 from chunkq.job.job_handle import JobHandle
+from chunkq.job.job_reading import load_job
 from chunkq.job.tasks import chunk_name
 from chunkq.queue.contract.executor import Attempt
 from chunkq.queue.registry import open_executor

@@ -17,7 +17,8 @@ from chunkq import seams
 from chunkq.finalize import finalize_job
 from chunkq.job.ledger import CRC_BYTES, ItemLedger
 from chunkq.job.tasks import Task, chunk_name
-from chunkq.plan.plan import Costs, Index
+from chunkq.plan.chunk import Index
+from chunkq.plan.costs import Costs
 from chunkq.queue.contract.executor import Attempt
 from chunkq.stages.finalize import FinalizeStage
 from tests.harness.files import files_below

@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 import torch
 
-from chunkq.job.job_file import load_job
+from chunkq.job.job_reading import load_job
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "brain"
 

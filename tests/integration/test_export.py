@@ -22,7 +22,7 @@ from chunkq_worker.steps import Steps
 
 from chunkq.errors import ErrorCode
 from chunkq.install_hint import install_command
-from chunkq.job.job_file import load_job
+from chunkq.job.job_reading import load_job
 from chunkq.job.model_config import ModelConfig
 from tests.harness.files import everything_below
 from tests.harness.photos import SIZE, write_photos

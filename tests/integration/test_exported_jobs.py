@@ -20,8 +20,8 @@ from chunkq.create import check_job, check_output, create_job
 from chunkq.errors import ChunkqError, ErrorCode, IncompleteError, JobError, StoreError
 from chunkq.finalize import finalize_job
 from chunkq.job.exported_output import ExportedOutput
-from chunkq.job.job_file import load_job
 from chunkq.job.job_handle import open_job
+from chunkq.job.job_reading import load_job
 from chunkq.job.ledger import ItemLedger, Ledger
 from chunkq.job.task_records import Commit
 from chunkq.queue.registry import open_executor

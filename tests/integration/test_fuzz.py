@@ -12,7 +12,7 @@ from chunkq.errors import ChunkqError, ErrorCode, JobError
 from chunkq.job import user_code
 from chunkq.job.fields import MAX_INTEGER
 from chunkq.job.job_document import MAX_FILE_BYTES
-from chunkq.job.job_file import load_job
+from chunkq.job.job_reading import load_job
 from tests.fuzz.job_files import BASES, create_lab
 from tests.fuzz.mutations import LAUGHS
 from tests.fuzz.pool import Pool

@@ -21,7 +21,7 @@ from chunkq.create import check_job, create_job
 from chunkq.errors import ErrorCode, JobError, ModelError
 from chunkq.finalize import finalize_job
 from chunkq.job.events import StageProgress
-from chunkq.job.job_file import load_job
+from chunkq.job.job_reading import load_job
 from tests.harness.files import files_below
 from tests.harness.small_job import SHAPE, small_workspace
 from tests.harness.volumes import random_volume

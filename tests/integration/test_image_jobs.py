@@ -19,8 +19,8 @@ import chunkq
 from chunkq.create import check_job, create_job
 from chunkq.errors import ErrorCode, IncompleteError, JobError, ModelError
 from chunkq.finalize import finalize_job
-from chunkq.job.job_file import load_job
 from chunkq.job.job_handle import open_job
+from chunkq.job.job_reading import load_job
 from chunkq.model_check import ValueCheck
 from chunkq.repair import repair_output
 from chunkq.stages.tables import PIECE

@@ -15,8 +15,8 @@ from PIL import Image
 
 from chunkq.create import check_job, create_job
 from chunkq.finalize import finalize_job
-from chunkq.job.job_file import load_job
 from chunkq.job.job_handle import JobHandle
+from chunkq.job.job_reading import load_job
 from tests.harness.photos import photo_job
 
 TIME, THREADS = 900, 2

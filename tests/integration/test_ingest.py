@@ -21,7 +21,7 @@ import chunkq
 from chunkq import Predictor
 from chunkq.create import check_job
 from chunkq.errors import ChunkReadError, ErrorCode, IncompleteError, JobError, QueueError
-from chunkq.job.job_file import load_job
+from chunkq.job.job_reading import load_job
 from chunkq.job.sample_job import copy_job
 from chunkq.queue.contract.executor import Attempt, TaskCounts
 from chunkq.stages import ingest

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 
 from chunkq.errors import ErrorCode, JobError
-from chunkq.job.job_file import load_job
+from chunkq.job.job_reading import load_job
 from tests import reference as ref
 from tests.harness.files import files_below
 from tests.harness.volumes import random_volume, read_output, write_zarr

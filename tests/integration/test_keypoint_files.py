@@ -15,7 +15,7 @@ from chunkq.errors import ErrorCode, StoreError
 from chunkq.finalize import finalize_job
 from chunkq.images import slp_packages
 from chunkq.images.poses import read_poses
-from chunkq.job.job_file import load_job
+from chunkq.job.job_reading import load_job
 from chunkq.queue.contract.executor import Attempt
 from chunkq.verify import verify_job
 from tests.harness.workspace import run_inline

@@ -12,7 +12,7 @@ from chunkq_worker.predictor import Predictor
 from chunkq.errors import ErrorCode, JobError, ModelError, PredictionError
 from chunkq.job.job_file import parse_job
 from chunkq.job.resolve import resolve
-from chunkq.plan.plan import Volume
+from chunkq.plan.volume import Volume
 from tests.harness.assertions import assert_contains
 from tests.harness.volumes import write_zarr
 from tests.harness.workspace import Workspace

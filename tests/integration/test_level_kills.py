@@ -12,7 +12,7 @@ import pytest
 
 from chunkq.finalize import finalize_job
 from chunkq.job.tasks import chunk_name
-from chunkq.plan.plan import Index
+from chunkq.plan.chunk import Index
 from chunkq.stages.registry import stage_of
 from tests.harness.level_kills import KIND, STEPS, end_at
 from tests.harness.small_job import small_volume, small_workspace

@@ -33,7 +33,7 @@ from chunkq.errors import ErrorCode, ModelError
 from chunkq.install_hint import install_command
 from chunkq.job.job_file import parse_job
 from chunkq.job.model_config import ModelConfig
-from chunkq.plan.plan import Volume
+from chunkq.plan.volume import Volume
 from tests.harness.assertions import assert_contains
 from tests.harness.predictions import each_prediction
 from tests.strategies import JobPlan
@@ -304,7 +304,7 @@ import sys
 sys.modules["torch"] = None
 import numpy as np
 from chunkq.job.job_file import Job
-from chunkq.plan.plan import Volume
+from chunkq.plan.volume import Volume
 from chunkq_worker.batching import Batcher
 from chunkq_worker.runtimes.base import load_runtime
 from chunkq_worker.steps import Steps

@@ -16,7 +16,7 @@ import chunkq
 from chunkq.create import check_job, create_job
 from chunkq.errors import IncompleteError, JobError
 from chunkq.finalize import finalize_job
-from chunkq.job.job_file import load_job
+from chunkq.job.job_reading import load_job
 from chunkq.queue.contract.executor import Attempt
 from tests.harness.files import files_below
 from tests.harness.small_job import SHAPE, small_workspace

@@ -22,8 +22,8 @@ from chunkq.errors import ChunkqError, ErrorCode, MissingJobError
 from chunkq.finalize import finalize_job
 from chunkq.geometry.axes import Axis, scaled
 from chunkq.geometry.box import Box
-from chunkq.job.job_file import load_job
 from chunkq.job.job_handle import JobHandle, open_job
+from chunkq.job.job_reading import load_job
 from chunkq.job.output_layouts import PrecomputedLayout, StoredImage
 from chunkq.queue.contract.executor import Attempt
 from chunkq.repair import repair_output

@@ -14,7 +14,7 @@ from chunkq_worker.model_check import run_check
 import chunkq
 from chunkq import PredictionWarning, Predictor
 from chunkq.create import check_job
-from chunkq.job.job_file import load_job
+from chunkq.job.job_reading import load_job
 from tests.harness.volumes import random_volume, write_zarr
 
 SHAPE = (24, 20)

@@ -17,7 +17,7 @@ from chunkq.create import check_job, create_job
 from chunkq.errors import ErrorCode, QueueError
 from chunkq.finalize import finalize_job
 from chunkq.geometry.levels import level_factors
-from chunkq.job.job_file import load_job
+from chunkq.job.job_reading import load_job
 from chunkq.queue.contract.executor import Attempt
 from chunkq.stages.registry import stage_of
 from tests.harness.networks import toy_model

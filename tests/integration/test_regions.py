@@ -15,7 +15,7 @@ import chunkq
 from chunkq.create import check_job, create_job
 from chunkq.errors import JobError
 from chunkq.geometry.box import Box
-from chunkq.job.job_file import load_job
+from chunkq.job.job_reading import load_job
 from chunkq.queue.contract.executor import Attempt
 from tests.harness.small_job import SHAPE, small_workspace
 from tests.harness.volumes import random_volume, read_output, write_zarr

@@ -32,8 +32,8 @@ from hypothesis.stateful import (
 from chunkq.create import check_job, create_job
 from chunkq.errors import ChunkqError
 from chunkq.finalize import finalize_job
-from chunkq.job.job_file import load_job
 from chunkq.job.job_handle import JobHandle, open_job
+from chunkq.job.job_reading import load_job
 from chunkq.job.record import JobRecord
 from chunkq.job.tasks import Task
 from chunkq.queue.contract.executor import Attempt

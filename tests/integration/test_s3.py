@@ -14,6 +14,7 @@ import s3fs
 
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.geometry.box import Box
+from chunkq.storage.claims import hold_claim
 from chunkq.storage.images import find_source
 from chunkq.storage.objects import ObjectFolder
 from tests.harness.files import files_below
@@ -333,9 +334,9 @@ def test_put_new_does_not_replace_an_object_that_was_created_after_the_check(
         monkeypatch.setattr(ObjectFolder, "exists", lambda self, name: False)
         assert folder.put_new("job.json", b"first")
         assert not folder.put_new("job.json", b"second")
-        with folder.claim("job.json", b"first") as has_claim:
+        with hold_claim(folder, "job.json", b"first") as has_claim:
             assert has_claim
-            with folder.claim("job.json", b"first") as other_has_claim:
+            with hold_claim(folder, "job.json", b"first") as other_has_claim:
                 assert not other_has_claim
     assert objects(bucket, "lab/exclusive") == {"job.json": b"first"}
 

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from chunkq import seams
+from chunkq.job.job_handle import open_job
 from chunkq.seams import Seam
+from chunkq.storage.chunk_cache import FetchCounter
 from tests.harness.volumes import random_volume, read_output, write_zarr
 from tests.harness.workspace import Workspace, run_tasks
 
@@ -101,6 +103,17 @@ def test_visible_blocks_are_a_warning_if_there_are_pairs_enough(
     assert all(0.8 < seam["ratio"] < 1.2 for seam in report["seams"])
     again = workspace.call("finalize", workspace.output, "--json").ok()
     assert len(json.loads(again.out)["warnings"]) == 2
+
+
+def test_a_storage_chunk_about_a_corner_is_read_once(tmp_path: Path) -> None:
+    workspace, report = finalized(tmp_path, WITHOUT_SEAMS)
+    job, counter = open_job(f"{workspace.output}.chunkq"), FetchCounter()
+    job.output.image(job.record.images[0]).open_present()
+    counter.take()
+    figures = [seam.as_dict() for seam in seams.measure_seams(job)]
+    assert figures == report["seams"]
+    # 3 x 4 corners; the array's document is read when it is opened.
+    assert counter.take().requests == 3 * 4 * 2**2 + 1
 
 
 def test_labels_are_compared_by_the_share_that_differs(tmp_path: Path) -> None:

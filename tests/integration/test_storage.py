@@ -23,7 +23,8 @@ from chunkq.job.job_handle import open_job
 from chunkq.storage.formats.zarr import ZarrFormat
 from chunkq.storage.formats.zarr_arrays import TensorStoreArray, ZarrPythonArray
 from chunkq.storage.images import find_source
-from chunkq.storage.objects import PARTIAL, ObjectFolder
+from chunkq.storage.local_files import PARTIAL
+from chunkq.storage.objects import ObjectFolder
 from tests import reference as ref
 from tests.harness.files import files_below
 from tests.harness.networks import toy_model

@@ -10,8 +10,8 @@ import pytest
 from chunkq_producer.stored_sizes import file_sizes, level_sizes
 
 from chunkq.create import check_job
-from chunkq.job.job_file import load_job
 from chunkq.job.job_handle import JobHandle
+from chunkq.job.job_reading import load_job
 from chunkq.plan.object_sizes import StoredSize
 from tests.harness.small_job import small_workspace
 from tests.harness.volumes import random_volume, write_zarr

@@ -26,11 +26,12 @@ from chunkq_worker.steps import Steps
 
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.install_hint import install_command
-from chunkq.job.job_file import load_job, parse_job
+from chunkq.job.job_file import parse_job
+from chunkq.job.job_reading import load_job
 from chunkq.job.model_config import ModelConfig
 from chunkq.job.record import JobRecord
 from chunkq.paths import file_hash
-from chunkq.plan.plan import Volume
+from chunkq.plan.volume import Volume
 from chunkq.storage.images import find_source
 from tests.harness.assertions import assert_contains
 from tests.harness.volumes import random_volume, read_output, write_zarr

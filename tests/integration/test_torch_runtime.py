@@ -24,7 +24,7 @@ from chunkq_worker.steps import Steps
 
 from chunkq.create import check_job
 from chunkq.errors import ErrorCode, ModelError, PredictionError
-from chunkq.job.job_file import load_job
+from chunkq.job.job_reading import load_job
 from chunkq.job.model_config import ModelConfig
 from tests.harness.assertions import assert_contains
 from tests.harness.predictions import each_prediction

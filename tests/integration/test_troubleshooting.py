@@ -19,7 +19,7 @@ from redis.exceptions import ResponseError
 import chunkq
 from chunkq.create import check_job, create_job
 from chunkq.finalize import finalize_job
-from chunkq.job.job_file import load_job
+from chunkq.job.job_reading import load_job
 from chunkq.queue import registry
 from chunkq.queue.backends.rq.connect import connect, outages_of
 from chunkq.system import gpus

@@ -18,7 +18,7 @@ from chunkq_worker.tune.search import Setting
 from chunkq_worker.tune.space import SearchSpace
 
 from chunkq.errors import ErrorCode
-from chunkq.job.job_file import load_job
+from chunkq.job.job_reading import load_job
 from chunkq.job.record import JobRecord
 from chunkq.storage.images import find_source
 from tests.harness.files import everything_below

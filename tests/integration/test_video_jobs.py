@@ -13,7 +13,7 @@ from PIL import Image
 from chunkq.create import check_job, create_job
 from chunkq.errors import ChunkReadError, ErrorCode, JobError
 from chunkq.finalize import finalize_job
-from chunkq.job.job_file import load_job
+from chunkq.job.job_reading import load_job
 from tests.harness.videos import HEIGHT, WIDTH, all_frames, write_video
 from tests.harness.workspace import Workspace, run_inline, run_tasks
 

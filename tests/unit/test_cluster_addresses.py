@@ -4,7 +4,8 @@ import pytest
 from chunkq_producer.engine import queue_of
 
 from chunkq.errors import ErrorCode, JobError
-from chunkq.job.job_file import Job, load_job
+from chunkq.job.job_file import Job
+from chunkq.job.job_reading import load_job
 from chunkq.queue.backends.hosted.queue_host import WorkerGroup
 from chunkq.queue.backends.ray.launcher import room_for_workers
 from chunkq.queue.backends.ray.workers import cores_per_gpu, cores_per_worker

@@ -8,7 +8,8 @@ from chunkq_worker.predictor import Predictor
 
 from chunkq.errors import JobError, folded, nearest
 from chunkq.job.hints import KEY_WORDS, VALUE_WORDS
-from chunkq.job.job_file import job_schema, load_job
+from chunkq.job.job_file import job_schema
+from chunkq.job.job_reading import load_job
 from chunkq.job.key_reference import find_key
 from tests.strategies import job_values
 

@@ -14,9 +14,10 @@ from chunkq.geometry.box import Box
 from chunkq.geometry.cells import CellAxis
 from chunkq.job.known_empty import KnownEmpty
 from chunkq.plan import patch_counts
+from chunkq.plan.costs import Costs
 from chunkq.plan.item_tasks import ItemTasks
 from chunkq.plan.patch_counts import Condition, count_patches
-from chunkq.plan.plan import Costs, Plan
+from chunkq.plan.plan import Plan
 from chunkq.storage.stored_chunks import StoredCells, StoredChunks
 from tests.strategies import plan_for
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chunkq.errors import ErrorCode, JobError
-from chunkq.job.job_file import load_job
 from chunkq.job.job_path import canonical, check_job_path, output_path, path_problem, printable_path
+from chunkq.job.job_reading import load_job
 from chunkq.paths import absolute
 
 BASE = Path("/base/folder")

@@ -19,8 +19,9 @@ from chunkq.job.items import Image
 from chunkq.job.job_folder import JobFolder
 from chunkq.job.record import JobRecord
 from chunkq.storage import documents
+from chunkq.storage.claims import CLAIM_SECONDS, hold_claim
 from chunkq.storage.images import ImageSource
-from chunkq.storage.objects import CLAIM_SECONDS, ObjectFolder
+from chunkq.storage.objects import ObjectFolder
 from tests.strategies import plan_for
 
 EPOCH = "0a1b2c3d"
@@ -168,14 +169,16 @@ def test_exactly_one_of_two_processes_that_replace_a_record_succeeds(path: str) 
 def test_exactly_one_of_two_claims_on_an_object_succeeds(path: str) -> None:
     folder = ObjectFolder(path)
     folder.put("job.json", b"before")
-    with folder.claim("job.json", b"earlier") as claimed:
+    with hold_claim(folder, "job.json", b"earlier") as claimed:
         assert not claimed
-    with folder.claim("job.json", b"before") as first:
-        with folder.claim("job.json", b"before") as second:
+    with hold_claim(folder, "job.json", b"before") as first:
+        with hold_claim(folder, "job.json", b"before") as second:
             assert (first, second) == (True, False)
-        with folder.claim("job.json", b"before") as third:  # the failed claim did not release it
+        with hold_claim(
+            folder, "job.json", b"before"
+        ) as third:  # the failed claim did not release it
             assert not third
-    with folder.claim("job.json", b"before") as fourth:
+    with hold_claim(folder, "job.json", b"before") as fourth:
         assert fourth
 
 
@@ -187,22 +190,23 @@ def test_the_claim_of_an_unknown_process_is_valid_for_a_minute(
 ) -> None:
     folder = ObjectFolder(str(tmp_path))
     folder.put("job.json", b"before")
-    with folder.claim("job.json", b"before") as claimed:
+    with hold_claim(folder, "job.json", b"before") as claimed:
         assert claimed
         [claim] = tmp_path.glob("*.claim")
     assert not claim.exists()
     claim.touch()
     os.utime(claim, (time.time() - age,) * 2)
-    with folder.claim("job.json", b"before") as claimed:
+    with hold_claim(folder, "job.json", b"before") as claimed:
         assert claimed == taken_over
     assert claim.exists() != taken_over
 
 
 CLAIM_FOREVER = """
 import sys, time
+from chunkq.storage.claims import hold_claim
 from chunkq.storage.objects import ObjectFolder
 
-with ObjectFolder(sys.argv[1]).claim("job.json", b"before") as claimed:
+with hold_claim(ObjectFolder(sys.argv[1]), "job.json", b"before") as claimed:
     print(claimed, flush=True)
     time.sleep(1000)
 """
@@ -217,10 +221,10 @@ def test_the_claim_of_a_killed_process_of_this_machine_is_taken_over_immediately
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
         assert owner.stdout.readline() == "True\n"
-        with folder.claim("job.json", b"before") as claimed:
+        with hold_claim(folder, "job.json", b"before") as claimed:
             assert not claimed
         owner.kill()
-    with folder.claim("job.json", b"before") as claimed:
+    with hold_claim(folder, "job.json", b"before") as claimed:
         assert claimed
 
 
@@ -230,10 +234,10 @@ def test_an_owner_does_not_delete_a_claim_that_another_process_took_over(
     folder = ObjectFolder(str(tmp_path))
     folder.put("job.json", b"before")
     with ExitStack() as second:
-        with folder.claim("job.json", b"before"):
+        with hold_claim(folder, "job.json", b"before"):
             [claim] = tmp_path.glob("*.claim")
             os.utime(claim, (time.time() - 2 * CLAIM_SECONDS,) * 2)
-            assert second.enter_context(folder.claim("job.json", b"before"))
+            assert second.enter_context(hold_claim(folder, "job.json", b"before"))
         assert claim.exists()
     assert not claim.exists()
 

@@ -18,7 +18,9 @@ from chunkq.geometry.box import Box
 from chunkq.job.job_file import Job, parse_job
 from chunkq.job.resolve import common_multiple, resolve
 from chunkq.job.user_code import load_blend_weights
-from chunkq.plan.plan import Index, Piece, Plan, Volume
+from chunkq.plan.chunk import Index, Piece
+from chunkq.plan.plan import Plan
+from chunkq.plan.volume import Volume
 from tests import reference as ref
 from tests.harness.memory_run import window
 from tests.strategies import JobPlan, divisors, job_values

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from chunkq.errors import ErrorCode, JobError
-from chunkq.job.job_file import load_job
+from chunkq.job.job_reading import load_job
 from chunkq.job.output_name import FORMATS, WRITTEN, FileName, check_new_output
 from tests.strategies import job_values
 

@@ -9,7 +9,7 @@ import pytest
 from chunkq.blend import patch_weights
 from chunkq.blend.patch_weights import PatchWeights
 from chunkq.blend.weights import ArrayWeights, Neighbors, Weights
-from chunkq.plan.plan import Patch
+from chunkq.plan.chunk import Patch
 from tests.strategies import BUILT_INS, JobPlan, plan_for, user_weights
 
 Array = npt.NDArray[Any]

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 
 from chunkq.geometry.box import Box
-from chunkq.plan.plan import Chunk, Index, Patch, Piece, Plan
+from chunkq.plan.chunk import Chunk, Index, Patch, Piece
+from chunkq.plan.plan import Plan
 from tests import reference as ref
 from tests.strategies import Case, cases, plan_for
 

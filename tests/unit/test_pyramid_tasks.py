@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chunkq.geometry.levels import pyramid_levels
+from chunkq.plan.chunk import Index
 from chunkq.plan.item_tasks import ItemTasks
-from chunkq.plan.plan import Index
 from chunkq.plan.pyramid import Pyramid
 from tests.unit.test_item_tasks import PLANS
 

@@ -14,8 +14,9 @@ from chunkq.blend.weights import ArrayWeights
 from chunkq.errors import JobError
 from chunkq.geometry.box import Box
 from chunkq.geometry.padding import source_indices
+from chunkq.plan.chunk import Patch
 from chunkq.plan.fetches import axis_fetches
-from chunkq.plan.plan import Patch, Plan
+from chunkq.plan.plan import Plan
 from tests import reference as ref
 from tests.harness.memory_run import ToDevice, in_numpy, in_torch, run
 from tests.strategies import (

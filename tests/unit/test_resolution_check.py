@@ -10,7 +10,7 @@ from chunkq_worker.resolution_check import check_resolution, reduced_axes
 
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.geometry.box import Box
-from chunkq.plan.plan import Patch
+from chunkq.plan.chunk import Patch
 from tests.strategies import plan_for
 
 Values = npt.NDArray[Any]

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from chunkq.plan.chunk import Chunk
 from chunkq.plan.footprint import Footprint, chunk_footprint, footprint
-from chunkq.plan.plan import Chunk, Plan
+from chunkq.plan.plan import Plan
 from chunkq.plan.sample_chunks import MAX_CHUNKS, fullest_chunk, sample_chunks
 from tests.strategies import plan_for
 

@@ -13,7 +13,7 @@ from chunkq.blend import sums
 from chunkq.blend.patch_weights import PatchWeights
 from chunkq.blend.streaming import OutputStream, regions
 from chunkq.blend.sums import Accumulator, Contribution
-from chunkq.plan.plan import Chunk
+from chunkq.plan.chunk import Chunk
 from chunkq.system import buffers
 from tests.strategies import JobPlan, plan_for
 

@@ -15,7 +15,8 @@ from chunkq.blend.weights import (
     built_in_weights,
     neighbors,
 )
-from chunkq.plan.plan import Patch, Plan
+from chunkq.plan.chunk import Patch
+from chunkq.plan.plan import Plan
 from tests import reference as ref
 from tests.strategies import BUILT_INS, Case, cases, plan_for, user_weights, without_margin
 

@@ -20,8 +20,9 @@ from chunkq.casts import Cast, cast_kind, misfit, proposed_dtype
 from chunkq.errors import ErrorCode, ModelError, PredictionError
 from chunkq.geometry.box import Box
 from chunkq.job.model_config import ModelConfig
+from chunkq.plan.chunk import Patch
 from chunkq.plan.outputs import OutputSpec
-from chunkq.plan.plan import Patch, Plan
+from chunkq.plan.plan import Plan
 from chunkq_worker.batch_layout import BatchLayout
 from chunkq_worker.cancellation import check_stopped
 from chunkq_worker.checked_batch import CheckedBatch

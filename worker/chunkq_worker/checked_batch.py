@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chunkq.blend.combine import Array, namespace
-from chunkq.plan.plan import Patch
+from chunkq.plan.chunk import Patch
 
 Halos = Sequence[npt.NDArray[Any]]
 

@@ -9,8 +9,9 @@ from typing_extensions import override
 
 from chunkq.blend.patch_weights import PatchWeights
 from chunkq.blend.sums import Accumulator, Contribution
+from chunkq.plan.chunk import Chunk, Patch
 from chunkq.plan.patch_selection import Inside, PatchSelection
-from chunkq.plan.plan import Chunk, Patch, Plan
+from chunkq.plan.plan import Plan
 from chunkq_worker.batching import Batcher, Halos
 from chunkq_worker.runtimes.base import Runtime
 

@@ -20,8 +20,9 @@ from chunkq.job.job_handle import ItemHandle, JobHandle
 from chunkq.job.job_path import job_folder_of
 from chunkq.job.record import JobRecord
 from chunkq.job.tasks import Task
+from chunkq.plan.chunk import Chunk, Index
 from chunkq.plan.patch_selection import PatchSelection
-from chunkq.plan.plan import Chunk, Index, Plan
+from chunkq.plan.plan import Plan
 from chunkq_worker.batching import Halos
 from chunkq_worker.cancellation import stopped_by
 from chunkq_worker.frameworks import framework_rule

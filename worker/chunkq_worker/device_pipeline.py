@@ -17,9 +17,10 @@ from typing_extensions import override
 
 from chunkq.blend.patch_weights import PatchWeights
 from chunkq.blend.sums import Contribution, contribution
+from chunkq.plan.chunk import Chunk, Patch
 from chunkq.plan.footprint import extra_device_bytes
 from chunkq.plan.patch_selection import Inside, PatchSelection
-from chunkq.plan.plan import Chunk, Patch, Plan
+from chunkq.plan.plan import Plan
 from chunkq_worker.batching import Batcher, Halos
 from chunkq_worker.chunk_pipeline import ChunkPipeline, ChunkRun, Finish
 from chunkq_worker.runtimes.base import Runtime

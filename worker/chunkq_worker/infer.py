@@ -14,7 +14,7 @@ from chunkq.job.job_handle import ItemHandle
 from chunkq.job.object_checksums import encode_checksums
 from chunkq.job.task_records import Commit
 from chunkq.paths import without_secret
-from chunkq.plan.plan import Chunk, Index
+from chunkq.plan.chunk import Chunk, Index
 from chunkq.queue.contract.executor import Attempt
 from chunkq.stages.finalize import OWN_PIECE
 from chunkq.stages.infer import InferStage

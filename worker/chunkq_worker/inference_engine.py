@@ -16,8 +16,9 @@ from chunkq.job.axis_order import channels_first, input_channels
 from chunkq.job.record import JobRecord
 from chunkq.job.user_code import load_blend_weights
 from chunkq.job.user_modules import UserModules
+from chunkq.plan.chunk import Chunk
 from chunkq.plan.patch_selection import PatchSelection
-from chunkq.plan.plan import Chunk, Plan
+from chunkq.plan.plan import Plan
 from chunkq_worker.batching import Batcher, Halos
 from chunkq_worker.chunk_pipeline import ChunkPipeline, Finish, HostPipeline
 from chunkq_worker.created_values import check_created_values

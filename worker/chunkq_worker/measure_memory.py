@@ -24,7 +24,7 @@ from chunkq.blend.combine import Array, as_float, to_numpy
 from chunkq.job.job_handle import ItemHandle, JobHandle
 from chunkq.job.sample_job import largest_item
 from chunkq.job.tasks import Task
-from chunkq.plan.plan import Chunk
+from chunkq.plan.chunk import Chunk
 from chunkq.plan.sample_chunks import sample_chunks
 from chunkq.queue.contract.executor import Attempt
 from chunkq.system import buffers

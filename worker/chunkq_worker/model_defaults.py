@@ -14,7 +14,7 @@ from chunkq.job.job_file import Job
 from chunkq.job.model_config import ModelConfig
 from chunkq.job.output_shapes import head_names
 from chunkq.paths import is_url, read_bytes, without_secret
-from chunkq.plan.plan import Volume
+from chunkq.plan.volume import Volume
 from chunkq_worker.network_objects import NetworkObject
 from chunkq_worker.runtimes.formats import format_of
 

@@ -22,8 +22,8 @@ from chunkq.blend.combine import (
 from chunkq.casts import misfit
 from chunkq.errors import ErrorCode, PredictionError
 from chunkq.geometry.box import Box
+from chunkq.plan.chunk import Patch
 from chunkq.plan.outputs import OutputSpec
-from chunkq.plan.plan import Patch
 from chunkq_worker.label_outputs import invalid_labels
 from chunkq_worker.network_heads import head_names, head_of, source_of_output
 

@@ -16,7 +16,7 @@ from chunkq.job.job_file import Job
 from chunkq.job.output_shapes import head_names, unknown_heads
 from chunkq.job.user_modules import UserModules
 from chunkq.plan.outputs import HeadName
-from chunkq.plan.plan import Volume
+from chunkq.plan.volume import Volume
 from chunkq_worker.batch_layout import BatchLayout
 from chunkq_worker.network_loading import thread_count
 from chunkq_worker.runtimes.base import Runtime, load_runtime

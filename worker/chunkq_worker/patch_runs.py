@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import sub
 
-from chunkq.plan.plan import Patch
+from chunkq.plan.chunk import Patch
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,10 @@ from chunkq.job.job_file import Job
 from chunkq.job.known_empty import mask_counts
 from chunkq.job.resolve import empty_rule
 from chunkq.job.user_code import load_blend_weights
+from chunkq.plan.chunk import Chunk
 from chunkq.plan.item_tasks import ItemTasks
 from chunkq.plan.patch_selection import PatchSelection, SkipRules
-from chunkq.plan.plan import Chunk, Plan
+from chunkq.plan.plan import Plan
 from chunkq.storage.array import Array
 from chunkq.storage.mask import Mask
 from chunkq.storage.padded_reading import read_padded

@@ -29,7 +29,8 @@ from chunkq.geometry.axes import plain_axes
 from chunkq.job.events import Sink, StageProgress
 from chunkq.job.image_job import IMAGE
 from chunkq.job.items import Image, images_of
-from chunkq.job.job_file import Job, job_values, load_job, parse_job
+from chunkq.job.job_file import Job, parse_job
+from chunkq.job.job_reading import job_values, load_job
 from chunkq.job.known_empty import MISSING
 from chunkq.job.mask_source import nothing_inside
 from chunkq.job.output_name import check_new_output
@@ -37,8 +38,10 @@ from chunkq.job.output_shapes import unknown_heads, with_output_shapes
 from chunkq.job.record import JobRecord
 from chunkq.job.resolve import resolve
 from chunkq.paths import absolute, without_secret
+from chunkq.plan.chunk import Chunk, Index
 from chunkq.plan.item_tasks import ItemTasks
-from chunkq.plan.plan import Chunk, Index, Plan, Volume
+from chunkq.plan.plan import Plan
+from chunkq.plan.volume import Volume
 from chunkq.queue.registry import queue_url
 from chunkq.stages.completion import chunks_of
 from chunkq.storage.formats.base import ArrayInfo

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from chunkq.errors import ModelError, PredictionError
-from chunkq.plan.plan import Patch, Plan
+from chunkq.plan.chunk import Patch
+from chunkq.plan.plan import Plan
 
 MIN_LENGTH = 4
 """Shortest output patch along an axis of which a shift can be seen."""

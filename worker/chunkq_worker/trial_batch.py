@@ -17,8 +17,9 @@ from chunkq.geometry.box import Box
 from chunkq.job.mask_source import mask_of
 from chunkq.job.record import JobRecord
 from chunkq.job.resolve import empty_rule
+from chunkq.plan.chunk import Chunk, Patch
 from chunkq.plan.patch_selection import SkipRules
-from chunkq.plan.plan import Chunk, Patch, Plan
+from chunkq.plan.plan import Plan
 from chunkq.plan.sample_chunks import fullest_chunk, sample_chunks
 from chunkq.storage.array import Array
 from chunkq.storage.padded_reading import read_padded

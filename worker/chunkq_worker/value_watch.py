@@ -10,8 +10,9 @@ import numpy.typing as npt
 
 from chunkq.blend.combine import Array, as_float, to_numpy
 from chunkq.model_check import ValueCheck
+from chunkq.plan.chunk import Chunk
 from chunkq.plan.outputs import OutputSpec
-from chunkq.plan.plan import Chunk, Plan
+from chunkq.plan.plan import Plan
 from chunkq.plan.sample_chunks import fullest_chunk
 from chunkq_worker.network_heads import head_names, head_of, source_of_output
 

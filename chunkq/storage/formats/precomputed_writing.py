@@ -171,13 +171,10 @@ class WritableScale(WritableArray):
         return self._document.present(store.result()), scale.result()
 
 
-def read_scale(path: str, document: ScaleDocument, *, cached: bool = False) -> Array:
-    """Open the array in the folder of a scale for reading. Missing blocks are 0.
-
-    `cached` keeps blocks in the cache of this process.
-    """
+def read_scale(path: str, document: ScaleDocument) -> Array:
+    """Open the array in the folder of a scale for reading. Missing blocks are 0."""
     layout = WrittenLayout(path, path.rpartition("/")[2], document)
-    return open_blocks(path, layout, DEFAULT_ACCESS, cached=cached)
+    return open_blocks(path, layout, DEFAULT_ACCESS)
 
 
 def write_scale(path: str, document: ScaleDocument) -> WritableScale:

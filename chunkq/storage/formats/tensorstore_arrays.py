@@ -56,6 +56,21 @@ class StoreArray(Array):
         except (ValueError, OSError, RuntimeError) as error:
             raise ChunkReadError(box_error(self.path, box, "read", error)) from error
 
+    @override
+    def read_together(self, boxes: Sequence[Box]) -> list[Voxels]:
+        import tensorstore as ts
+
+        origin = (0,) * len(self.shape)
+        with ts.Batch() as batch:
+            reads = [self._store[box.slices(origin)].read(batch=batch) for box in boxes]
+        values = []
+        for box, future in zip(boxes, reads, strict=True):
+            try:
+                values.append(future.result())
+            except (ValueError, OSError, RuntimeError) as error:
+                raise ChunkReadError(box_error(self.path, box, "read", error)) from error
+        return values
+
 
 def read_store(store: Any, box: Box) -> Voxels:
     """Read a box of an open tensorstore into a buffer. Raises tensorstore's errors."""

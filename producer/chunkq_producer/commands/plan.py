@@ -11,7 +11,7 @@ from chunkq import terminal
 from chunkq.create import CheckedJob
 from chunkq.errors import ChunkqError, ErrorCode, JobError
 from chunkq.install_hint import install_command
-from chunkq.job.job_file import load_job, select_job_file
+from chunkq.job.job_reading import load_job, select_job_file
 from chunkq.progress_bar import ProgressDisplay
 from chunkq.queue.contract.executor import DEFAULT_DEPTH_CPU, DEFAULT_DEPTH_GPU
 from chunkq.system.standard_output import print_line, reserve, result_stream

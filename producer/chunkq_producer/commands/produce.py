@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from chunkq.create import check_job, check_output
-from chunkq.job.job_file import load_job, select_job_file
+from chunkq.job.job_reading import load_job, select_job_file
 from chunkq.job.tasks import chunk_count
 from chunkq.paths import without_secret
 from chunkq.progress_bar import ProgressDisplay

@@ -80,7 +80,7 @@ def run(
     try:
         with early_start(engine, queue, workers) as start:
             # Imported here, while the workers start.
-            from chunkq.job.job_file import load_job, select_job_file
+            from chunkq.job.job_reading import load_job, select_job_file
             from chunkq_producer.run_display import RunDisplay
             from chunkq_producer.runner import run_job
             from chunkq_producer.worker_command import RunOptions

@@ -176,7 +176,7 @@ FAULTS = (
     ),
     Fault(
         "input-bytes-of-one-axis",
-        "chunkq/plan/plan.py",
+        "chunkq/plan/costs.py",
         "read_high - read_low",
         "axis.halo(blocks)[1] - axis.halo(blocks)[0]",
         "the plan predicts more input bytes than workers read at the volume's border",

@@ -2,9 +2,10 @@
 
 from tests.prove.fault import Fault, named
 
-LEDGER, OBJECTS, RECORD = (
+LEDGER, OBJECTS, LOCAL_FILES, RECORD = (
     "chunkq/job/ledger.py",
     "chunkq/storage/objects.py",
+    "chunkq/storage/local_files.py",
     "chunkq/job/record.py",
 )
 FINALIZE, CREATE, ENQUEUE = "chunkq/finalize.py", "chunkq/create.py", "chunkq/enqueue.py"
@@ -48,22 +49,22 @@ FAULTS = (
     Fault(
         "later-commit-replaces-the-first",
         OBJECTS,
-        "(content,), _link)",
+        "(content,), move_new)",
         "(content,), os.replace)",
         "the report counts a chunk's second, superseded run",
         named(STORAGE, "keeps_the_object_of_the_first"),
     ),
     Fault(
         "objects-written-in-place",
-        OBJECTS,
-        'temporary = os.path.join(self._root, f"{PARTIAL}{uuid.uuid4().hex}")',
+        LOCAL_FILES,
+        'temporary = os.path.join(root, f"{PARTIAL}{uuid.uuid4().hex}")',
         "temporary = target",
         "a writer killed in the middle leaves half a commit record",
         named(STORAGE, "killed_while_it_writes"),
     ),
     Fault(
         "partial-files-listed",
-        OBJECTS,
+        LOCAL_FILES,
         "not entry.name.startswith(PARTIAL) and ",
         "",
         "a killed writer's partial files are listed as objects",

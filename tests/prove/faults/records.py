@@ -7,11 +7,11 @@ LEDGER, RECORD, OUTPUT = (
     "chunkq/job/record.py",
     "chunkq/job/image_output.py",
 )
-FINALIZE, FINALIZE_STAGE, JOB_HANDLE, OBJECTS = (
+FINALIZE, FINALIZE_STAGE, JOB_HANDLE, CLAIMS = (
     "chunkq/finalize.py",
     "chunkq/stages/finalize.py",
     "chunkq/job/job_handle.py",
-    "chunkq/storage/objects.py",
+    "chunkq/storage/claims.py",
 )
 INFER, CREATE = "worker/chunkq_worker/infer.py", "chunkq/create.py"
 RECORDS, COMMITS = "tests/unit/test_job_record.py", "tests/unit/test_commits.py"
@@ -160,15 +160,15 @@ FAULTS = (
     ),
     Fault(
         "claim-ignored",
-        OBJECTS,
-        " and not self._take_over_claim(claim, owner)",
+        CLAIMS,
+        " and not _take_over(folder, claim, owner)",
         " and not claim",
         "of two overwriting producers one deletes what the other has created",
         named(RECORDS, "claim or at_once"),
     ),
     Fault(
         "claim-never-expires",
-        OBJECTS,
+        CLAIMS,
         "any(age < CLAIM_SECONDS for age in ages)",
         "bool(ages)",
         "after a producer is killed at the wrong moment the output can never be replaced",

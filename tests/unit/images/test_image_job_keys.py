@@ -8,7 +8,8 @@ import yaml
 from chunkq_producer.commands import init
 
 from chunkq.errors import JobError
-from chunkq.job.job_file import Job, load_job
+from chunkq.job.job_file import Job
+from chunkq.job.job_reading import load_job
 
 MODEL: dict[str, Any] = {
     "runtime": "numpy", "type": "class", "class_file": "/net.py", "class_name": "net",

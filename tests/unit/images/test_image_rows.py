@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from chunkq.errors import ErrorCode, JobError, StoreError
 from chunkq.job import image_rows
 from chunkq.job.image_rows import ImageRows, find_rows, sample_rows
-from chunkq.job.job_file import Job, load_job
+from chunkq.job.job_file import Job
+from chunkq.job.job_reading import load_job
 from chunkq.job.ledger import INPUTS, Ledger
 from chunkq.job.row_plan import default_rows, row_plan
 from chunkq.job.stored_rows import StoredRows
 from chunkq.plan.footprint import footprint
-from chunkq.plan.plan import Volume
+from chunkq.plan.volume import Volume
 
 
 def job(table: Path, **keys: Any) -> Job:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from chunkq.errors import ErrorCode, JobError, ModelError
 from chunkq.images.transform import Placement, transform
-from chunkq.job.job_file import Job, load_job
+from chunkq.job.job_file import Job
+from chunkq.job.job_reading import load_job
 
 
 def job_with(image: dict[str, Any], **keys: Any) -> Job:

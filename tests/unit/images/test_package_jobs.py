@@ -14,7 +14,8 @@ from PIL import Image
 
 from chunkq.create import check_job
 from chunkq.errors import ErrorCode, JobError, ModelError
-from chunkq.job.job_file import Job, load_job
+from chunkq.job.job_file import Job
+from chunkq.job.job_reading import load_job
 from chunkq.job.keypoints import skeleton_of
 from tests.harness.sleap_folders import exported, trained
 

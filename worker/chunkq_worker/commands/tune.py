@@ -27,9 +27,10 @@ from chunkq.errors import (
 )
 from chunkq.job.allowed_paths import ALLOW_VARIABLE
 from chunkq.job.items import find_sources
-from chunkq.job.job_file import Job, load_job
+from chunkq.job.job_file import Job
 from chunkq.job.job_folder import JobFolder
 from chunkq.job.job_path import job_folder_of
+from chunkq.job.job_reading import load_job
 from chunkq.job.model_config import precision_problems
 from chunkq.job.record import JobRecord
 from chunkq.job.user_code import load_blend_weights

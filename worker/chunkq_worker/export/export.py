@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from chunkq.errors import ErrorCode, JobError, ModelError
-from chunkq.job.job_file import Job, load_job
+from chunkq.job.job_file import Job
+from chunkq.job.job_reading import load_job
 from chunkq.job.model_config import HALF_PRECISIONS, ModelConfig
 from chunkq_worker.export import torch as export_torch
 from chunkq_worker.export.compare import Network, difference

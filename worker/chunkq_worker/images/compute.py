@@ -14,7 +14,7 @@ from chunkq.job.job_file import Job
 from chunkq.job.job_handle import ItemHandle
 from chunkq.job.object_checksums import encode_checksums
 from chunkq.job.task_records import Commit
-from chunkq.plan.plan import Index
+from chunkq.plan.chunk import Index
 from chunkq.queue.contract.executor import Attempt
 from chunkq.stages.tables import PIECE, put_results
 from chunkq.system.cores import available_cores

@@ -25,7 +25,8 @@ from chunkq.blend.sums import chunk_results, output_crop, target_slices
 from chunkq.blend.weights import Neighbors
 from chunkq.geometry.box import Box
 from chunkq.job.model_config import ModelConfig
-from chunkq.plan.plan import Chunk, Patch, Plan
+from chunkq.plan.chunk import Chunk, Patch
+from chunkq.plan.plan import Plan
 from chunkq.plan.value_range import ValueRange
 from chunkq_worker.batch_layout import BatchLayout
 from chunkq_worker.patch_runs import PatchRun, patch_runs

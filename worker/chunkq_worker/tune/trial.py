@@ -30,11 +30,11 @@ from typing_extensions import override
 from chunkq import json_values
 from chunkq.create import check_job, create_job
 from chunkq.errors import ChunkqError
-from chunkq.job.job_file import load_job
 from chunkq.job.job_handle import JobHandle
+from chunkq.job.job_reading import load_job
 from chunkq.job.record import JobRecord
 from chunkq.job.sample_job import largest_item
-from chunkq.plan.plan import Chunk, Patch
+from chunkq.plan.chunk import Chunk, Patch
 from chunkq.plan.sample_chunks import fullest_chunk, sample_chunks
 from chunkq.queue.contract.executor import Attempt
 from chunkq.storage.padded_reading import read_padded
