@@ -56,20 +56,29 @@ class FetchCounter:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._taken = Fetched()
+        self._taken = Fetched(), Fetched()
 
-    def take(self) -> Fetched:
-        """Return what was fetched since the last call."""
+    def take(self, *, has_storage_chunks: bool = True) -> Fetched:
+        """Return what was fetched since the last call.
+
+        Unless an input `has_storage_chunks`, what tensorstore has fetched is of outputs only, and
+        is left out.
+        """
         with self._lock:
-            before, self._taken = self._taken, _total()
-        return Fetched(self._taken.requests - before.requests, self._taken.bytes - before.bytes)
+            before, self._taken = self._taken, (_by_tensorstore(), Fetched(*RECEIVED.total()))
+            (stored, web), (stored_before, web_before) = self._taken, before
+        requests, received = web.requests - web_before.requests, web.bytes - web_before.bytes
+        if has_storage_chunks:
+            requests += stored.requests - stored_before.requests
+            received += stored.bytes - stored_before.bytes
+        return Fetched(requests, received)
 
 
-def _total() -> Fetched:
-    """Return what this process has fetched since it started."""
+def _by_tensorstore() -> Fetched:
+    """Return what this process has fetched through tensorstore since it started."""
     import tensorstore as ts
 
-    requests, received = RECEIVED.total()
+    requests = received = 0
     for metric in ts.experimental_collect_matching_metrics("/tensorstore/kvstore/"):
         kind = metric["name"].rpartition("/")[2]
         value = _sum(metric["values"])
