@@ -23,7 +23,7 @@ from chunkq.system.scratch import scratch_folder
 from chunkq.system.signal_masks import sigterm_blocked
 
 STAGE = "checking the network on one batch"
-MEASURING_STAGE = "measuring the network on patches and chunks"
+MEASURING_STAGE = "measuring time and memory of the network"
 SHAPES_STAGE = "finding the shapes of the outputs"
 MAX_LINES = 10
 """Last lines of the process that are kept, for the message of one that ends without a report."""
