@@ -24,6 +24,7 @@ from chunkq.queue.contract.executor import Executor, RunningTask, TaskCounts, Wo
 from chunkq.stages import completion
 from chunkq.stages.ingest import copies
 from chunkq.stages.registry import stage_of
+from chunkq.summaries import one_line
 from chunkq.tables import FittingTable
 from chunkq.terminal import argument
 from chunkq.units import device_cost, duration, money, si
@@ -70,7 +71,7 @@ class FailureGroup:
         return names if self.is_staging else f"{word} {names}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class JobStatus:
     """Status of a job at one moment. Queue figures are None if the queue cannot be reached.
 
@@ -117,6 +118,9 @@ class JobStatus:
     """Images without a result, of a job over images; an estimate while chunks are done."""
     cost_left: float | None = None
     """Price of the remaining time on the devices of the recent workers, if the job has a price."""
+
+    def __repr__(self) -> str:
+        return one_line("JobStatus", {"output": self.output, "state": status_line(self)})
 
 
 def job_status(job: JobHandle, executor: Executor | None, problem: str | None = None) -> JobStatus:

@@ -852,7 +852,8 @@ def test_plans_and_reports_are_objects_of_one_line(
     assert not chunkq.report(workspace.output).sealed
     workspace.compute_inline()
     finished = chunkq.finalize(workspace.output)
-    report = chunkq.report(workspace.output)
+    report, status = chunkq.report(workspace.output), chunkq.status(workspace.output)
+    assert f"{CHUNKS}/{CHUNKS} chunks done" in repr(status)
     assert (report.sealed, report.timing.patches) == (True, plan.patches)
     assert report.as_dict()["conclusion"] == finished["conclusion"]
     for result in (plan, finished, report):
