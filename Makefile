@@ -122,9 +122,12 @@ lint: $(VENV)/test-installed
 # Groups of tests, longest first: see tests/harness/groups.py.
 PYTEST := $(BIN)/python -m pytest -n 2
 
+# What is tested of the queues without a server.
+EXECUTOR_PARTS := contract attempts failures blocks messages model sqlite
+
 check: lint
-	$(PYTEST) -m "not server" tests/unit benchmarks/tests tests/contract/test_executor_contract.py \
-	  tests/contract/test_executor_model.py tests/contract/test_executor_sqlite.py
+	$(PYTEST) -m "not server" tests/unit benchmarks/tests \
+	  $(addprefix tests/contract/test_executor_,$(addsuffix .py,$(EXECUTOR_PARTS)))
 
 # Tests wait for leases and servers a third of their time, so there is one process more than cores.
 test: lint $(VENV)/digits/made

@@ -64,7 +64,7 @@ class Conversion:
             str(writer.dtype),
             list(writer.blocks.block),
             json_values.to_values(writer.options),
-            json_values.to_values(writer.image.axes),
+            [json_values.to_values(axis) for axis in writer.image.axes],
             writer.image.is_labels,
             writer.image.classes,
         ]

@@ -31,7 +31,7 @@ def downsample(values: Voxels, factors: Sequence[int], method: Method) -> Voxels
 
     Sizes are rounded up: the last voxel of an odd axis stands alone. `nearest` takes voxel 2i.
     `mode` is the most frequent value; of equally frequent ones it is the smallest. `mean` is
-    computed in float64; integers are rounded half to even.
+    computed in float64, of integers exactly; these are rounded half to even.
     """
     axes = [values.ndim - len(factors) + a for a, factor in enumerate(factors) if factor == 2]
     if not axes or not values.size:
@@ -48,19 +48,28 @@ def _every_second(rank: int, axes: Sequence[int], firsts: Sequence[int] = ()) ->
 
 def _mean(values: Voxels, axes: Sequence[int]) -> Voxels:
     dtype, count = values.dtype, 1 << len(axes)
-    integers = SUM_DTYPES.get(dtype.str[1:])
-    total = values
-    # The first axis first: its sums are of whole planes.
-    for axis in axes:
-        total = _pairs(total, axis, np.dtype(integers or np.float64))
-    if integers is None:
-        means = total / count
-        return (np.rint(means) if dtype.kind in "iu" else means).astype(dtype)
-    # Exactly what the rounded float64 is: the sums are exact, the count is a power of 2.
-    quotient, rest = total >> len(axes), total & (count - 1)
+    if dtype.kind not in "iu":
+        # Divided first: the sum of large float64 does not fit. By a power of 2 that is exact.
+        parts = values / count if dtype == np.float64 else values
+        total = _sums(parts, axes, np.dtype(np.float64))
+        return (total if dtype == np.float64 else total / count).astype(dtype, copy=False)
+    if (integers := SUM_DTYPES.get(dtype.str[1:])) is not None:
+        total = _sums(values, axes, np.dtype(integers))
+        quotient, rest = total >> len(axes), total & (count - 1)
+    else:  # the sum of 64 bits does not fit, those of its halves do
+        high, low = (_sums(part, axes, dtype) for part in (values >> 32, values & 0xFFFFFFFF))
+        quotient, rest = (high << (32 - len(axes))) + (low >> len(axes)), low & (count - 1)
     half = count >> 1
     quotient += (rest > half) | ((rest == half) & ((quotient & 1) == 1))
-    return quotient.astype(dtype)
+    return quotient.astype(dtype, copy=False)
+
+
+def _sums(values: Voxels, axes: Sequence[int], dtype: np.dtype[Any]) -> Voxels:
+    """Return the sums of cells."""
+    # The first axis first: its sums are of whole planes.
+    for axis in axes:
+        values = _pairs(values, axis, dtype)
+    return values
 
 
 def _pairs(values: Voxels, axis: int, dtype: np.dtype[Any]) -> Voxels:

@@ -42,8 +42,14 @@ FORMATS = (
 such as EPS, which runs Ghostscript."""
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 """Part of messages that differs from process to process."""
-ORIENTATION, BITS_PER_SAMPLE = 0x0112, 0x0102
+ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 274, 258, 262, 339
 """Tags of EXIF and TIFF."""
+WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, YCBCR = 0, 1, 2, 6
+"""Values of PHOTOMETRIC."""
+UNSIGNED, SIGNED = 1, 2
+"""Values of SAMPLE_FORMAT."""
+TO_RGB = (6, 7, 33007, 34892)
+"""Compressions of TIFF files, all of JPEG, whose YCbCr becomes RGB as it is decoded."""
 
 
 def unlimited(pixels: int) -> None:
@@ -54,10 +60,12 @@ def decode(content: bytes, mode: Mode, reserve: Reserve = unlimited) -> Decoded:
     """Decode the bytes of an image file to pixels (H, W, C) with the channels of `mode`.
 
     The pixels are turned as EXIF says. Those with 8 bits per channel are converted by Pillow to
-    uint8. Those with more keep their values, as uint16, int32 or float32: gray is repeated for
-    each color, colors become gray by the weights of ITU-R 601-2, as float32. Opacity is dropped
-    or is the largest value of the dtype (1 for floats). Of a file with several images the first
-    one is decoded. `reserve` is called with the number of pixels before they are decoded.
+    uint8. Gray with more bits, and colors of PNG and TIFF, keep their values, in their dtype: gray
+    is repeated for each color, colors become gray by the weights of ITU-R 601-2, as float32. Pillow
+    reduces colors of other formats to 8 bits. Opacity is dropped or is the largest value of the
+    dtype (1 for floats). Unsigned values of which 0 is white are inverted. Of a file with several
+    images the first one is decoded. `reserve` is called with the number of pixels before they are
+    decoded.
 
     Raises ImageError if the content is no image of `FORMATS`, is damaged or too large, with the
     same message in each process.
@@ -97,7 +105,7 @@ def _decode(content: bytes, mode: Mode, reserve: Reserve) -> Decoded:
             raise
         return _to_mode(_tiff(content, reserve), mode)
     with image:
-        if image.format == "TIFF" and _is_deep_color(image):
+        if image.format == "TIFF" and _is_changed_by_pillow(image):
             return _to_mode(_tiff(content, reserve), mode)
         reserve(image.width * image.height)
         image.load()
@@ -148,10 +156,18 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _is_deep_color(image: Image.Image) -> bool:
-    """Return whether a TIFF image has colors of more than 8 bits, which Pillow reduces to 8."""
-    bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (8,))
-    return len(bits) > 1 and max(bits) > 8
+def _is_changed_by_pillow(image: Image.Image) -> bool:
+    """Return whether Pillow does not keep the values of a TIFF image, deep or with signs.
+
+    It reduces colors to 8 bits, does not invert deep gray, and reads int8 as uint8 and uint32 as
+    int32.
+    """
+    tags = getattr(image, "tag_v2", {})
+    bits, kind = tags.get(BITS_PER_SAMPLE, (1,)), tags.get(SAMPLE_FORMAT, (UNSIGNED,))[0]
+    depth, is_inverted = max(bits), tags.get(PHOTOMETRIC) == WHITE_IS_ZERO
+    if kind == UNSIGNED and (depth == 32 or (depth > 8 and is_inverted)):
+        return True
+    return (kind == SIGNED and depth == 8) or (len(bits) > 1 and depth > 8)
 
 
 def _orientation(content: bytes) -> int:
@@ -193,11 +209,28 @@ def _tiff(content: bytes, reserve: Reserve) -> Pixels:
         if page.size > MAX_PIXELS * MAX_CHANNELS:  # also of many channels or slices
             raise _too_large()
         reserve(max(page.imagewidth * page.imagelength, page.size // MAX_CHANNELS))
+        _check_colors(page)
         pixels = page.asarray()
         if page.axes == "SYX":
             pixels = np.moveaxis(pixels, 0, -1)
-        tag = page.tags.get(ORIENTATION)
+        photometric, tag = page.tags.get(PHOTOMETRIC), page.tags.get(ORIENTATION)
+    if photometric is not None and photometric.value == WHITE_IS_ZERO and pixels.dtype.kind == "u":
+        pixels = pixels.dtype.type((1 << page.bitspersample) - 1) - pixels
     return _turned(_with_channels(pixels), 1 if tag is None else int(tag.value))
+
+
+def _check_colors(page: Any) -> None:
+    """Raise ImageError unless the channels of a TIFF image are gray, or red, green and blue."""
+    colors = page.photometric
+    if colors in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB):
+        return
+    if colors == YCBCR and page.compression in TO_RGB:
+        return
+    raise ImageError(
+        "decode",
+        f"colors of the kind {getattr(colors, 'name', colors)} are unsupported for "
+        f"{page.bitspersample} bits; convert the file to gray or RGB",
+    )
 
 
 def _no_package(what: str) -> ImageError:

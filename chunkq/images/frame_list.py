@@ -14,7 +14,7 @@ from chunkq.access import DEFAULT_ACCESS, Access
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.geometry.position_range import positions_in
 from chunkq.images.image_error import ImageError
-from chunkq.images.image_list import PATH, ImageList, is_video
+from chunkq.images.image_list import PATH, RESERVED, ImageList, is_video
 from chunkq.images.reading import failed, listed_filesystem, open_local, storage_errors
 from chunkq.install_hint import install_command
 from chunkq.paths import is_url
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 FRAME = "frame"
 """Column with the number of a frame, from 0; null for an image and for a video without frames."""
-STATE = "chunkq:video"
+STATE = f"{RESERVED}video"
 """Column with the `video_state` of each row of a video when the list was made. It is null for an
 image, and for a video that could not be opened."""
 TAGS = ("ETag", "etag", "md5Hash", "mtime", "LastModified")

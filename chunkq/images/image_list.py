@@ -32,6 +32,8 @@ TABLES = (".csv", ".parquet", ".txt")
 """Suffixes of files that list images."""
 PATH = "path"
 """Column of the paths."""
+RESERVED = "chunkq:"
+"""Start of the names of columns that chunkq adds to a stored list."""
 PATHS_AT_ONCE = 1 << 16
 
 
@@ -177,6 +179,18 @@ def _read_table(path: str, suffix: str, access: Access) -> pa.Table:
             f"input: {printed} has no column `path`; found {columns}; add the column",
             code=ErrorCode.IMAGE_LIST_INVALID,
         )
+    for field in table.schema:
+        if field.name.startswith(RESERVED):
+            raise StoreError(
+                f"input: {printed}: the name of the column {field.name!r} is reserved; rename it",
+                code=ErrorCode.IMAGE_LIST_INVALID,
+            )
+        if not _can_take(field.type):
+            raise StoreError(
+                f"input: {printed}: the column {field.name!r} has the unsupported type "
+                f"{field.type}; convert it, or remove the column",
+                code=ErrorCode.IMAGE_LIST_INVALID,
+            )
     if not pa.types.is_string(table.schema.field(PATH).type):
         raise StoreError(
             f"input: {printed}: the column `path` has the type {table.schema.field(PATH).type}; "
@@ -198,12 +212,22 @@ def _parsed(content: bytes, suffix: str) -> pa.Table:
     return pa.table({PATH: pa.array([line for line in lines if line], pa.string())})
 
 
+def _can_take(kind: pa.DataType) -> bool:
+    """Return whether pyarrow can take rows of a type: of some that it reads it cannot."""
+    try:
+        pa.chunked_array([], kind).take(pa.array([], pa.int64()))
+    except pa.ArrowNotImplementedError:
+        return False
+    return True
+
+
 def _plain_strings(table: pa.Table) -> pa.Table:
     """Return a table whose texts have one type: other writers use large strings or dictionaries."""
     fields = []
     for field in table.schema:
         kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
         is_text = pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+        kind = pa.binary() if pa.types.is_binary_view(kind) else kind
         fields.append(field.with_type(pa.string() if is_text else kind))
     return table.cast(pa.schema(fields))
 

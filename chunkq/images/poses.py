@@ -74,7 +74,7 @@ def pose_columns(poses: Sequence[Poses], names: Sequence[str]) -> dict[str, pa.A
     empty = np.zeros((0, len(names), 2), np.float32)
     points = np.concatenate([empty, *(one.points for one in poses)])
     point_scores = np.concatenate([empty[..., 0], *(one.point_scores for one in poses)])
-    scores = np.concatenate([empty[:, 0, 0], *(one.scores for one in poses)])
+    scores = np.concatenate([np.zeros(0, np.float32), *(one.scores for one in poses)])
     animals = np.cumsum([0, *(len(one.scores) for one in poses)], dtype=np.int32)
     is_found = np.isfinite(points).all(axis=2)
     offsets = np.concatenate([[0], np.cumsum(is_found.sum(axis=1))]).astype(np.int32)

@@ -172,7 +172,14 @@ def _write_csv(schema: pa.Schema, tables: Iterator[pa.Table], file: IO[bytes]) -
 
 def _is_json(kind: pa.DataType) -> bool:
     """Return whether a CSV file has the values of a type as JSON."""
-    types = (pa.types.is_nested, pa.types.is_binary, pa.types.is_large_binary)
+    if isinstance(kind, pa.BaseExtensionType):
+        return True
+    types = (
+        pa.types.is_nested,
+        pa.types.is_binary,
+        pa.types.is_large_binary,
+        pa.types.is_fixed_size_binary,
+    )
     return any(is_type(kind) for is_type in types)
 
 

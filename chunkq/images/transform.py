@@ -49,10 +49,16 @@ def transform(decoded: Decoded, spec: ImageSpec) -> tuple[npt.NDArray[np.float32
     side gets the length `resize`, the longer one is rounded down. The crop begins at half of the
     difference, rounded half to even, as in torchvision.
 
-    Raises ImageError if the image is smaller than the crop, or so narrow that it has more than
-    MAX_PIXELS when it is resized.
+    Raises ImageError if the image has no pixels, is smaller than the crop, or so narrow that it has
+    more than MAX_PIXELS when it is resized.
     """
     height, width = _shape(decoded)
+    if not height or not width:
+        raise ImageError(
+            "transform",
+            f"{height} x {width} pixels are none; use another image",
+            code=ErrorCode.IMAGE_UNSUITABLE,
+        )
     resized = _resized_shape((height, width), spec.resize)
     if resized[0] * resized[1] > max(MAX_PIXELS, height * width):
         raise ImageError(

@@ -13,6 +13,7 @@ import av
 import numpy as np
 import numpy.typing as npt
 from av.error import FFmpegError, InvalidDataError
+from av.sidedata.sidedata import Type
 
 from chunkq.errors import ErrorCode
 from chunkq.images.decoding import Pixels
@@ -34,7 +35,7 @@ class VideoIndex:
     times  time stamp of each frame in the order of display, in units of the stream, int64
     keys   time stamp of each keyframe, and the earlier one of this and of its decoding, ascending,
            int64 (k, 2); at least one
-    shape  height and width of a frame, in pixels
+    shape  height and width of a frame as it is stored, in pixels
     """
 
     times: npt.NDArray[np.int64]
@@ -100,7 +101,8 @@ def read_frames(
 ) -> Iterator[tuple[int, Pixels | ImageError]]:
     """Yield the frames `numbers` in this order, ascending, each with its number.
 
-    A frame is pixels (H, W, C), uint8, or an ImageError if it cannot be decoded. Decoding starts at
+    A frame is pixels (H, W, C), uint8, turned as players show it, or an ImageError if it cannot be
+    decoded. Decoding starts at
     the last keyframe before the first number, and goes on to the last one. After damage it starts
     again at the next keyframe, so that the result does not depend on the first number. Raises
     ImageError if the file cannot be opened.
@@ -119,8 +121,7 @@ def read_frames(
                         yield _failed(wanted.pop(time), reason)
                     number = wanted.pop(reached, None)
                     if number is not None:
-                        pixels = frame.to_ndarray(format=FORMATS[mode])
-                        yield number, pixels.reshape(frame.height, frame.width, -1)
+                        yield number, _pixels(frame, number, mode)
                     if not wanted:
                         return
             except MemoryError:  # FFmpeg's is an FFmpegError, too
@@ -160,6 +161,31 @@ def _decoded(packets: Iterable[Any], start: int) -> Iterator[Any]:
         for frame in packet.decode():
             if frame.pts is not None and frame.pts >= start:
                 yield frame
+
+
+def _pixels(frame: Any, number: int, mode: Mode) -> Pixels | ImageError:
+    """Return the pixels (H, W, C) of a frame, turned and mirrored as its display matrix says.
+
+    The matrix a, b, u, c, d, v, x, y, w maps a column p and a row q to the column a p + c q and the
+    row b p + d q, see libavutil/display.h. An ImageError stands for turns by no multiple of 90°.
+    """
+    pixels: Pixels = frame.to_ndarray(format=FORMATS[mode])
+    pixels = pixels.reshape(frame.height, frame.width, -1)
+    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+    if matrix is None:
+        return pixels
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    if not (b or c):
+        row, column = d, a
+    elif not (a or d):
+        pixels, row, column = pixels.swapaxes(0, 1), b, c
+    else:
+        return ImageError(
+            "decode",
+            f"frame {number}: the video is turned by no multiple of 90 degrees; convert it",
+        )
+    turned = pixels[:: -1 if row < 0 else 1, :: -1 if column < 0 else 1]
+    return np.ascontiguousarray(turned)
 
 
 def _failed(number: int, reason: str) -> tuple[int, ImageError]:

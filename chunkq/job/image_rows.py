@@ -18,13 +18,13 @@ from typing_extensions import Buffer, override
 from chunkq.errors import ErrorCode, JobError, StoreError
 from chunkq.geometry.axes import Axis
 from chunkq.images.frame_list import FRAME, STATE, with_frames
-from chunkq.images.image_list import PATH, ImageList, find_images, join_lists
+from chunkq.images.image_list import PATH, RESERVED, ImageList, find_images, join_lists
 from chunkq.images.scores import ScoreSpec
 from chunkq.job.image_config import TruthConfig
 from chunkq.job.job_file import Job
 from chunkq.storage.images import DIGEST, IMAGE_LIST, ImageSource
 
-TRUTH = "chunkq:truth"
+TRUTH = f"{RESERVED}truth"
 """Column of the stored table with the true label of each row; absent without `truth`."""
 SAMPLE = "sample"
 """Option of the source: path, frame and state of some rows as JSON, for the network's check."""

@@ -5,20 +5,17 @@ import pytest
 from chunkq.errors import ErrorCode, MissingJobError
 from chunkq.job.tasks import JobId, Task
 from chunkq.queue.contract.executor import Attempt, Contribution, Executor, TaskCounts, jobs_at
-from tests.contract import test_executor_contract as contract
-from tests.contract.test_executor_contract import (
+from tests.harness.queue_workers import (
     JOB,
     OTHER_JOB,
     Recorder,
     blocked_worker,
     burst,
     options,
+    raises,
     tasks,
 )
 from tests.harness.waiting import wait_until
-
-pytest_generate_tests = contract.pytest_generate_tests
-url, queue = contract.url, contract.queue  # fixtures
 
 NEW_JOB = JobId(JOB.path, "ffffffff")
 
@@ -54,7 +51,7 @@ def test_failures_of_a_replaced_job_are_not_retried_with_those_of_its_successor(
     queue: Executor,
 ) -> None:
     queue.submit([*tasks(1), *tasks(2, NEW_JOB)])
-    queue.run_tasks(contract.raises(ValueError("no")), burst())
+    queue.run_tasks(raises(ValueError("no")), burst())
     assert queue.failed(NEW_JOB) == tasks(2, NEW_JOB)
     assert queue.retry(NEW_JOB) == 2
     assert queue.jobs() == {JOB: TaskCounts(failed=1), NEW_JOB: TaskCounts(queued=2)}

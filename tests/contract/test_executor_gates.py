@@ -22,8 +22,7 @@ from chunkq.queue.contract.executor import (
 )
 from chunkq.queue.leases.task_loop import LeaseQueue
 from chunkq.queue.registry import open_executor
-from tests.contract import test_executor_contract as contract
-from tests.contract.test_executor_contract import (
+from tests.harness.queue_workers import (
     JOB,
     OTHER_JOB,
     QUICK,
@@ -35,9 +34,6 @@ from tests.contract.test_executor_contract import (
     raises,
 )
 from tests.harness.waiting import wait_until
-
-pytest_generate_tests = contract.pytest_generate_tests
-url, queue = contract.url, contract.queue  # fixtures
 
 GATES = replace(QUICK, waiting_poll=0.02, longest_gate_pause=0.1)
 BATCH = 3

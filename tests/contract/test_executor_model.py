@@ -35,7 +35,8 @@ from chunkq.queue.contract.executor import MAX_ATTEMPTS, TaskCounts, WorkerOptio
 from chunkq.queue.contract.settings import WorkerSettings
 from chunkq.queue.leases.task_loop import Lease, LeaseQueue
 from chunkq.queue.registry import open_executor
-from tests.contract.test_executor_contract import JOB, LOCAL, OTHER_JOB, parameters
+from tests.harness.queue_backends import LOCAL, parameters
+from tests.harness.queue_workers import JOB, OTHER_JOB
 
 REPLACED_JOB = JobId(JOB.path, "ffffffff")
 JOBS = (JOB, REPLACED_JOB, OTHER_JOB)

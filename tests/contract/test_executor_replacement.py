@@ -8,20 +8,8 @@ import pytest
 from chunkq.errors import FrameworkConflictError
 from chunkq.job.tasks import Task
 from chunkq.queue.contract.executor import Attempt, Executor, TaskCounts
-from tests.contract import test_executor_contract as contract
-from tests.contract.test_executor_contract import (
-    JOB,
-    OTHER_JOB,
-    QUICK,
-    Recorder,
-    burst,
-    options,
-    tasks,
-)
+from tests.harness.queue_workers import JOB, OTHER_JOB, QUICK, Recorder, burst, options, tasks
 from tests.harness.waiting import TIMEOUT, wait_until
-
-pytest_generate_tests = contract.pytest_generate_tests
-url, queue = contract.url, contract.queue  # fixtures
 
 
 def conflict_in_other_job(task: Task, attempt: Attempt) -> None:

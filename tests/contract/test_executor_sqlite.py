@@ -21,7 +21,7 @@ from chunkq.queue.backends.tables import schema as table_schema
 from chunkq.queue.backends.tables.task_table import TaskTable
 from chunkq.queue.contract.executor import Contribution, WorkerOptions
 from chunkq.queue.registry import default_url, open_executor
-from tests.contract.test_executor_contract import JOB
+from tests.harness.queue_workers import JOB
 from tests.harness.waiting import wait_until
 
 Mounts = Callable[[list[tuple[str, str]]], None]

@@ -19,7 +19,6 @@ SECONDS = {
     "empty_space": 52,
     "export": 50,
     "triton_order": 49,
-    "executor_contract": 47,
     "crashes": 47,
     "forms": 47,
     "input_combinations": 46,
@@ -91,14 +90,17 @@ def mark_servers(items: list[pytest.Item]) -> None:
 def group_of(item: pytest.Item) -> str:
     """Return the group of a test: its server if starting it is slow, otherwise its file.
 
-    So a SLURM or Ray cluster starts once per session, and the fixtures of a file run once.
+    So a SLURM or Ray cluster, and the Dask scheduler that only the contract of the queues needs,
+    start once per session, and the fixtures of a file run once.
     """
     fixtures: list[str] = getattr(item, "fixturenames", [])
-    params = getattr(getattr(item, "callspec", None), "params", {}).values()
+    params = getattr(getattr(item, "callspec", None), "params", {})
     if "slurm" in fixtures:
         return "slurm"
-    if "ray" in fixtures or any(_name(value) == "ray" for value in params):
+    if "ray" in fixtures or any(_name(value) == "ray" for value in params.values()):
         return "ray"
+    if _name(params.get("backend")) == "dask":
+        return "dask_queue"
     return Path(item.path).stem.removeprefix("test_")
 
 

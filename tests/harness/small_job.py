@@ -1,10 +1,10 @@
-"""A job of six small chunks that overlap along both axes."""
+"""Jobs of six or four small chunks that overlap along both axes."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.harness.networks import toy_model
+from tests.harness.networks import RUNTIME, toy_model
 from tests.harness.volumes import random_volume, write_zarr
 from tests.harness.workspace import Workspace
 
@@ -28,6 +28,25 @@ def small_workspace(folder: Path, **changes: Any) -> Workspace:
         "model_config": toy_model(folder, (8, 8), scale=100.0),
     } | changes
     workspace = Workspace(folder, values)
+    workspace.write_job()
+    return workspace
+
+
+def four_chunks(folder: Path, runtime: str = RUNTIME, **changes: Any) -> Workspace:
+    """Write the input and the job file `job.json` of a job with two chunks along each axis."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_zarr(folder / "in.zarr", random_volume((32, 24)), (8, 8))
+    values = {
+        "input": "in.zarr",
+        "output": "out.zarr",
+        "inference_type": "sliding_window",
+        "strides": [4, 4],
+        "chunksize": [16, 12],
+        "storage_chunks": [4, 4],
+        "threads": 1,
+        "model_config": toy_model(folder, (8, 8), scale=100.0, runtime=runtime),
+    }
+    workspace = Workspace(folder, values | changes)
     workspace.write_job()
     return workspace
 

@@ -1,49 +1,28 @@
 """Invalid input is reported in one line with an exit code and an error code; nothing is written."""
 
-import json
-import pickle
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import zarr
-from chunkq_worker.model_check import run_check
 
 from chunkq.create import check_job, check_output
-from chunkq.errors import ChunkqError, ErrorCode, StoreError
+from chunkq.errors import ErrorCode, StoreError
 from chunkq.job.job_reading import load_job
 from tests.harness.files import everything_below
 from tests.harness.networks import toy_model
-from tests.harness.volumes import random_volume, read_output, write_zarr
+from tests.harness.small_job import four_chunks
+from tests.harness.volumes import random_volume
 from tests.harness.workspace import Workspace
 
 SHAPE = (32, 24)
-Change = Callable[[Workspace], dict[str, Any]]
-
-
-def make_workspace(folder: Path) -> Workspace:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_zarr(folder / "in.zarr", random_volume(SHAPE), (8, 8))
-    values = {
-        "input": "in.zarr",
-        "output": "out.zarr",
-        "inference_type": "sliding_window",
-        "strides": [4, 4],
-        "chunksize": [16, 12],
-        "storage_chunks": [4, 4],
-        "threads": 1,
-        "model_config": toy_model(folder, (8, 8), scale=100.0, runtime="torch"),
-    }
-    return Workspace(folder, values)
 
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
-    return make_workspace(tmp_path)
+    return four_chunks(tmp_path, runtime="torch")
 
 
 def refused(
@@ -440,264 +419,6 @@ def test_an_output_with_the_name_of_another_format_is_rejected(
 def test_an_output_with_the_suffix_of_a_job_folder_is_rejected(workspace: Workspace) -> None:
     workspace.write_job(output="out.zarr.chunkq")
     refused(workspace, 2, "output: ", "out.zarr.chunkq ")
-
-
-# Errors that only loading the network detects. `chunkq run` loads it before it writes anything.
-
-
-def save_model(folder: Path, content: str) -> Path:
-    path, module = folder / "model.pt", torch.nn.Conv2d(1, 3, 3, padding=1)
-    if content == "module":
-        torch.save(module, path)
-    elif content == "state_dict":
-        torch.save(module.state_dict(), path)
-    elif content == "exported":
-        program = torch.export.export(module.eval(), (torch.zeros(1, 1, 8, 8),))
-        torch.export.save(program, path)
-    elif content == "pickle":
-        path.write_bytes(pickle.dumps({"weights": [1, 2, 3]}))
-    elif content == "executable":
-        torch.save({"state_dict": Malicious(str(folder / "owned"))}, path)
-    else:
-        path.write_bytes(content.encode())
-    return path
-
-
-class Malicious:
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (open, (self._path, "w"))
-
-
-def torchscript(content: str) -> Change:
-    def change(workspace: Workspace) -> dict[str, Any]:
-        path = save_model(workspace.folder, content)
-        return {
-            "type": "torchscript",
-            "ts_file": str(path),
-            "class_file": None,
-            "class_name": None,
-            "kwargs_file": None,
-        }
-
-    return change
-
-
-def checkpoint(content: str) -> Change:
-    return lambda workspace: {"checkpoint": str(save_model(workspace.folder, content))}
-
-
-def file(key: str, text: str, **more: Any) -> Change:
-    def change(workspace: Workspace) -> dict[str, Any]:
-        (workspace.folder / "user.py").write_text(text)
-        return {key: str(workspace.folder / "user.py"), **more}
-
-    return change
-
-
-RAISING = """
-import torch
-
-class Toy(torch.nn.Module):
-    def __init__(self, **kwargs):
-        super().__init__()
-
-    def forward(self, x):
-        raise ValueError("too small")
-"""
-CONVOLUTION = """
-import torch
-
-class Toy(torch.nn.Conv2d):
-    def __init__(self, **kwargs):
-        torch.manual_seed(0)
-        super().__init__(1, 3, 1)
-"""
-NETWORKS: dict[str, tuple[Change, str]] = {
-    "a pickled module as ts_file": (
-        torchscript("module"),
-        "was written by torch.save, not torch.jit.save",
-    ),
-    "a state_dict as ts_file": (
-        torchscript("state_dict"),
-        "was written by torch.save, not torch.jit.save",
-    ),
-    "an exported program as ts_file": (torchscript("exported"), "is a torch.export file"),
-    "text as ts_file": (torchscript("hello"), "model_config.ts_file"),
-    "an empty file as ts_file": (torchscript(""), "model_config.ts_file"),
-    "a missing class": (
-        lambda workspace: {"class_name": "Unet"},
-        "has no 'Unet'; it defines Toy",
-    ),
-    "a class that is not a module": (
-        file("class_file", "class Toy:\n    def __init__(self, **kw): pass\n"),
-        "expected a torch.nn.Module",
-    ),
-    "a class file that raises": (
-        file("class_file", "import nonsense_xyz\n"),
-        "raised ModuleNotFoundError",
-    ),
-    "kwargs that do not fit": (
-        file("kwargs_file", "kwargs = {'width': 3}"),
-        "unexpected keyword argument 'width'",
-    ),
-    "a kwargs file without kwargs": (file("kwargs_file", "args = 1"), "has no 'kwargs'"),
-    "kwargs that are not a dict": (file("kwargs_file", "kwargs = [1]"), "list"),
-    "a checkpoint of another network": (checkpoint("state_dict"), "does not fit the class"),
-    "a checkpoint that is a pickled module": (checkpoint("module"), "torch.nn.modules.conv.Conv2d"),
-    "a checkpoint that runs code": (checkpoint("executable"), "io.open"),
-    "a checkpoint that is text": (checkpoint("hello"), "model_config.checkpoint"),
-    "an empty checkpoint": (checkpoint(""), "model_config.checkpoint"),
-    "a checkpoint that is a plain pickle": (checkpoint("pickle"), "model_config.checkpoint"),
-    "cuda without a GPU": (
-        lambda workspace: {"device": "cuda"},
-        "model_config.device: cuda",
-    ),
-    "another number of classes": (
-        lambda workspace: {"model_output_shape": [4, 8, 8]},
-        "returned shape [4, 3, 8, 8]",
-    ),
-    "an input shape without the network's channel axis": (
-        file("class_file", CONVOLUTION, model_input_shape=[8, 8], model_output_shape=[3, 8, 8]),
-        "use model_input_shape [1, 8, 8]",
-    ),
-    "a network that raises": (
-        file(
-            "class_file",
-            RAISING,
-        ),
-        "the network raised ValueError on a batch of zeros: too small",
-    ),
-}
-
-
-@pytest.mark.parametrize("mistake", NETWORKS)
-def test_a_network_that_cannot_be_used_is_reported_in_one_line(
-    workspace: Workspace, mistake: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Run the model check of `chunkq run` and `plan --check-model` in this process."""
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    change, fragment = NETWORKS[mistake]
-    job = load_job(workspace.write_job(model=change(workspace)))
-    before = everything_below(workspace.folder)
-    record = check_job(job).record
-    with pytest.raises(ChunkqError) as raised:
-        run_check(record)
-    assert fragment in str(raised.value)
-    assert "\n" not in str(raised.value)
-    assert everything_below(workspace.folder) == before
-
-
-def test_run_rejects_a_network_with_another_output_shape_before_it_writes_anything(
-    workspace: Workspace,
-) -> None:
-    workspace.write_job(model={"model_output_shape": [4, 8, 8]})
-    before = everything_below(workspace.folder)
-    answer = workspace.run("run", "job.json")
-    answer.refused(1, ErrorCode.MODEL_UNUSABLE, "[4, 3, 8, 8]", "model_output_shape")
-    assert answer.out == ""
-    assert everything_below(workspace.folder) == before
-
-
-def test_a_worker_that_cannot_load_the_network_reports_it_once_and_loses_no_chunk(
-    workspace: Workspace,
-) -> None:
-    workspace.write_job(model={"class_name": "Unet"})
-    workspace.call("produce", "job.json").ok()
-    answer = workspace.run("work", "--burst", "--gpus", "none", "--quiet")
-    assert answer.code == 1
-    assert "Traceback" not in answer.err
-    [line] = [line for line in answer.err.splitlines() if line.startswith("chunkq: ")]
-    assert "model_config.class_name: " in line
-    assert "'Unet'" in line
-    status = json.loads(workspace.call("status", "out.zarr", "--json").ok().out)
-    assert (status["done"], status["queued"], status["failed"]) == (0, 4, 0)
-
-
-def poisoned(folder: Path, **more: Any) -> Workspace:
-    """Create a job without overlap whose network returns NaN for the patch with a voxel of 255."""
-    workspace = make_workspace(folder)
-    values = random_volume(SHAPE)
-    values[20, 13] = 255
-    write_zarr(folder / "marked.zarr", values, (8, 8))
-    workspace.values.update(
-        input="marked.zarr",
-        inference_type="patch",
-        strides=None,
-        chunksize=[16, 8],
-        model_config=toy_model(folder, (8, 8), scale=100.0, kind="pointwise", poison=200),
-        **more,
-    )
-    workspace.write_job()
-    return workspace
-
-
-def test_a_nan_prediction_fails_only_its_chunk_and_reports_the_patch(
-    tmp_path: Path,
-) -> None:
-    workspace = poisoned(tmp_path)
-    answer = workspace.run("run", "job.json", "--gpus", "none")
-    assert answer.code == 3
-    assert "Traceback" not in answer.err
-    [last] = [line for line in answer.err.splitlines() if f"[{ErrorCode.JOB_INCOMPLETE}]" in line]
-    assert answer.err.splitlines()[-1] == last
-    assert f"`chunkq status {workspace.output}` to see why, then run the same command" in last
-    assert "[16, 8] to [24, 16]" in answer.err
-    assert {commit.chunk for commit in workspace.commits()} == {
-        (i, j) for i in range(2) for j in range(3)
-    } - {(1, 1)}
-    [failure] = workspace.failures()
-    assert failure.error == "PredictionError"
-    assert failure.attempt == 3
-    [group] = json.loads(workspace.call("status", "out.zarr", "--json").ok().out)["failures"]
-    assert group["chunks"] == ["1.1"]
-    workspace.call("finalize", "out.zarr").refused(3, ErrorCode.JOB_INCOMPLETE, ": 1.1;")
-
-
-def test_with_nan_zero_the_job_completes_with_zero_for_nan(tmp_path: Path) -> None:
-    workspace = poisoned(tmp_path, nan="zero")
-    workspace.call("produce", "job.json").ok()
-    workspace.compute_inline()
-    assert workspace.failures() == []
-    workspace.call("finalize", "out.zarr").ok()
-    output = read_output(workspace.output)
-    assert np.isfinite(output).all()
-    assert output[0, 16, 8] == 0
-    assert output[0, 16, 9] != 0
-    assert output[1, 16, 8] != 0
-
-
-def test_a_corrupt_storage_chunk_fails_only_the_chunks_that_read_it_and_is_reported(
-    workspace: Workspace,
-) -> None:
-    stored = workspace.folder / "in.zarr" / "c" / "3" / "2"
-    stored.write_bytes(b"\x00garbage" * 3)
-    workspace.write_job()
-    workspace.call("produce", "job.json").ok()
-    workspace.compute_inline()
-    workspace.call("finalize", "out.zarr").refused(3, ErrorCode.JOB_INCOMPLETE, ": 1.1;")
-    assert {commit.chunk for commit in workspace.commits()} == {(0, 0), (0, 1), (1, 0)}
-    [failure] = workspace.failures()
-    assert failure.error == "ChunkReadError"
-    assert failure.message.startswith(f"{workspace.folder}/in.zarr: voxels [")
-    assert "3/2" in failure.message
-
-
-def test_a_retry_after_the_cause_is_fixed_completes_the_job(workspace: Workspace) -> None:
-    stored = workspace.folder / "in.zarr" / "c" / "3" / "2"
-    content = stored.read_bytes()
-    stored.write_bytes(content[:-9])
-    workspace.write_job()
-    workspace.call("produce", "job.json").ok()
-    workspace.compute_inline()
-    workspace.call("cancel", "out.zarr").ok()
-    assert workspace.call("retry", "out.zarr").ok().out.startswith("1 ")
-    stored.write_bytes(content)
-    workspace.compute_inline()
-    workspace.call("finalize", "out.zarr").ok()
-    assert workspace.failures() == []
 
 
 @pytest.mark.parametrize("key", ["input", "output"])

@@ -47,6 +47,23 @@ def running(
     return workspace.start("run", str(workspace.job_file), "-e", engine, **variables)
 
 
+def signal_step(run: RunningCommand) -> None:
+    """Send SIGTERM to all processes of a step, as slurmstepd does."""
+    for pid in (run.pid, *run.children()):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+
+
+def assert_rest_is_computed_once(
+    workspace: StandardWorkspace, undisturbed: StandardWorkspace, engine: str
+) -> None:
+    """Run the same command again, which completes the output."""
+    with running(workspace, engine) as run:
+        assert run.wait().code == 0
+    assert workspace.stored() == undisturbed.stored()
+    assert set(workspace.computed().values()) == {1}
+
+
 @pytest.mark.parametrize("engine", ["dask", pytest.param("ray", marks=pytest.mark.proof("ray"))])
 def test_a_signal_to_all_processes_of_a_step_lets_the_chunks_in_flight_be_finished(
     allocated: StandardWorkspace, undisturbed: StandardWorkspace, engine: str
@@ -55,21 +72,15 @@ def test_a_signal_to_all_processes_of_a_step_lets_the_chunks_in_flight_be_finish
     with running(workspace, engine, NET_HOLD="forward", NET_AFTER="3") as run:
         workspace.wait_until_stopped()
         before = workspace.done()
-        for pid in (run.pid, *run.children()):  # as slurmstepd does
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+        signal_step(run)
         if engine == "dask":  # Ray's workers have no supervisor that reports it
             wait_until(lambda: "stopping" in run.output(), "the workers are stopping")
         workspace.open_gate()
         result = run.wait()
         assert result.code == 130, result.err
         run.wait_for_children()
-    done = workspace.done()
-    assert len(before) < len(done) < len(undisturbed.done())
-    with running(workspace, engine) as run:
-        assert run.wait().code == 0
-    assert workspace.stored() == undisturbed.stored()
-    assert set(workspace.computed().values()) == {1}
+    assert len(before) < len(workspace.done()) < len(undisturbed.done())
+    assert_rest_is_computed_once(workspace, undisturbed, engine)
 
 
 @pytest.mark.parametrize("engine", ["dask", pytest.param("ray", marks=pytest.mark.proof("ray"))])
@@ -79,9 +90,7 @@ def test_a_signal_to_a_step_whose_network_is_checked_lets_the_first_chunks_be_fi
     workspace = allocated
     with running(workspace, engine, NET_HOLD="load", NET_SLEEP="0.5") as run:
         workspace.wait_until_stopped()
-        for pid in (run.pid, *run.children()):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+        signal_step(run)
         wait_until(lambda: "stopping" in run.output(), "the signal is acknowledged")
         assert not workspace.job_folder.exists()
         workspace.open_gate()
@@ -89,10 +98,7 @@ def test_a_signal_to_a_step_whose_network_is_checked_lets_the_first_chunks_be_fi
         assert result.code == 130, result.err
         run.wait_for_children()
     assert 0 < len(workspace.done()) < len(undisturbed.done())
-    with running(workspace, engine) as run:
-        assert run.wait().code == 0
-    assert workspace.stored() == undisturbed.stored()
-    assert set(workspace.computed().values()) == {1}
+    assert_rest_is_computed_once(workspace, undisturbed, engine)
 
 
 @pytest.mark.proof("ray")

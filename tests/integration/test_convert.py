@@ -331,6 +331,7 @@ def test_mistakes_are_refused_before_anything_is_written(tmp_path: Path) -> None
         (ErrorCode.STORE_UNSUPPORTED, "out.npy", {}),
         (ErrorCode.STORE_UNSUPPORTED, "out.n5", {}),
         (ErrorCode.STORE_UNSUPPORTED, "precomputed://out", {}),  # float64
+        (ErrorCode.STORE_UNSUPPORTED, "precomputed://out", {"dtype": "float32", "is_labels": True}),
         (ErrorCode.STORE_UNSUPPORTED, "out.tif", {"dtype": "uint64"}),
         (ErrorCode.STORE_UNUSABLE, "scan.nii", {"overwrite": True}),
         (ErrorCode.JOB_INVALID, "out.zarr", {"keys": {"axes": "abc"}}),

@@ -22,10 +22,9 @@ from redis.retry import Retry
 
 from chunkq.errors import ErrorCode, QueueError
 from chunkq.queue.registry import open_executor
-from tests.harness.networks import toy_model
 from tests.harness.processes import CommandResult, is_alive
 from tests.harness.servers.redis import free_port, server_program
-from tests.harness.volumes import random_volume, write_zarr
+from tests.harness.small_job import four_chunks
 from tests.harness.waiting import TIMEOUT, wait_until
 from tests.harness.workspace import Workspace
 
@@ -145,21 +144,7 @@ def refused(folder: Path, *arguments: str, port: int | None = None, **environmen
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    folder = tmp_path_factory.mktemp("job")
-    write_zarr(folder / "in.zarr", random_volume((32, 24)), (8, 8))
-    values = {
-        "input": "in.zarr",
-        "output": "out.zarr",
-        "inference_type": "sliding_window",
-        "strides": [4, 4],
-        "chunksize": [16, 12],
-        "storage_chunks": [4, 4],
-        "threads": 1,
-        "model_config": toy_model(folder, (8, 8), scale=100.0),
-    }
-    workspace = Workspace(folder, values)
-    workspace.write_job()
-    return workspace
+    return four_chunks(tmp_path_factory.mktemp("job"))
 
 
 def test_it_starts_a_server_with_the_default_settings_and_prints_the_next_step(

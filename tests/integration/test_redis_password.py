@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 from urllib.parse import quote
@@ -12,9 +13,8 @@ from chunkq.errors import ErrorCode, QueueError
 from chunkq.queue.backends.rq.connect import PASSWORD_VARIABLE
 from chunkq.queue.registry import open_executor
 from tests.harness.files import files_below
-from tests.harness.networks import toy_model
 from tests.harness.servers.redis import RedisServer, redis_server
-from tests.harness.volumes import random_volume, write_zarr
+from tests.harness.small_job import four_chunks
 from tests.harness.workspace import Workspace
 from tests.integration.test_redis_command import command_lines
 
@@ -47,22 +47,8 @@ def secret(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def workspace(tmp_path: Path, guarded: RedisServer, secret: Path) -> Workspace:
-    folder = tmp_path / "job"
-    folder.mkdir()
-    write_zarr(folder / "in.zarr", random_volume((32, 24)), (8, 8))
-    values = {
-        "input": "in.zarr",
-        "output": "out.zarr",
-        "inference_type": "sliding_window",
-        "strides": [4, 4],
-        "chunksize": [16, 12],
-        "storage_chunks": [4, 4],
-        "threads": 1,
-        "model_config": toy_model(folder, (8, 8), scale=100.0),
-    }
     environment = {"CHUNKQ_QUEUE": address(guarded), PASSWORD_VARIABLE: str(secret)}
-    workspace = Workspace(folder, values, environment)
-    workspace.write_job()
+    workspace = replace(four_chunks(tmp_path / "job"), environment=environment)
     with guarded.client as client:
         client.flushall()
     return workspace

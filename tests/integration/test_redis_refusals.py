@@ -25,10 +25,10 @@ from chunkq.job.task_records import Failure
 from chunkq.queue.contract.executor import jobs_at
 from chunkq.queue.registry import open_executor
 from tests.harness.files import everything_below, files_below
-from tests.harness.networks import toy_model
 from tests.harness.processes import CommandResult
 from tests.harness.servers.certificate import write_certificate
 from tests.harness.servers.redis import RedisServer, free_port, redis_server
+from tests.harness.small_job import four_chunks
 from tests.harness.standard_job import StandardJob
 from tests.harness.volumes import random_volume, write_zarr
 from tests.harness.waiting import wait_until
@@ -144,18 +144,7 @@ def files_with_secret(folder: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def stage_of_module(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     folder = tmp_path_factory.mktemp("stage")
-    write_zarr(folder / "in.zarr", random_volume((32, 24)), (8, 8))
-    values = {
-        "input": "in.zarr",
-        "output": "out.zarr",
-        "inference_type": "sliding_window",
-        "strides": [4, 4],
-        "chunksize": [16, 12],
-        "storage_chunks": [4, 4],
-        "threads": 1,
-        "model_config": toy_model(folder, (8, 8), scale=100.0),
-    }
-    workspace = Workspace(folder, values)
+    workspace = four_chunks(folder)
     workspace.call("produce", workspace.write_job()).ok()
     workspace.compute_inline()
     assert len(workspace.commits()) == 4

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import onnx
 import pyarrow.parquet as pq
 import pytest
+from chunkq_worker.images.preview import write_video as write_preview
 from PIL import Image
 
 from chunkq.create import check_job, create_job
@@ -166,6 +167,11 @@ def test_a_preview_shows_keypoints_in_a_picture_and_in_a_video(
         assert workspace.call("preview", *arguments).code == 2
 
 
+def test_a_preview_of_narrow_images_is_a_video(tmp_path: Path) -> None:
+    write_preview(str(tmp_path / "narrow.mp4"), iter([np.full((1, 5, 3), 99, np.uint8)] * 2))
+    assert all_frames(tmp_path / "narrow.mp4").shape == (2, 2, 4, 3)
+
+
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
 def test_a_preview_of_another_table_is_that_of_the_parquet_file(
     videos: Path, tmp_path: Path, suffix: str
@@ -202,9 +208,16 @@ def test_chunks_of_a_video_that_was_replaced_fail_and_the_job_is_another_one(
     assert len(points_of(tmp_path / "out.parquet")) == 20
 
 
-def test_a_preview_of_a_missing_image_names_it(tmp_path: Path) -> None:
-    Image.new("L", (WIDTH, HEIGHT), 99).save(tmp_path / "a.png")
-    run_inline(video_job(tmp_path, tmp_path, input=str(tmp_path / "a.png")))
+def test_a_preview_needs_nothing_of_the_columns_of_a_list_and_names_a_missing_image(
+    tmp_path: Path,
+) -> None:
+    Image.new("L", (WIDTH, 2), 99).save(tmp_path / "a.png")
+    (tmp_path / "list.csv").write_text("path,frame,label,score\na.png,left,b,high\n")
+    run_inline(video_job(tmp_path, tmp_path, input=str(tmp_path / "list.csv")))
+    for name in ("preview.png", "preview.mp4"):
+        arguments = ("out.parquet", "--to", name)
+        Workspace(tmp_path, {}).call("preview", *arguments).ok()
+        assert (tmp_path / name).is_file()
     (tmp_path / "a.png").unlink()
     result = Workspace(tmp_path, {}).call("preview", str(tmp_path / "out.parquet"))
     assert ErrorCode.IMAGE_MISSING in result.err

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-CONTRACT = "tests/contract/test_executor_contract.py"
 MODEL = "tests/contract/test_executor_model.py"
 
 
@@ -23,9 +22,9 @@ class Fault:
     tests: tuple[str, ...]
 
 
-def contract(queue: str, name: str) -> tuple[str, ...]:
-    """Select the executor contract tests of one queue whose name contains `name`."""
-    return CONTRACT, "-k", f"{queue} and {name}"
+def contract(part: str, queue: str, name: str) -> tuple[str, ...]:
+    """Select tests of one queue and one part of its contract, whose names contain `name`."""
+    return f"tests/contract/test_executor_{part}.py", "-k", f"{queue} and {name}"
 
 
 def named(file: str, expression: str) -> tuple[str, ...]:

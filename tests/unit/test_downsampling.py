@@ -1,3 +1,4 @@
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -49,11 +50,23 @@ def test_means_of_integers_are_rounded_half_to_even() -> None:
     assert downsample(np.array([-1, -2, -1, 0], np.int8), (2,), "mean").tolist() == [-2, 0]
 
 
-def test_means_of_extreme_integers_do_not_overflow() -> None:
-    for dtype in ("uint8", "int8", "uint16", "int32", "uint32"):
-        for value in (np.iinfo(dtype).min, np.iinfo(dtype).max):
-            cells = np.full((2, 2, 2), value, dtype)
-            assert downsample(cells, (2, 2, 2), "mean").item() == value
+@pytest.mark.parametrize(
+    "dtype", ["uint8", "int8", "uint16", "int32", "uint32", "int64", "uint64", "float64"]
+)
+def test_means_of_extreme_values_do_not_overflow(dtype: str) -> None:
+    limits: Any = np.finfo(dtype) if dtype == "float64" else np.iinfo(dtype)
+    for value in (limits.min, limits.max):
+        cells = np.full((2, 2, 2), value, dtype)
+        assert downsample(cells, (2, 2, 2), "mean").item() == value
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint64"])
+def test_means_of_64_bits_are_exact(dtype: str) -> None:
+    info = np.iinfo(dtype)
+    values = np.random.default_rng(0).integers(info.min, info.max, (6, 8), dtype, endpoint=True)
+    cells = values.reshape(3, 2, 4, 2).swapaxes(1, 2).reshape(12, 4).tolist()
+    expected = [round(Fraction(sum(cell), 4)) for cell in cells]
+    assert downsample(values, (2, 2), "mean").ravel().tolist() == expected
 
 
 def test_equal_cells_keep_their_value() -> None:

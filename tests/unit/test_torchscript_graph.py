@@ -61,6 +61,12 @@ class Uninitialized(torch.nn.Module):
         return x + torch.empty_like(x)
 
 
+class UninitializedQuantized(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        memory = torch._empty_affine_quantized([8], dtype=torch.quint8, scale=1.0, zero_point=0)
+        return x + memory.dequantize()
+
+
 class Noise(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.sum() < 0:
@@ -74,9 +80,12 @@ def test_a_graph_of_known_operators_is_repeatable() -> None:
     assert is_repeatable(torch.jit.trace(module.conv, BATCH))
 
 
-@pytest.mark.parametrize("module", [Counter(), Attribute(), Kept(), Uninitialized(), Noise()])
-def test_a_graph_with_state_or_random_values_is_not_repeatable(module: Any) -> None:
-    assert not is_repeatable(torch.jit.script(module.eval()))
+STATEFUL = (Counter, Attribute, Kept, Uninitialized, UninitializedQuantized, Noise)
+
+
+@pytest.mark.parametrize("kind", STATEFUL)
+def test_a_graph_with_state_or_random_values_is_not_repeatable(kind: Any) -> None:
+    assert not is_repeatable(torch.jit.script(kind().eval()))
 
 
 def test_a_module_whose_code_is_unknown_is_not_repeatable() -> None:

@@ -38,7 +38,7 @@ NAMES = ("x", "y", "z")
 
 def stored_dtype(name: str, *, is_labels: bool) -> np.dtype[Any] | None:
     """Return the dtype in which a volume stores a dtype; None if it has none for it."""
-    stored = (SEGMENT_DTYPES if is_labels else REPLACED).get(name, name)
+    stored = SEGMENT_DTYPES.get(name) if is_labels else REPLACED.get(name, name)
     return np.dtype(stored) if stored in DTYPES else None
 
 

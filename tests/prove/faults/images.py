@@ -9,6 +9,22 @@ DAMAGED = "tests/integration/test_damaged_images.py"
 
 FAULTS = (
     Fault(
+        "frames-mirrored-by-a-quarter-turn",
+        "chunkq/images/videos.py",
+        "pixels, row, column = pixels.swapaxes(0, 1), b, c",
+        "pixels, row, column = pixels.swapaxes(0, 1), c, b",
+        "videos of phones are turned by a quarter the other way",
+        named(VIDEOS, "turned_as_the_file"),
+    ),
+    Fault(
+        "signed-bytes-of-a-tiff-are-unsigned",
+        "chunkq/images/decoding.py",
+        "(kind == SIGNED and depth == 8) or ",
+        "",
+        "negative pixels are large ones",
+        named(DECODING, "keeps_its_values"),
+    ),
+    Fault(
         "dead-server-is-an-error-of-the-image",
         "chunkq/images/reading.py",
         "error.errno in OF_PATHS or (is_local",

@@ -44,7 +44,7 @@ FAULTS = (
         "        self.objects.delete(self._failed(record.kind, record.chunk))\n",
         "",
         "status shows an error of a chunk that was computed since",
-        named("tests/integration/test_bad_input.py", "retry_after_the_cause"),
+        named("tests/integration/test_failed_chunks.py", "retry_after_the_cause"),
     ),
     Fault(
         "later-commit-replaces-the-first",

@@ -27,6 +27,14 @@ FAULTS = (
         (UNIT,),
     ),
     Fault(
+        "upper-halves-of-64-bits-shifted-too-far",
+        DOWNSAMPLING,
+        "(high << (32 - len(axes)))",
+        "(high << 32)",
+        "means of large 64-bit integers overflow",
+        named(UNIT, "64_bits"),
+    ),
+    Fault(
         "axes-of-one-and-a-half-times-the-voxel-size-stay",
         LEVELS,
         "size <= MAX_RATIO * smallest",

@@ -17,7 +17,7 @@ FAULTS = (
         "lease_until = max(lease_until, :until)",
         "lease_until = min(lease_until, :until)",
         "chunks of a worker that loads its network are computed by others, too",
-        contract("sqlite", "extended_leases"),
+        contract("attempts", "sqlite", "extended_leases"),
     ),
     Fault(
         "leases-of-the-future-last",
@@ -33,7 +33,7 @@ FAULTS = (
         "self.renew(options, ",
         "self.renew(options, [] and ",
         "a second worker leases a task that takes longer than a lease",
-        contract("inprocess", "keeps_its_lease"),
+        contract("attempts", "inprocess", "keeps_its_lease"),
     ),
     Fault(
         "wrong-model-costs-attempts",
@@ -41,7 +41,7 @@ FAULTS = (
         "except (JobError, ModelError) as error:\n            self._queue.requeue(lease)",
         "except (JobError, ModelError) as error:\n            self._queue.nack(lease, error)",
         "a wrong checkpoint path uses up the attempts of every chunk",
-        contract("inprocess", "affects_every_chunk"),
+        contract("attempts", "inprocess", "affects_every_chunk"),
     ),
     Fault(
         "failures-add-up-over-causes",
@@ -49,7 +49,7 @@ FAULTS = (
         "!= self.cause:",
         "!= self.cause and self.cause is None:",
         "a worker skips a job after a few unrelated failures",
-        contract("inprocess", "do_not_add_up"),
+        contract("failures", "inprocess", "do_not_add_up"),
     ),
     Fault(
         "success-does-not-clear-failures",
@@ -57,7 +57,7 @@ FAULTS = (
         "        self.cause = None\n",
         "        return\n",
         "a worker skips a job although chunks succeed in between",
-        contract("inprocess", "resets_the_count"),
+        contract("failures", "inprocess", "resets_the_count"),
     ),
     Fault(
         "timeout-counts-for-the-others",
@@ -65,7 +65,7 @@ FAULTS = (
         "if lease in over:",
         "if lease not in over:",
         "a hung chunk is tried without end, and the tasks beside it lose attempts",
-        contract("inprocess", "over_its_time_limit"),
+        contract("failures", "inprocess", "over_its_time_limit"),
     ),
     Fault(
         "burst-ends-while-others-run",
@@ -73,7 +73,7 @@ FAULTS = (
         "return bool(self.queued or self.leased)",
         "return bool(self.queued)",
         "workers end while a task of a dying worker may still return to the queue",
-        contract("inprocess", "waits_for_running_tasks"),
+        contract("contract", "inprocess", "waits_for_running_tasks"),
     ),
     Fault(
         "ack-before-its-blocks",
@@ -81,7 +81,7 @@ FAULTS = (
         "        tasks = self._queue.record_contributions(",
         "        tasks = self._queue.ack(lease) or self._queue.record_contributions(",
         "the last chunk's blocks are deleted with its job, and no worker completes them",
-        contract("inprocess", "completes_the_blocks"),
+        contract("blocks", "inprocess", "completes_the_blocks"),
     ),
     Fault(
         "attempts-not-counted",
@@ -89,7 +89,7 @@ FAULTS = (
         "SET state = 'running', attempts = attempts + 1",
         "SET state = 'running', attempts = attempts + 0",
         "a chunk that always fails is tried without end",
-        contract("sqlite", "fails_every_attempt"),
+        contract("attempts", "sqlite", "fails_every_attempt"),
     ),
     Fault(
         "one-attempt-too-many",
@@ -105,7 +105,7 @@ FAULTS = (
         "self._delete(LEASED, {",
         'self._delete(f"job = {JOB} AND id = :id", {',
         "a worker that was suspended deletes another worker's task",
-        contract("sqlite", "leased_to_another_worker"),
+        contract("attempts", "sqlite", "leased_to_another_worker"),
     ),
     Fault(
         "stale-lease-is-requeued",
@@ -121,7 +121,7 @@ FAULTS = (
         "number = (SELECT max(number) + 1 FROM tasks), ",
         "",
         "a failing chunk uses up its attempts at once, before a transient cause is over",
-        contract("sqlite", "after_all_others"),
+        contract("attempts", "sqlite", "after_all_others"),
     ),
     Fault(
         "stop-signal-costs-an-attempt",
@@ -129,7 +129,7 @@ FAULTS = (
         "attempts = attempts - (NOT :counted)",
         "attempts = attempts - 0",
         "stopping workers three times marks their chunks as failed",
-        contract("sqlite", "releasing_a_stopped_worker"),
+        contract("attempts", "sqlite", "releasing_a_stopped_worker"),
     ),
     Fault(
         "release-includes-tasks-that-do-not-run",
@@ -153,7 +153,7 @@ FAULTS = (
         "lease_until = NULL WHERE state = 'failed'",
         "lease_until = NULL WHERE state != 'queued'",
         "produce beside running workers has chunks computed twice",
-        contract("sqlite", "submitting_a_running_task"),
+        contract("contract", "sqlite", "submitting_a_running_task"),
     ),
     Fault(
         "renew-keeps-tasks-without-a-worker",
@@ -161,7 +161,7 @@ FAULTS = (
         "AND worker = :worker AND (job, id) IN (",
         "AND worker = :worker OR (job, id) IN (",
         "a task whose reservation was lost on the network is leased for ever",
-        contract("sqlite", "never_received"),
+        contract("attempts", "sqlite", "never_received"),
     ),
     Fault(
         "drained-while-tasks-run",
@@ -169,7 +169,7 @@ FAULTS = (
         "state IN ('queued', 'running') LIMIT 1",
         "state IN ('queued') LIMIT 1",
         "workers end while a task of a dying worker may still return to the queue",
-        contract("sqlite", "waits_for_running_tasks"),
+        contract("contract", "sqlite", "waits_for_running_tasks"),
     ),
     Fault(
         "worker-runs-other-jobs",
@@ -177,7 +177,7 @@ FAULTS = (
         '["jobs.path = :selected"]',
         '["TRUE"]',
         "chunkq run computes the chunks of other jobs on the same queue",
-        contract("sqlite", "runs_no_tasks_of_other_jobs"),
+        contract("contract", "sqlite", "runs_no_tasks_of_other_jobs"),
     ),
     Fault(
         "retry-keeps-the-attempts",
@@ -193,7 +193,7 @@ FAULTS = (
         "if before == COMPLETE:",
         'if before == "":',
         "a block is completed again after its pieces are deleted",
-        contract("sqlite", "never_returned_again"),
+        contract("blocks", "sqlite", "never_returned_again"),
     ),
     Fault(
         "contribution-of-the-wrong-chunk",
@@ -201,7 +201,7 @@ FAULTS = (
         "before[number + 1 :]",
         "before[number:]",
         "workers complete no block, and finalize has to do their part",
-        contract("sqlite", "complete_block"),
+        contract("blocks", "sqlite", "complete_block"),
     ),
     Fault(
         "memory-queue-forgets-the-attempts",
@@ -209,7 +209,7 @@ FAULTS = (
         "self.add(id, leased.message, attempts)",
         "self.add(id, leased.message, 0)",
         "in one process a chunk that always fails is tried without end",
-        contract("inprocess", "fails_every_attempt"),
+        contract("attempts", "inprocess", "fails_every_attempt"),
     ),
     Fault(
         "memory-queue-accepts-a-stale-lease",
@@ -217,7 +217,7 @@ FAULTS = (
         " and leased.attempt is lease.attempt",
         "",
         "a thread that lost its lease ends another thread's task",
-        contract("inprocess", "leased_to_another_worker"),
+        contract("attempts", "inprocess", "leased_to_another_worker"),
     ),
     Fault(
         "redis-stale-lease-ends-anothers-task",
@@ -225,7 +225,7 @@ FAULTS = (
         "if redis.call('ZREM', started(name), id .. ':' .. attempt) == 0 then return false end",
         "redis.call('ZREM', started(name), id .. ':' .. attempt)",
         "on Redis a worker that was suspended deletes another worker's task",
-        contract("rq", "leased_to_another_worker"),
+        contract("attempts", "rq", "leased_to_another_worker"),
     ),
     Fault(
         "redis-attempts-not-counted",
@@ -233,7 +233,7 @@ FAULTS = (
         " - 1)\n",
         ")\n",
         "on Redis a chunk that always fails is tried without end",
-        contract("rq", "fails_every_attempt"),
+        contract("attempts", "rq", "fails_every_attempt"),
     ),
     Fault(
         "redis-leases-never-expire",
@@ -241,7 +241,7 @@ FAULTS = (
         "now > grace",
         "now < grace",
         "on Redis the chunks of a lost machine are never computed",
-        contract("rq", "task_of_a_lost_worker"),
+        contract("attempts", "rq", "task_of_a_lost_worker"),
     ),
     Fault(
         "redis-renews-to-now",
@@ -249,7 +249,7 @@ FAULTS = (
         "now + lease, entry",
         "now, entry",
         "on Redis a second worker leases a long task",
-        contract("rq", "keeps_its_lease"),
+        contract("attempts", "rq", "keeps_its_lease"),
     ),
     Fault(
         "redis-drained-while-tasks-run",
@@ -257,7 +257,7 @@ FAULTS = (
         " + redis.call('ZCARD', started(name))",
         "",
         "on Redis workers end while a task of a dying worker may still return to the queue",
-        contract("rq", "waits_for_running_tasks"),
+        contract("contract", "rq", "waits_for_running_tasks"),
     ),
     Fault(
         "redis-listed-twice-run-twice",
@@ -273,7 +273,7 @@ FAULTS = (
         "sub(member + 2)",
         "sub(member + 1)",
         "on Redis workers complete no block, and finalize has to do their part",
-        contract("rq", "complete_block"),
+        contract("blocks", "rq", "complete_block"),
     ),
     Fault(
         "sqlite-uses-the-hidden-mount",

@@ -95,6 +95,41 @@ def test_colors_of_a_tiff_with_more_than_8_bits_keep_their_values(
     np.testing.assert_array_equal(pixels, deep)
 
 
+def tiff(pixels: Any, **options: Any) -> bytes:
+    file = BytesIO()
+    tifffile.imwrite(file, pixels, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    ["int8", "uint8", "int16", "uint16", "int32", "uint32", "float16", "float32", "float64"],
+)
+def test_gray_of_a_tiff_keeps_its_values(dtype: str) -> None:
+    is_float = np.dtype(dtype).kind == "f"
+    limits: Any = np.finfo("float16") if is_float else np.iinfo(dtype)
+    stored = np.array([[limits.min, 0, 1, 100, limits.max]], dtype)
+    pixels = decode(tiff(stored, photometric="minisblack"), "L")[..., 0]
+    np.testing.assert_array_equal(pixels.astype(np.float64), stored.astype(np.float64))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32"])
+def test_gray_of_which_0_is_white_is_inverted(dtype: str) -> None:
+    stored = np.array([[0, 1, 200, np.iinfo(dtype).max]], dtype)
+    pixels = decode(tiff(stored, photometric="miniswhite"), "L")[..., 0]
+    np.testing.assert_array_equal(pixels, np.iinfo(dtype).max - stored)
+
+
+def test_deep_colors_of_another_kind_are_an_error_of_the_image() -> None:
+    cmyk = np.full((4, 5, 4), 40000, np.uint16)
+    indexed = {"photometric": "palette", "colormap": np.zeros((3, 1 << 16), np.uint16)}
+    files = [tiff(cmyk, photometric="separated"), tiff(cmyk[..., 0], **indexed)]
+    for content in files:
+        with pytest.raises(ImageError) as caught:
+            decode(content, "RGB")
+        assert caught.value.code == ErrorCode.IMAGE_DAMAGED
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_deep_tiff_is_turned_as_a_shallow_one(orientation: int) -> None:
     files = [BytesIO(), BytesIO()]

@@ -111,6 +111,20 @@ def test_a_parquet_table_of_another_writer_is_read(folder: Path) -> None:
     assert images.table.schema.field("label").type == pa.string()
 
 
+@pytest.mark.parametrize("kind", [pa.binary_view(), pa.list_(pa.string_view())], ids=str)
+def test_a_column_is_copied_or_refused_before_work_starts(folder: Path, kind: pa.DataType) -> None:
+    pq.write_table(
+        pa.table({"path": ["a.jpg"], "other": pa.array([None], kind)}), folder / "list.parquet"
+    )
+    if pa.types.is_list(kind):
+        with pytest.raises(StoreError) as caught:
+            find_images(f"{folder}/list.parquet")
+        assert caught.value.code == ErrorCode.IMAGE_LIST_INVALID
+    else:
+        table = find_images(f"{folder}/list.parquet").table
+        assert table.take(pa.array([0])).column("other").to_pylist() == [None]
+
+
 def test_a_text_file_has_one_path_per_line(folder: Path) -> None:
     (folder / "list.txt").write_text("\ufeff b.png \r\n\nsub/d.webp\n", newline="")
     assert relative(folder, find_images(f"{folder}/list.txt").paths) == ["b.png", "sub/d.webp"]
@@ -118,8 +132,8 @@ def test_a_text_file_has_one_path_per_line(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["file\na.jpg\n", "path\n", "", "path,path\na,b\n"],
-    ids=["no column", "no row", "empty", "twice"],
+    ["file\na.jpg\n", "path\n", "", "path,path\na,b\n", "path,chunkq:truth\na,b\n"],
+    ids=["no column", "no row", "empty", "twice", "reserved"],
 )
 def test_a_table_without_usable_paths_is_refused(folder: Path, content: str) -> None:
     (folder / "list.csv").write_text(content)

@@ -53,6 +53,12 @@ def test_a_row_names_the_keypoints_that_were_found() -> None:
     ]
 
 
+def test_a_chunk_without_a_result_has_the_columns_of_others() -> None:
+    table = pa.table(pose_columns([], ()))
+    assert table.schema == pa.schema([*COLUMN_TYPES.items()])
+    assert len(table) == 0
+
+
 def test_a_keypoint_without_a_known_name_is_refused() -> None:
     one = Poses(np.ones((1, 3, 2), np.float32), np.ones((1, 3), np.float32), np.ones(1, np.float32))
     table = pa.table(pose_columns([one], NAMES))

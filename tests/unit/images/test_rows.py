@@ -125,10 +125,10 @@ def test_a_refused_batch_costs_only_the_images_that_the_network_refuses_alone() 
     assert (second.error.stage, second.error.code) == ("predict", ErrorCode.IMAGE_UNSUITABLE)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e39, -1e39])
 def test_an_output_that_is_not_finite_is_an_error_of_its_row(value: float) -> None:
     def network(batch: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-        head, other = sums(batch)
+        head, other = (output.astype(np.float64) for output in sums(batch))
         other[1, 0, 0, 0] = value
         return [head, other]
 

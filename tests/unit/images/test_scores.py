@@ -121,6 +121,27 @@ def test_every_type_of_a_column_is_written_as_text(suffix: str) -> None:
     assert row["bytes"] == "/w=="
 
 
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        (pa.array([b"\xff\xff", None], pa.binary(2)), '"//8="'),
+        (
+            pa.ExtensionArray.from_storage(
+                pa.fixed_shape_tensor(pa.int8(), [2]),
+                pa.array([[1, 2], None], pa.list_(pa.int8(), 2)),
+            ),
+            "[1, 2]",
+        ),
+    ],
+    ids=["fixed size", "tensor"],
+)
+def test_csv_has_values_of_any_type(values: pa.Array, text: str) -> None:
+    file = io.BytesIO()
+    assert write_table([pa.table({"path": ["a", "b"], "key": values})], ".csv", file) == 2
+    rows = csv.DictReader(io.StringIO(file.getvalue().decode()))
+    assert [row["key"] for row in rows] == [text, ""]
+
+
 def test_equal_results_have_equal_bytes() -> None:
     assert result().to_bytes() == result().to_bytes()
 

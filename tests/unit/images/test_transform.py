@@ -66,6 +66,13 @@ def test_an_image_smaller_than_the_crop_is_refused() -> None:
     assert (caught.value.code, caught.value.stage) == (ErrorCode.IMAGE_UNSUITABLE, "transform")
 
 
+@pytest.mark.parametrize("shape", [(0, 7, 3), (6, 0, 3)])
+def test_an_image_without_pixels_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ImageError) as caught:
+        transform(np.zeros(shape, np.uint8), ImageSpec(resize=8))
+    assert caught.value.code is ErrorCode.IMAGE_UNSUITABLE
+
+
 def test_a_narrow_image_that_would_become_huge_is_refused() -> None:
     with pytest.raises(ImageError) as caught:
         transform(np.zeros((1, 3000, 3), np.uint8), ImageSpec(resize=1024))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import struct
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,48 @@ def test_a_video_whose_start_is_cut_off_has_all_frames_from_its_first_keyframe(
             np.testing.assert_array_equal(frame, expected[first - lost])
     frames = dict(read_frames(str(cut), index, range(len(index)), "RGB"))
     assert sum(isinstance(frame, ImageError) for frame in frames.values()) == lost
+
+
+TURNS = [(a, 0, 0, d) for a, d in product((-1, 1), repeat=2)]
+TURNS += [(0, b, c, 0) for b, c in product((-1, 1), repeat=2)]
+"""Matrices of turns by multiples of 90°, mirrored or not: column a p + c q, row b p + d q."""
+
+
+@pytest.fixture(scope="module")
+def small_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("small") / "video.mp4"
+    write_video(path, "libx264", g="20")
+    return path
+
+
+def with_matrix(path: Path, matrix: tuple[float, ...]) -> Path:
+    """Return a copy of an MP4 file that says that its frames are turned by a matrix a, b, c, d."""
+    turned, content = path.with_name("turned.mp4"), bytearray(path.read_bytes())
+    a, b, c, d = (round(value * (1 << 16)) for value in matrix)
+    start = content.index(b"tkhd") + 44
+    content[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    turned.write_bytes(content)
+    return turned
+
+
+@pytest.mark.parametrize("matrix", TURNS)
+def test_frames_are_turned_as_the_file_says(
+    small_video: Path, matrix: tuple[int, int, int, int]
+) -> None:
+    path, stored = with_matrix(small_video, matrix), all_frames(small_video)[20]
+    a, b, c, d = matrix
+    q, p = np.mgrid[:HEIGHT, :WIDTH]
+    rows, columns = b * p + d * q, a * p + c * q
+    expected = np.zeros((np.ptp(rows) + 1, np.ptp(columns) + 1, 3), np.uint8)
+    expected[rows - rows.min(), columns - columns.min()] = stored
+    [(_, frame)] = read_frames(str(path), index_video(str(path)), [20], "RGB")
+    np.testing.assert_array_equal(frame, expected)
+
+
+def test_a_turn_by_no_multiple_of_90_degrees_is_an_error_of_each_frame(small_video: Path) -> None:
+    path = with_matrix(small_video, (0.7, 0.7, -0.7, 0.7))
+    frames = dict(read_frames(str(path), index_video(str(path)), [3, 4], "RGB"))
+    assert [type(frames[n]) for n in (3, 4)] == [ImageError, ImageError]
 
 
 def test_gray_frames_have_one_channel(video: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,9 @@ from chunkq.job.output_name import SLP, table_suffix
 from chunkq.paths import open_filesystem, without_secret
 from chunkq.system.standard_output import print_line
 from chunkq.units import counted
+
+if TYPE_CHECKING:
+    from chunkq.job.job_handle import JobHandle
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEOS = (".mp4", ".mkv", ".mov")
@@ -50,9 +53,13 @@ def preview(output: str, to: Path, rows: str | None) -> None:
         from chunkq_worker.images.preview import SIDE, annotated, write_picture, write_video
     except ImportError as error:
         raise _missing("images", error) from None
+    from chunkq.job.job_handle import open_job
+
     path = output_path(output, Path.cwd())
-    listed = _rows(path, rows, is_video=suffix in VIDEOS)
-    drawn = _images(path, listed)
+    _check_table(path)
+    job = open_job(job_folder_of(path))
+    listed = _rows(path, rows, _columns(job), is_video=suffix in VIDEOS)
+    drawn = _images(job, listed)
     if suffix in PICTURES:
         write_picture(str(to), [annotated(pixels, row, SIDE) for pixels, row in drawn])
     else:
@@ -63,20 +70,24 @@ def preview(output: str, to: Path, rows: str | None) -> None:
     print_line(f"wrote {counted(len(listed), 'image', 'images')} to {to}")
 
 
-def _rows(path: str, picks: str | None, *, is_video: bool) -> list[dict[str, Any]]:
+def _check_table(path: str) -> None:
+    """Raise JobError if a path is not that of a table that can be drawn."""
+    suffix = table_suffix(path)
+    if suffix is None or suffix == SLP:
+        raise JobError(
+            f"{without_secret(path)} is no table that can be drawn; use the output of a complete "
+            "job over images, .parquet, .csv or .jsonl"
+        )
+
+
+def _rows(path: str, picks: str | None, columns: Any, *, is_video: bool) -> list[dict[str, Any]]:
     """Return the picked rows of a table. Raises JobError if it is none, or for no row."""
     import pyarrow as pa
 
     from chunkq.images.result_table import read_columns, to_rows
 
-    printed, suffix = without_secret(path), table_suffix(path)
-    if suffix is None or suffix == SLP:
-        raise JobError(
-            f"{printed} is no table that can be drawn; use the output of a complete job over "
-            "images, .parquet, .csv or .jsonl"
-        )
+    printed, suffix = without_secret(path), str(table_suffix(path))
     filesystem, inner = open_filesystem(path)
-    columns = _columns()
     try:
         with filesystem.open(inner, "rb") as file:
             table = read_columns(file, suffix, columns)
@@ -102,26 +113,32 @@ def _rows(path: str, picks: str | None, *, is_video: bool) -> list[dict[str, Any
     return to_rows(table.take(list(numbers)), columns)
 
 
-def _columns() -> Any:
-    """Return the schema of the columns that are drawn."""
+def _columns(job: JobHandle) -> Any:
+    """Return the schema of the columns that are drawn. Others of these names are the list's."""
     import pyarrow as pa
 
+    from chunkq.images.frame_list import FRAME
     from chunkq.images.poses import COLUMN_TYPES, KEYPOINTS
 
-    shown = {"frame": pa.int64(), "label": pa.string(), "score": pa.float32()}
-    return pa.schema({PATH: pa.string(), **shown, KEYPOINTS: COLUMN_TYPES[KEYPOINTS]})
+    columns, keys = {PATH: pa.string()}, job.record.job
+    listed = job.rows.part(0, 1).listed.schema
+    if FRAME in listed.names and pa.types.is_integer(listed.field(FRAME).type):
+        columns[FRAME] = pa.int64()
+    if keys.peaks is not None:
+        columns[KEYPOINTS] = COLUMN_TYPES[KEYPOINTS]
+    elif keys.keep != "features":
+        columns |= {"label": pa.string(), "score": pa.float32()}
+    return pa.schema(columns)
 
 
-def _images(path: str, rows: list[dict[str, Any]]) -> Iterator[tuple[Any, dict[str, Any]]]:
+def _images(job: JobHandle, rows: list[dict[str, Any]]) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Yield the pixels (H, W, C) of each row with the row. Raises JobError if one is missing."""
     from chunkq.images.decoding import pixels_of, unlimited
     from chunkq.images.image_error import ImageError
-    from chunkq.job.job_handle import open_job
     from chunkq_worker.images.compute import row_inputs
 
-    job = open_job(job_folder_of(path)).record.job
     paths, frames = [row["path"] for row in rows], [row.get("frame") for row in rows]
-    inputs = row_inputs(job, paths, frames, [None] * len(rows))
+    inputs = row_inputs(job.record.job, paths, frames, [None] * len(rows))
     for one, row in zip(inputs, rows, strict=True):
         try:
             pixels = pixels_of(one.read(unlimited))

@@ -65,7 +65,7 @@ def write_video(path: str, pictures: Iterator[Picture]) -> None:
     import av
 
     first = next(pictures)
-    height, width = (n - n % 2 for n in first.shape[:2])
+    height, width = (max(2, n - n % 2) for n in first.shape[:2])  # as H.264 needs
     with av.open(path, "w") as container:
         stream: Any = container.add_stream("libx264", rate=Fraction(FRAMES_PER_SECOND))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"

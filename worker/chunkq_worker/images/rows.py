@@ -84,7 +84,7 @@ def run_rows(
     only on the inputs, so the results do not depend on threads or on other chunks: a batch runs
     when it is full, when its first image has waited for `WAITING_BATCHES` batches of later images,
     or at the end. If the network refuses a batch, its images run one by one, and those that it
-    still refuses are failed rows. So are images with an output that is not finite.
+    still refuses are failed rows. So are images with an output that is not finite as float32.
 
     Raises what `read` and the network raise, except for ImageError.
     """
@@ -165,13 +165,20 @@ def _run_batch(batch: Sequence[_Ready], network: Network) -> list[Result]:
 
 
 def _result(image: _Ready, values: tuple[npt.NDArray[Any], ...]) -> Result:
-    if all(np.isfinite(value).all() for value in values):
+    if all(map(_is_storable, values)):
         return RowOutput(image.row, values, image.placement)
     return FailedRow(
         image.row,
         ImageError(
             "predict",
-            "the network returned NaN or infinity; fix the network or the image",
+            "the network returned NaN, infinity or a number beyond float32; fix the network or the "
+            "image",
             code=ErrorCode.PREDICTION_INVALID,
         ),
     )
+
+
+def _is_storable(values: npt.NDArray[Any]) -> bool:
+    """Return whether all values are finite, also as float32, which is what tables have."""
+    limit = np.finfo(np.float32).max
+    return bool((np.abs(values) <= limit).all())  # False for NaN

@@ -7,7 +7,10 @@ from typing import Any
 
 CONTAINERS = frozenset({"ListType", "DictType"})
 """Types of attributes that a network can change without writing a tensor."""
-UNKNOWN = ("empty", "new_empty", "resize", "set_", "SetAttr", "Call", "PythonOp", "fork", "wait")
+UNKNOWN = (
+    "empty", "new_empty", "_empty", "resize", "set_", "SetAttr", "Call", "PythonOp",
+    "IgnoredPythonOp", "TimePoint", "fork", "wait",
+)  # fmt: skip
 """Starts of the names of nodes that read memory without a value, store state, or run other code."""
 
 
