@@ -555,6 +555,14 @@ def test_channels_of_a_data_array_are_selected_by_their_names(tmp_path: Path) ->
     np.testing.assert_array_equal(stored.reshape(SHAPE), expected)
 
 
+def test_an_error_about_an_array_with_a_leading_axis_says_how_to_name_its_axes() -> None:
+    with create_predictor() as predictor:
+        with pytest.raises(JobError) as caught:
+            predictor.predict(volume()[None])
+        assert 'axes="czyx"' in caught.value.problems[-1]
+        assert predictor.predict(volume()[None], axes="czyx").labels.shape == SHAPE
+
+
 def ome_tiff(folder: Path, values: npt.NDArray[Any]) -> Any:
     metadata = {"axes": "CZYX", "Channel": {"Name": ["DAPI", "GFP"]}}
     tifffile.imwrite(folder / "in.ome.tif", values, metadata=metadata)
