@@ -8,6 +8,7 @@ from chunkq_producer.plan_plot import MAX_CELLS, MAX_LINES, Layer, draw_plan, li
 from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.patches import Rectangle
 
+from chunkq.blend.plot import draw
 from tests.strategies import JobPlan, plan_for
 
 NAMES = ("t", "z", "y", "x")
@@ -76,3 +77,12 @@ def test_a_layer_is_drawn_where_one_of_its_chunks_lies() -> None:
 
 def _entries(legend: Any) -> Any:
     return zip(legend.get_texts(), legend.legend_handles, strict=True)
+
+
+@pytest.mark.parametrize("shape", [(48, 96, 96), (96, 96, 96), (40, 96, 60)])
+def test_a_voxel_is_as_large_in_each_panel(shape: tuple[int, ...]) -> None:
+    values = np.ones(shape, np.uint8)
+    figure = draw(values, values)
+    figure.canvas.draw()
+    sizes = [axes.get_window_extent().width / np.ptp(axes.get_xlim()) for axes in figure.axes]
+    assert max(sizes) < 1.03 * min(sizes)
