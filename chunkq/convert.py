@@ -15,7 +15,7 @@ import numpy as np
 from chunkq import __version__, json_values
 from chunkq.errors import ChunkqError, ErrorCode, JobError, StoreError
 from chunkq.job.events import Message, Sink, StageProgress, ignore
-from chunkq.job.fields import InputConfig
+from chunkq.job.input_config import InputConfig
 from chunkq.job.job_folder import JobFolder
 from chunkq.job.job_path import PRECOMPUTED, SUFFIX, job_folder_of
 from chunkq.job.output_documents import ATTRIBUTE, parsed

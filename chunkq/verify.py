@@ -26,7 +26,7 @@ from chunkq.job.task_records import EXPORT, Commit
 from chunkq.plan.chunk import Index
 from chunkq.stages.base import Stage, TaskKey
 from chunkq.stages.registry import stages
-from chunkq.storage.formats.zarr_writing import NOT_STORED, object_checksum
+from chunkq.storage.checksums import NOT_STORED, object_checksum
 from chunkq.storage.objects import ObjectFolder
 
 PROGRESS_STAGE = "verifying the output"

@@ -10,9 +10,11 @@ from typing import Any
 
 from chunkq.job import hints
 from chunkq.job.cluster_config import DaskConfig, RayConfig
-from chunkq.job.fields import BY_HEAD, ONE_SHAPE, InputConfig, MaskConfig, Section
+from chunkq.job.fields import BY_HEAD, ONE_SHAPE, Section
 from chunkq.job.image_config import ImageConfig, PeaksConfig, TruthConfig
+from chunkq.job.input_config import InputConfig
 from chunkq.job.job_file import Job
+from chunkq.job.mask_config import MaskConfig
 from chunkq.job.model_config import ModelConfig
 from chunkq.job.output_config import CodecConfig, OutputConfig, PyramidConfig
 from chunkq.job.printed_value import printed_value

@@ -6,20 +6,11 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
-from chunkq.access import Access
 from chunkq.geometry.axes import LETTERS
 from chunkq.geometry.position_range import RANGE
-from chunkq.storage.selection import Selection
 
 Group = Literal[
     "Input and output",
@@ -58,6 +49,26 @@ def key_doc(
     extra |= {} if omitted is None else {OMITTED: omitted}
     extra |= {} if see is None else {SEE: see}
     return Field(description=description, examples=[example], json_schema_extra=extra)
+
+
+def anonymous_doc(group: Group) -> Any:
+    """Return the metadata of a key `anonymous`."""
+    return key_doc(
+        group,
+        "Whether to send no credentials. For `s3://` and `gs://`.",
+        example=True,
+        unit=None,
+    )
+
+
+def requester_pays_doc(group: Group) -> Any:
+    """Return the metadata of a key `requester_pays`."""
+    return key_doc(
+        group,
+        "Whether your account pays for the requests. For `s3://` and `gs://`.",
+        example=True,
+        unit=None,
+    )
 
 
 InferenceType = Literal["patch", "sliding_window", "crop_margin", "image"]
@@ -250,160 +261,9 @@ Picks = Annotated[int | str | tuple[int | str, ...], BeforeValidator(_as_picks)]
 Channels = Annotated[int | str | tuple[int | str, ...], BeforeValidator(_as_channels)]
 
 
-class InputConfig(Section):
-    """An input, how it is accessed, and what is read of it."""
-
-    path: Annotated[
-        str,
-        key_doc(
-            "Input and output",
-            "Path or URL of the volume. `n5://` or `precomputed://` before it names its format.",
-            example="volume.zarr",
-            unit=None,
-        ),
-    ]
-    axes: Annotated[
-        Letters | None,
-        key_doc(
-            "Input and output",
-            "Axes of the array, one letter of `t`, `c`, `z`, `y`, `x` per axis.",
-            example="tczyx",
-            unit=None,
-            omitted="what the metadata say, else all axes are spatial",
-            see="guides/inputs.md",
-        ),
-    ] = None
-    level: Annotated[
-        Level | None,
-        key_doc(
-            "Input and output",
-            "Resolution level of a multiscale image, by number or by its name: the path of its "
-            "dataset, or the key of its scale.",
-            example=1,
-            unit=None,
-            omitted="0",
-            see="guides/inputs.md",
-        ),
-    ] = None
-    channels: Annotated[
-        Channels | None,
-        key_doc(
-            "Input and output",
-            "Channels in the order of the network: a list of indices and OME labels, one of them, "
-            "or a half-open range.",
-            example=[2, "DAPI"],
-            unit=None,
-            omitted="all",
-            see="guides/inputs.md",
-        ),
-    ] = None
-    time: Annotated[
-        Picks | None,
-        key_doc(
-            "Input and output",
-            "Time points: a list of indices, one index, or a half-open range.",
-            example="0:10",
-            unit=None,
-            omitted="all",
-            see="guides/inputs.md",
-        ),
-    ] = None
-    order: Annotated[
-        Letters | None,
-        key_doc(
-            "Input and output",
-            "Letters of the spatial axes in the order in which the network, the lists of the job "
-            "and the output have them.",
-            example="zyx",
-            unit=None,
-            omitted="as in the array; z, y, x for N5 and precomputed volumes",
-            see="guides/inputs.md",
-        ),
-    ] = None
-    orientation: Annotated[
-        Orientation | None,
-        key_doc(
-            "Input and output",
-            "Directions in which x, y and z run in the network, the lists of the job and the "
-            "output: `R` or `L`, `A` or `P`, `S` or `I`. For NIfTI.",
-            example="RAS",
-            unit=None,
-            omitted="that of the file",
-            see="guides/nifti.md",
-        ),
-    ] = None
-    frames: Annotated[
-        Picks | None,
-        key_doc(
-            "Input and output",
-            "Frames of each video: a list of numbers, one number, or a half-open range with an "
-            "optional step. Only for `inference_type` `image`.",
-            example="0:10000:5",
-            unit=None,
-            omitted="all",
-            see="guides/images.md",
-        ),
-    ] = None
-    anonymous: Annotated[
-        bool,
-        key_doc(
-            "Input and output",
-            "Whether to send no credentials. For `s3://` and `gs://`.",
-            example=True,
-            unit=None,
-        ),
-    ] = False
-    requester_pays: Annotated[
-        bool,
-        key_doc(
-            "Input and output",
-            "Whether your account pays for the requests. For `s3://` and `gs://`.",
-            example=True,
-            unit=None,
-        ),
-    ] = False
-
-    @property
-    def access(self) -> Access:
-        """How the path is accessed."""
-        return Access(self.anonymous, self.requester_pays)
-
-    @property
-    def selection(self) -> Selection:
-        """What is read of the array at the path."""
-        return Selection(
-            self.axes, self.level, self.channels, self.time, self.order, self.orientation
-        )
-
-
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Return whether a value is an integer or a float, and no boolean."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-class Below(Section):
-    """Voxels below a value, as `skip_empty` names them."""
-
-    below: Annotated[
-        float,
-        key_doc(
-            "Empty space",
-            "Patches are skipped if all their voxels are less than this.",
-            example=12,
-            unit="value of the input",
-        ),
-    ]
-
-
-def _as_skip_empty(value: object) -> object:
-    """Return a rule for empty patches. Raise PydanticCustomError if it is none."""
-    if isinstance(value, Below) or value == "missing" or _is_number(value):
-        return value
-    if isinstance(value, dict) and set(value) == {"below"} and _is_number(value["below"]):
-        return value
-    raise PydanticCustomError("skip_empty", "expected a number, {below: NUMBER} or missing")
-
-
-SkipEmpty = Annotated[float | Literal["missing"] | Below, BeforeValidator(_as_skip_empty)]
 
 
 Fill = Annotated[float, Field(allow_inf_nan=False)]
@@ -418,138 +278,7 @@ def _as_scales(value: object) -> object:
 
 
 def _is_scale(value: object) -> bool:
-    return isinstance(value, (int, float)) and _is_number(value) and 0 < value <= MAX_INTEGER
+    return isinstance(value, (int, float)) and is_number(value) and 0 < value <= MAX_INTEGER
 
 
 Scales = Annotated[tuple[float, ...], BeforeValidator(_as_scales)]
-
-
-class MaskConfig(Section):
-    """A mask: which voxels are inside, and how they correspond to the voxels of the input."""
-
-    path: Annotated[
-        str,
-        key_doc(
-            "Empty space",
-            "Path or URL of the mask, in any format that an input can have.",
-            example="mask.zarr",
-            unit=None,
-        ),
-    ]
-    axes: Annotated[
-        Letters | None,
-        key_doc(
-            "Empty space",
-            "Axes of the mask, one letter of `t`, `c`, `z`, `y`, `x` per axis.",
-            example="zyx",
-            unit=None,
-            omitted="what the metadata say, else all axes are spatial",
-        ),
-    ] = None
-    orientation: Annotated[
-        Orientation | None,
-        key_doc(
-            "Empty space",
-            "Directions in which x, y and z of a NIfTI mask run. As that of the input.",
-            example="RAS",
-            unit=None,
-            omitted="that of the file",
-            see="guides/nifti.md",
-        ),
-    ] = None
-    level: Annotated[
-        Level | None,
-        key_doc(
-            "Empty space",
-            "Resolution level of an OME-Zarr mask, by number or by the path of its dataset.",
-            example=3,
-            unit=None,
-            omitted="0",
-        ),
-    ] = None
-    above: Annotated[
-        float,
-        key_doc(
-            "Empty space",
-            "Voxels of the mask are inside if their value is greater than this.",
-            example=0.5,
-            unit="value of the mask",
-        ),
-    ] = 0
-    scale: Annotated[
-        Scales | None,
-        key_doc(
-            "Empty space",
-            "Voxels of the input per voxel of the mask along each axis. The first voxels of both "
-            "then begin at the same point.",
-            example=[8, 8, 8],
-            unit="voxels",
-            omitted="the ratio of the voxel sizes, with their positions; without them, that of the "
-            "shapes, which must divide exactly",
-        ),
-    ] = None
-    anonymous: Annotated[
-        bool,
-        key_doc(
-            "Empty space",
-            "Whether to send no credentials. For `s3://` and `gs://`.",
-            example=True,
-            unit=None,
-        ),
-    ] = False
-    requester_pays: Annotated[
-        bool,
-        key_doc(
-            "Empty space",
-            "Whether your account pays for the requests. For `s3://` and `gs://`.",
-            example=True,
-            unit=None,
-        ),
-    ] = False
-
-    @property
-    def access(self) -> Access:
-        """How the path is accessed."""
-        return Access(self.anonymous, self.requester_pays)
-
-    @property
-    def selection(self) -> Selection:
-        """What is read of the array at the path."""
-        return Selection(self.axes, self.level, orientation=self.orientation)
-
-
-def _as_mask(value: object) -> object:
-    return {"path": value} if isinstance(value, str) else value
-
-
-Mask = Annotated[MaskConfig, BeforeValidator(_as_mask, json_schema_input_type=str | MaskConfig)]
-
-
-def _kind_of_input(value: object) -> str:
-    return "mapping" if isinstance(value, (dict, InputConfig)) else "path"
-
-
-def _as_inputs(value: object) -> object:
-    """Return one input or a list of inputs as a tuple."""
-    if isinstance(value, (list, tuple)):
-        if not value:
-            raise PydanticCustomError("inputs", "expected a list of at least 1 item")
-        return tuple(map(_as_path, value))
-    return (_as_path(value),) if isinstance(value, (str, dict, InputConfig)) else value
-
-
-def _as_path(value: object) -> object:
-    """Return the path of a mapping that has nothing else."""
-    return value["path"] if isinstance(value, dict) and set(value) == {"path"} else value
-
-
-Input = Annotated[
-    Annotated[str, Tag("path")] | Annotated[InputConfig, Tag("mapping")],
-    Discriminator(_kind_of_input),
-]
-
-
-Inputs = Annotated[
-    tuple[Input, ...],
-    BeforeValidator(_as_inputs, json_schema_input_type=Input | tuple[Input, ...]),
-]

@@ -18,9 +18,6 @@ from chunkq.job.cluster_config import DaskConfig, RayConfig
 from chunkq.job.fields import (
     Fill,
     InferenceType,
-    InputConfig,
-    Inputs,
-    Mask,
     Names,
     NonNegative,
     Offsets,
@@ -28,14 +25,15 @@ from chunkq.job.fields import (
     Region,
     Section,
     Shape,
-    SkipEmpty,
     Widths,
     key_doc,
 )
 from chunkq.job.image_config import GUIDE, ImageConfig, Keep, PeaksConfig, TruthConfig
 from chunkq.job.image_job import IMAGE, with_image_defaults
+from chunkq.job.input_config import InputConfig, Inputs
 from chunkq.job.job_path import without_format
 from chunkq.job.job_problems import job_problems
+from chunkq.job.mask_config import Below, Mask, SkipEmpty
 from chunkq.job.model_config import ModelConfig
 from chunkq.job.output_config import (
     Classes,
@@ -46,6 +44,7 @@ from chunkq.job.output_config import (
     PyramidConfig,
     ValueRange,
 )
+from chunkq.plan.empty_rule import EmptyRule
 from chunkq.plan.outputs import Activation, Combine
 
 SCHEMA_FILE = Path(__file__).with_name("job_file.schema.json")
@@ -627,6 +626,14 @@ class Job(Section):
     def has_known_empty(self) -> bool:
         """Whether chunks can be known to be empty when the job is created."""
         return self.mask is not None or self.skip_empty == "missing"
+
+    @property
+    def empty_rule(self) -> EmptyRule | None:
+        """Which voxels are empty by their values, None if none is."""
+        rule = self.skip_empty
+        if isinstance(rule, Below):
+            return EmptyRule(rule.below, is_limit=True)
+        return None if rule is None or isinstance(rule, str) else EmptyRule(float(rule))
 
     def output_configs(self) -> dict[str, OutputConfig]:
         """Return the outputs by name, with the keys of the job where they have none of their own.

@@ -30,7 +30,6 @@ from chunkq.job.ledger import ItemLedger, Ledger
 from chunkq.job.output_handle import OutputHandle
 from chunkq.job.pyramids import pyramids_of
 from chunkq.job.record import JobRecord
-from chunkq.job.resolve import empty_rule
 from chunkq.job.task_records import RecentCommits
 from chunkq.job.tasks import JobId, Task, chunk_name
 from chunkq.paths import without_secret
@@ -40,7 +39,6 @@ from chunkq.plan.item_tasks import ItemTasks
 from chunkq.plan.plan import Plan
 from chunkq.plan.pyramid import Pyramid
 from chunkq.storage.array import Array
-from chunkq.storage.formats.zarr_writing import WritableArray
 from chunkq.storage.images import ImageSource
 
 if TYPE_CHECKING:
@@ -50,6 +48,7 @@ if TYPE_CHECKING:
     from chunkq.job.output import Output
     from chunkq.job.stored_rows import StoredRows
     from chunkq.plan.patch_selection import SkipRules
+    from chunkq.storage.formats.zarr_writing import WritableArray
     from chunkq.storage.mask import Mask
     from chunkq.storage.staged import StagedCopy
 
@@ -368,14 +367,14 @@ class ItemHandle:
 
         return SkipRules(
             None if job.mask is None else self.image.mask(self.item).inside,
-            empty_rule(job),
+            job.empty_rule,
             (lambda box: any(cells.any(box) for cells in stored)) if stored else None,
         )
 
     @property
     def can_turn_out_empty(self) -> bool:
         """Whether a chunk that is a task can turn out to be empty."""
-        return empty_rule(self.job.record.job) is not None
+        return self.job.record.job.empty_rule is not None
 
     @cached_property
     def outputs(self) -> tuple[OutputHandle, ...]:

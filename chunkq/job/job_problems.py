@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chunkq.access import BUCKET_SCHEMES
-from chunkq.job.fields import InferenceType, InputConfig, MaskConfig
+from chunkq.job.fields import InferenceType
 from chunkq.job.image_job import image_problems, kind_problems
+from chunkq.job.input_config import InputConfig
+from chunkq.job.mask_config import MaskConfig
 from chunkq.job.model_config import model_problems
 from chunkq.job.output_config import OutputConfig
 from chunkq.job.output_values import value_problems

@@ -13,7 +13,7 @@ from chunkq.errors import JobError, StoreError
 from chunkq.geometry.axes import Axis
 from chunkq.geometry.box import Box
 from chunkq.geometry.cells import CellAxis
-from chunkq.job.fields import MaskConfig
+from chunkq.job.mask_config import MaskConfig
 from chunkq.paths import without_secret
 from chunkq.storage.array import Array
 from chunkq.storage.images import ImageSource, find_source

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from chunkq.storage.formats.zarr_writing import NOT_STORED
+from chunkq.storage.checksums import NOT_STORED
 
 DTYPE = np.dtype("<u4")
 

@@ -10,15 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from chunkq.job.fields import (
-    MAX_INTEGER,
-    Fill,
-    Picks,
-    Positive,
-    Section,
-    Shape,
-    key_doc,
-)
+from chunkq.job.fields import MAX_INTEGER, Fill, Picks, Positive, Section, Shape, key_doc
 from chunkq.plan.outputs import Activation, Combine
 from chunkq.storage.codecs import DEFAULT_CODEC, MAX_LEVEL, Codec
 

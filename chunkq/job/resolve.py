@@ -6,13 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from math import lcm, prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-
-from chunkq.casts import REAL, misfit
 from chunkq.errors import JobError
-from chunkq.geometry.axes import color_letters, starts_like_color
 from chunkq.geometry.box import Box
 from chunkq.geometry.grid_spec import GridSpec, Shape
 from chunkq.job.axis_order import (
@@ -24,13 +20,14 @@ from chunkq.job.axis_order import (
     input_channels,
     order_problems,
 )
-from chunkq.job.fields import MAX_INTEGER, Below, bounds_of, printed_bounds
+from chunkq.job.fields import MAX_INTEGER, bounds_of
+from chunkq.job.grid_problems import chunk_problems, coverage_problems
 from chunkq.job.job_file import Job
 from chunkq.job.model_config import ModelConfig
-from chunkq.job.output_shapes import declared_shapes, head_names, unknown_heads
-from chunkq.job.output_specs import MAX_PATCH_VALUES, NetworkOutput, ResolvedOutput
+from chunkq.job.output_shapes import head_names
+from chunkq.job.output_specs import NetworkOutput, ResolvedOutput
+from chunkq.job.volume_problems import volume_problems
 from chunkq.plan.chunk_choice import choose_chunks, inner_chunk, storage_edge
-from chunkq.plan.empty_rule import EmptyRule
 from chunkq.plan.outputs import HeadName, OutputSpec
 from chunkq.plan.plan import Plan
 from chunkq.plan.volume import Volume
@@ -52,10 +49,7 @@ def resolve(
     these channels. Raises JobError with one line per mistake.
     """
     paths = paths or job.input_paths
-    problems = _volume_problems(job, volume, paths, remedies) or _shape_problems(job)
-    problems = problems or _length_problems(job, volume, paths[0], remedies)
-    problems = problems or _region_problems(job, volume, paths)
-    if problems:
+    if problems := volume_problems(job, volume, paths, remedies):
         raise JobError(problems)
     shapes = _Shapes(job, volume, paths, remedies, by_channel=by_channel)
     if problems := shapes.problems():
@@ -66,141 +60,14 @@ def resolve(
         line
         for output, view in zip(shapes.outputs, plan.views, strict=True)
         for lines in (
-            _coverage_problems(view.grid, source),
-            _chunk_problems(view.grid, source, output.prefix),
+            coverage_problems(view.grid, source),
+            chunk_problems(view.grid, source, output.prefix),
         )
         for line in lines
     ]
     if problems:
         raise JobError(shapes.channels_last_problems() or [*dict.fromkeys(problems)])
     return plan
-
-
-def empty_rule(job: Job) -> EmptyRule | None:
-    """Return which voxels are empty by their values, None if none is."""
-    rule = job.skip_empty
-    if isinstance(rule, Below):
-        return EmptyRule(rule.below, is_limit=True)
-    return None if rule is None or isinstance(rule, str) else EmptyRule(float(rule))
-
-
-def _volume_problems(
-    job: Job, volume: Volume, paths: Sequence[str], remedies: Remedies
-) -> list[str]:
-    rank = len(volume.shape)
-    if not 1 <= rank <= 4:
-        return [
-            f"input: {paths[0]} has {rank} spatial axes; expected 1 to 4; use an array with fewer, "
-            f"or {remedies.set_axes()} if some are channels or time"
-        ]
-    if min(volume.shape) == 0:
-        return [
-            f"input: {paths[0]} has shape {list(volume.shape)} and no voxels; "
-            "use a volume with at least one voxel"
-        ]
-    for path, name in zip(paths, volume.dtypes or (volume.dtype,), strict=True):
-        try:
-            dtype = np.dtype(name)
-        except TypeError:  # the name of a structured or string dtype
-            dtype = np.dtype(object)
-        if advice := _dtype_advice(dtype):
-            return [f"input: {path} has unsupported dtype {name}; convert it to {advice}"]
-        if problems := [*_pad_value_problems(job, dtype), *_skip_empty_problems(job, dtype)]:
-            return problems
-    return []
-
-
-def _dtype_advice(dtype: np.dtype[Any]) -> str | None:
-    """Return to what to convert an input of an unsupported dtype, None for a supported one."""
-    if dtype == np.uint64:
-        return "uint32 or float32"
-    if dtype.kind not in REAL:
-        return "real numbers"
-    return "float64" if dtype.itemsize > 8 else None
-
-
-def _pad_value_problems(job: Job, dtype: np.dtype[Any]) -> list[str]:
-    """Return a problem if the dtype, of kind b, i, u or f, cannot hold the job's pad value."""
-    value = float(job.pad_value)
-    if dtype.kind in "iu":
-        low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
-        fits = low <= value <= high and value == int(value)
-        legal = f"an integer from {low} to {high}"
-    elif dtype.kind == "b":
-        fits, legal = value in (0, 1), "0 or 1"
-    else:
-        largest = float(np.finfo(dtype).max)
-        fits = not np.isfinite(value) or abs(value) <= largest
-        legal = f"a value from {-largest:g} to {largest:g}"
-    printed = int(value) if value.is_integer() else value
-    if not fits:
-        return [f"pad_value: {printed} does not fit the input's dtype {dtype}; use {legal}"]
-    # A step can convert the values before they are cast.
-    if job.model.processing_steps is None and misfit(np.array([value], dtype), job.model.dtype):
-        return [
-            f"pad_value: {printed} does not fit model_config.dtype {job.model.dtype}; use another "
-            "value or dtype"
-        ]
-    return []
-
-
-def _skip_empty_problems(job: Job, dtype: np.dtype[Any]) -> list[str]:
-    """Return a problem if no voxel of the dtype can be empty as the job says."""
-    rule = empty_rule(job)
-    if rule is None or rule.fits(dtype):
-        return []
-    if rule.is_limit:
-        return ["skip_empty.below: expected a number, found nan"]
-    return [
-        f"skip_empty: {rule.value:g} does not fit the input's dtype {dtype}; use a value of the "
-        "input, or {below: NUMBER}"
-    ]
-
-
-def _length_problems(job: Job, volume: Volume, path: str, remedies: Remedies) -> list[str]:
-    rank, hint = len(volume.shape), _axes_hint(volume.shape, remedies)
-    lists: dict[str, Sequence[object] | None] = {
-        "chunksize": job.chunksize,
-        "pad_width": job.pad_width,
-        "strides": job.strides,
-        "margin": job.margin,
-        "storage_chunks": job.storage_chunks,
-        "storage_shards": job.storage_shards,
-        "roi": job.roi,
-    }
-    lists |= {f"offsets.{i}": offset for i, offset in enumerate(job.offsets)}
-    for name, output in (job.outputs or {}).items():
-        for key in ("storage_chunks", "storage_shards", "scale"):
-            lists[f"outputs.{name}.{key}"] = getattr(output, key)
-    problems = [
-        f"{key}: found {len(value)} entries; expected {rank}; set one per spatial axis of "
-        f"{path}, whose lengths are {list(volume.shape)}{hint if len(value) < rank else ''}"
-        for key, value in lists.items()
-        if value is not None and len(value) != rank
-    ]
-    shapes = {"model_input_shape": job.model.model_input_shape} | declared_shapes(job.model)
-    for key, shape in shapes.items():
-        if shape is not None and len(shape) not in (rank, rank + 1):
-            problems.append(
-                f"model_config.{key}: found {len(shape)} entries; expected {rank} or {rank + 1}; "
-                f"set one per spatial axis of {path}, whose lengths are {list(volume.shape)}, "
-                f"and {_channel_place(job.model.runtime)}{hint if len(shape) < rank else ''}"
-            )
-        elif shape is not None and prod(shape) > MAX_PATCH_VALUES:
-            problems.append(
-                f"model_config.{key}: {prod(shape)} values per patch are unsupported; use at most "
-                f"{MAX_PATCH_VALUES}"
-            )
-    return problems
-
-
-def _shape_problems(job: Job) -> list[str]:
-    """Return a line for each head whose shape is not known."""
-    return [
-        f"model_config.model_output_shape{'' if head is None else f'.{head}'}: missing; set the "
-        "shape that the network returns"
-        for head in unknown_heads(job)
-    ]
 
 
 def _network_output(model: ModelConfig, head: HeadName, rank: int, channels: int) -> NetworkOutput:
@@ -216,48 +83,12 @@ def _network_output(model: ModelConfig, head: HeadName, rank: int, channels: int
     )
 
 
-def _axes_hint(shape: Sequence[int], remedies: Remedies) -> str:
-    """Return what to do if an axis that a job counts as spatial is another one."""
-    if starts_like_color(shape):
-        letters = color_letters(len(shape), first=True)
-        return f"; if its first axis is channels, {remedies.set_axes(letters)}"
-    return f"; if an axis is channels or time, {remedies.set_axes()}"
-
-
-def _region_problems(job: Job, volume: Volume, paths: Sequence[str]) -> list[str]:
-    """Return one line for each axis along which the region does not lie in the volume."""
-    problems = []
-    for axis, (bounds, size) in enumerate(zip(job.roi or (), volume.shape, strict=False)):
-        if bounds is None:
-            continue
-        start, stop = bounds_of(bounds, size)
-        written = f"roi.{axis}: {printed_bounds(bounds)}"
-        if not (0 <= start <= size and 0 <= stop <= size):
-            problems.append(
-                f"{written} lies outside of axis {axis} of {paths[0]}, which has {size} voxels; "
-                f"use a start and a stop from {-size} to {size}"
-            )
-        elif start >= stop:
-            reason = "is empty" if start == stop else "stops before it starts"
-            problems.append(
-                f"{written} {reason} (voxels {start} to {stop} of {size}); use a stop after the "
-                "start"
-            )
-    return problems
-
-
 def _region(job: Job, volume: Volume) -> Box | None:
     """Return the region of the job, None for the whole volume; it has no problems."""
     if job.roi is None:
         return None
     pairs = [bounds_of(bounds, size) for bounds, size in zip(job.roi, volume.shape, strict=True)]
     return Box(tuple(start for start, _ in pairs), tuple(stop for _, stop in pairs))
-
-
-def _channel_place(runtime: str) -> str:
-    if runtime in EITHER_ORDER:
-        return "the number of channels first or last if there is one"
-    return "the number of channels first if there is one"
 
 
 def _channels_last(key: str, shape: tuple[int, ...], step: str) -> str:
@@ -271,7 +102,7 @@ def _channels_last(key: str, shape: tuple[int, ...], step: str) -> str:
 class _Shapes:
     """Patch shapes and grids of a job over a volume.
 
-    `_volume_problems` and `_length_problems` of the job must be empty. `patch` is the input patch,
+    `volume_problems` of the job must be empty. `patch` is the input patch,
     `output` the output patch, `kept` the output patch without its margin, and `lead` the offset of
     the kept voxels in the input patch; each has one entry per spatial axis. `lost_axis` is the
     spatial axis that the network reduces to one slice, or None. Shapes that a job writes with
@@ -581,74 +412,3 @@ class _Stored(NamedTuple):
 def common_multiple(lengths: Sequence[Fraction | int]) -> int:
     """Return the smallest whole number that is a multiple of all lengths."""
     return lcm(*(Fraction(length).numerator for length in lengths))
-
-
-def _chunk_problems(grid: GridSpec, source: str, prefix: str) -> list[str]:
-    """Return one line per mistake; `source` says where the output patch comes from.
-
-    `prefix` is that of the keys of the output.
-    """
-    problems = []
-    for number, axis in enumerate(grid.axes):
-        width = axis.grids[0].kept + 2 * axis.grids[0].reach  # of the widest output
-        if axis.chunk < min(width, axis.volume):
-            factor = 1 if grid.scale is None else grid.scale[number]
-            problems.append(
-                f"chunksize: {axis.chunk * factor} along axis {number} is smaller than the output "
-                f"patch ({width * factor} in {source}); use at least "
-                f"{min(width, axis.volume) * factor}"
-            )
-        if axis.chunk < axis.volume and axis.chunk % axis.storage:
-            key = "storage_chunks" if grid.shard is None else "storage_shards"
-            problems.append(
-                f"{prefix}{key}: {axis.storage} along axis {number} does not divide the chunk "
-                f"({axis.chunk}); use a divisor of {axis.chunk}"
-            )
-        if axis.storage % grid.storage[number]:
-            problems.append(
-                f"{prefix}storage_shards: {axis.storage} along axis {number} is not a multiple of "
-                f"the storage chunk ({grid.storage[number]}); use a multiple of "
-                f"{grid.storage[number]}"
-            )
-    return problems
-
-
-def _coverage_problems(spec: GridSpec, source: str) -> list[str]:
-    """Return one line for each axis along which a voxel lies in no output patch.
-
-    `source` says where the output patch comes from.
-    """
-    problems, axes = [], spec.axes
-    for number, axis in enumerate(axes):
-        grid = axis.grids[0]
-        gap = grid.gap(axis.low, axis.high)
-        if gap is None and grid.stride > grid.kept:
-            low, high = grid.span(axis.low, axis.high)
-            if high < axis.high:
-                gap = high  # the next patch starts beyond the region
-            elif low > axis.low > grid.first + grid.lead:
-                gap = axis.low  # the patch before ends before the region
-        if gap is not None and len(axis.grids) == 1:
-            factor = 1 if spec.scale is None else spec.scale[number]
-            problems.append(
-                f"strides: {grid.stride * factor} along axis {number} is larger than the output "
-                f"patch ({grid.kept * factor} in {source}) and leaves voxel {gap * factor} without "
-                f"a prediction; use at most {grid.kept * factor}"
-            )
-    if problems:
-        return problems
-    uncovered = [Box(tuple(axis.low for axis in axes), tuple(axis.high for axis in axes))]
-    for g in range(len(axes[0].grids)):
-        spans = [axis.grids[g].span(axis.low, axis.high) for axis in axes]
-        covered = Box(tuple(s[0] for s in spans), tuple(s[1] for s in spans))
-        uncovered = [rest for box in uncovered for rest in box.minus(covered)]
-    if not uncovered:
-        return []
-    for number, axis in enumerate(axes):
-        if axis.grids[0].span(axis.low, axis.high) != (axis.low, axis.high):
-            factor = 1 if spec.scale is None else spec.scale[number]
-            problems.append(
-                f"pad_width: no output patch covers voxel {uncovered[0].start[number] * factor} "
-                f"along axis {number}; use {spec.lead[number] * factor} along this axis"
-            )
-    return problems

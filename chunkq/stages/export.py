@@ -20,7 +20,7 @@ from chunkq.paths import is_url, join, open_filesystem, without_secret
 from chunkq.plan.chunk import Index
 from chunkq.queue.contract.executor import Attempt
 from chunkq.stages.base import Report, Stage, not_reported
-from chunkq.storage.formats.zarr_writing import object_checksum
+from chunkq.storage.checksums import object_checksum
 from chunkq.system.memory import peak_bytes
 
 if TYPE_CHECKING:

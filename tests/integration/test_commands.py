@@ -379,6 +379,7 @@ NOT_FOR_STATUS = (
     "chunkq_worker PIL psutil click.shell_completion chunkq.job.output chunkq.job.known_empty "
     "chunkq.blend.weights chunkq.images.image_list chunkq.images.decoding "
     "chunkq.writers.base chunkq.writers.zarr chunkq.job.exports chunkq.storage.formats.zarr "
+    "chunkq.storage.formats.zarr_writing chunkq.storage.staged chunkq.storage.claims "
     "chunkq.storage.formats.nifti chunkq.storage.formats.tiff"
 )
 

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from chunkq.errors import ChunkReadError, ErrorCode, JobError, StoreError
 from chunkq.geometry.axes import Axis
 from chunkq.geometry.box import Box
-from chunkq.job.fields import InputConfig
+from chunkq.job.input_config import InputConfig
 from chunkq.job.mask_source import mask_axes
 from chunkq.storage.formats import gzip_file
 from chunkq.storage.formats.nifti import affine_of

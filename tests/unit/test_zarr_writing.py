@@ -12,14 +12,13 @@ import numpy.typing as npt
 import pytest
 
 from chunkq.geometry.box import Box
+from chunkq.storage.checksums import NOT_STORED, object_checksum
 from chunkq.storage.formats import zarr_writing
 from chunkq.storage.formats.zarr import ZARR_FORMAT, ZarrFormat
 from chunkq.storage.formats.zarr_arrays import TensorStoreArray
 from chunkq.storage.formats.zarr_writing import (
-    NOT_STORED,
     WritableArray,
     array_metadata,
-    object_checksum,
 )
 
 SHAPE, CHUNK = (1, 9, 13, 8), (1, 4, 5, 4)

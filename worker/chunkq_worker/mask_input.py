@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from chunkq.errors import JobError
 from chunkq.geometry.box import Box
-from chunkq.job.fields import MaskConfig
+from chunkq.job.mask_config import MaskConfig
 from chunkq.job.mask_source import (
     check_mask,
     check_mask_times,

@@ -15,7 +15,6 @@ from chunkq.blend.image_objects import ImageGeometry
 from chunkq.job.items import Image, Item, items_of
 from chunkq.job.job_file import Job
 from chunkq.job.known_empty import mask_counts
-from chunkq.job.resolve import empty_rule
 from chunkq.job.user_code import load_blend_weights
 from chunkq.plan.chunk import Chunk
 from chunkq.plan.item_tasks import ItemTasks
@@ -74,7 +73,7 @@ class PredictionRequest:
     @cached_property
     def items(self) -> tuple[OpenItem, ...]:
         """The volumes that are predicted one by one. Items with one mask share its counts."""
-        rule, arrays = empty_rule(self.job), [one.array for one in self.inputs]
+        rule, arrays = self.job.empty_rule, [one.array for one in self.inputs]
         masks: dict[int, tuple[Mask, ItemTasks]] = {}
         items = []
         for item in items_of((self.image,)):
@@ -99,7 +98,7 @@ class PredictionRequest:
         """Return the sums of empty chunks of each output, None if they contribute nothing."""
         return [
             EmptyChunks(view, load_blend_weights(self.job.weight_function, view))
-            if empty_rule(self.job) is not None and view.output.nothing_counts
+            if self.job.empty_rule is not None and view.output.nothing_counts
             else None
             for view in self.plan.views
         ]

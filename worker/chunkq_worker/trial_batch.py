@@ -16,7 +16,6 @@ from chunkq.errors import ErrorCode, JobError, ModelError, PredictionError
 from chunkq.geometry.box import Box
 from chunkq.job.mask_source import mask_of
 from chunkq.job.record import JobRecord
-from chunkq.job.resolve import empty_rule
 from chunkq.plan.chunk import Chunk, Patch
 from chunkq.plan.patch_selection import SkipRules
 from chunkq.plan.plan import Plan
@@ -90,7 +89,7 @@ def _selection(record: JobRecord, plan: Plan) -> Callable[[Chunk, Halos], Sequen
     if source is not None and job.mask is not None:
         image, (time, _) = record.largest_item.image.sources[0], record.largest_item.series_point
         inside = mask_of(source, source.open(), image, time, job.mask).inside
-    rules = SkipRules(inside, empty_rule(job))
+    rules = SkipRules(inside, job.empty_rule)
     if rules == SkipRules():
         return None
     return lambda chunk, halos: rules.select(plan, chunk, halos).run

@@ -17,22 +17,16 @@ from zlib_ng import zlib_ng
 from chunkq.geometry.box import Box
 from chunkq.paths import join, open_filesystem
 from chunkq.storage.array import Array, Voxels, box_error
+from chunkq.storage.checksums import NOT_STORED, object_checksum
 from chunkq.storage.codecs import DEFAULT_CODEC, Codec
 from chunkq.storage.formats.tensorstore_arrays import kvstore
 from chunkq.storage.formats.zarr_arrays import METADATA_KEYS
 from chunkq.storage.object_grid import ObjectGrid
 
-NOT_STORED = 0
-"""In place of a checksum: the object does not exist, because all its voxels are the fill value."""
 SLAB_BYTES = 32 << 20
 """Bytes of voxels that are encoded at a time. Their objects are in memory until they are stored."""
 PUTS_AT_ONCE = 16
 """Objects that are stored concurrently where tensorstore does not access the storage."""
-
-
-def object_checksum(crc32: int) -> int:
-    """Return the checksum of an object that has this CRC-32: the same, but never `NOT_STORED`."""
-    return crc32 or 1
 
 
 def shard_index_bytes(chunks: int) -> int:

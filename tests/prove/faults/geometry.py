@@ -200,7 +200,7 @@ FAULTS = (
     ),
     Fault(
         "storage-chunks-need-not-divide",
-        "chunkq/job/resolve.py",
+        "chunkq/job/grid_problems.py",
         "axis.chunk % axis.storage",
         "axis.chunk < axis.storage",
         "two chunks write one storage chunk at once and lose voxels",
