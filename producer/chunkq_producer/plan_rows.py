@@ -136,7 +136,7 @@ def volume_plan_rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[t
     plan, costs, count = job.largest, job.costs, len(job.plans)
     voxels = sum(plan.region.size for plan in job.plans)
     total = total_costs(job.plans)
-    per_voxel = total.patches * _voxels(plan.output_patch) / voxels
+    per_voxel = sum(map(_predictions, job.plans)) / voxels
     share = costs.finalized_voxels / sum(plan.stored_voxels for plan in job.plans)
     several = _items(job) if count > 1 else ""
     model = job.record.job.model
@@ -187,6 +187,13 @@ def volume_plan_rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[t
     return rows
 
 
+def _predictions(plan: Plan) -> int:
+    """Return the number of predicted voxels; of a patch larger than the volume those inside."""
+    shape = plan.volume.shape
+    inside = prod(min(lengths) for lengths in zip(plan.output_patch, shape, strict=True))
+    return plan.costs.patches * inside
+
+
 def _padding_text(job: CheckedJob) -> str:
     """Return which axes are shorter than the patch, and what the rest of it is filled with."""
     keys, names = job.record.job, [axis.name for axis in job.record.images[0].spatial_axes]
@@ -205,7 +212,7 @@ def _padding_text(job: CheckedJob) -> str:
     count = sum(map(bool, shorter))
     several = f" for {count} of {len(shorter)} volumes" if len(shorter) > 1 else ""
     filled = (
-        f"pad_value, {keys.pad_value:g}"
+        f"{keys.pad_value:g} (pad_value)"
         if keys.pad_mode == "constant"
         else f"voxels of the volume (pad_mode {keys.pad_mode})"
     )
@@ -514,13 +521,6 @@ def peak_memory(trial: Trial, *, finalizes: bool) -> str:
     if check.device_bytes is not None:
         parts.append(f"{si(check.device_bytes, 'B')} on the device")
     return "; ".join(parts)
-
-
-def _voxels(shape: tuple[int, ...]) -> float:
-    voxels = 1.0
-    for length in shape:
-        voxels *= length
-    return voxels
 
 
 def _shape(shape: Sequence[object]) -> str:

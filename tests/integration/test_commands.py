@@ -117,7 +117,7 @@ def test_plan_estimates_the_cost_and_writes_nothing(workspace: Workspace) -> Non
 
 @pytest.mark.parametrize(
     ("keys", "filled"),
-    [({"pad_value": 7}, "pad_value, 7"), ({"pad_mode": "reflect"}, "pad_mode reflect")],
+    [({"pad_value": 7}, "7 (pad_value)"), ({"pad_mode": "reflect"}, "pad_mode reflect")],
 )
 def test_plan_says_with_what_a_patch_larger_than_the_volume_is_filled(
     workspace: Workspace, keys: dict[str, object], filled: str
