@@ -29,7 +29,8 @@ from chunkq_worker.child_env import child_env
 from benchmarks import turns
 from benchmarks.turns import THREADS, Figures
 
-ROUNDS = {"small": 7, "large": 3, "basic": 3, "copy": 5}
+ROUNDS = {"small": 5, "large": 3, "basic": 2, "copy": 5}
+"""Together with `memory` they take 11 minutes on two cores."""
 UNET = Path(__file__).parents[1] / "examples" / "brain" / "unet.ts"
 MONAI = "monai==1.6.1"
 SIZES = {
@@ -114,13 +115,15 @@ def contest(job: Path, others: Sequence[str], rounds: int) -> Figures:
     run("chunkq", job)  # fills the file cache for all contestants
     names = ("chunkq", *others)
     results = turns.take_turns(names, rounds, lambda name: run(name, job))
+    ratios = {other: turns.ratios(results, "chunkq", other) for other in others}
+    cpu_ratios = {other: turns.ratios(results, "chunkq", other, key="cpu") for other in others}
+    for other in others:
+        turns.print_ratios(f"chunkq / {other}", time=ratios[other], CPU=cpu_ratios[other])
     return {
         "patches": results[0]["chunkq"]["patches"],
         "seconds": {name: turns.median_seconds(results, name) for name in names},
-        "ratios": {other: turns.ratios(results, "chunkq", other) for other in others},
-        "cpu_ratios": {
-            other: turns.ratios(results, "chunkq", other, key="cpu") for other in others
-        },
+        "ratios": ratios,
+        "cpu_ratios": cpu_ratios,
     }
 
 
@@ -182,6 +185,7 @@ def main() -> None:
         turns.fetch("monai", MONAI)
     figures: Figures = {}
     for part in parts:
+        print(part, flush=True)
         if part == "memory":
             figures[part] = memory_peaks()
         elif part == "copy":

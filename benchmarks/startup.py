@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -38,7 +37,7 @@ from benchmarks.network import UNET, make_job
 from benchmarks.turns import THREADS, Figures
 
 ROOT = Path(__file__).parents[1]
-ROUNDS, WATCHED_ROUNDS = 9, 3
+ROUNDS, WATCHED_ROUNDS, COMMAND_ROUNDS = 7, 3, 5
 EDGE, PATCH, STRIDE, BATCH = 96, 64, 16, 4
 TARGET_RATIO, TARGET_SECONDS = 1.15, 0.35
 COMMANDS = {
@@ -150,13 +149,13 @@ class Stage:
     def run(self, name: str) -> Figures:
         """Run the job as a whole command, with a new output; return its seconds."""
         self.clear()
-        before, used = time.perf_counter(), children_seconds()
+        before, used = time.perf_counter(), turns.own_seconds()
         out = finished(self.start(name, "run", "job.yaml", "--gpus", "none"), name)
         seconds = time.perf_counter() - before
         steps = json.loads(out.splitlines()[-1]) if name == "script" else {}
         return {
             "seconds": seconds,
-            "cpu_seconds": children_seconds() - used,
+            "cpu": turns.own_seconds() - used,
             "marks": steps | {"command ended": seconds},
         }
 
@@ -181,12 +180,6 @@ class Stage:
         values = json.loads(commit.read_bytes())
         seen["chunk started"], seen["chunk computed"] = values["started"], values["finished"]
         return {mark: moment - start for mark, moment in sorted(seen.items(), key=lambda s: s[1])}
-
-
-def children_seconds() -> float:
-    """Return the CPU time (s) of all processes that have ended below this one."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def finished(process: subprocess.Popen[str], name: str) -> str:
@@ -262,16 +255,21 @@ def main() -> None:
             "rounds": arguments.rounds,
             "seconds": {other: turns.median_seconds(results, other) for other in names},
             "ratios": {tree: turns.ratios(results, tree, "script") for tree in stage.trees},
+            "cpu_ratios": {
+                tree: turns.ratios(results, tree, "script", key="cpu") for tree in stage.trees
+            },
             "cpu_seconds": {
-                other: statistics.median(turn[other]["cpu_seconds"] for turn in results)
-                for other in names
+                other: statistics.median(turn[other]["cpu"] for turn in results) for other in names
             },
             "target_ratio": TARGET_RATIO,
             "marks": {"script": medians([turn["script"]["marks"] for turn in results]), **watched},
-            "commands": command_seconds(stage, arguments.rounds),
+            "commands": command_seconds(stage, COMMAND_ROUNDS),
             "target_seconds": TARGET_SECONDS,
         }
     print(json.dumps(figures, indent=1))
+    for tree in stage.trees:
+        ratios, cpu_ratios = figures["ratios"][tree], figures["cpu_ratios"][tree]
+        turns.print_ratios(f"{tree} / script", time=ratios, CPU=cpu_ratios)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -1,20 +1,35 @@
-"""Run contestants in turns in separate processes; compare them by medians of paired ratios."""
+"""Run contestants in turns in separate processes; compare them by medians of paired ratios.
+
+A round in which other processes used the CPUs is refused and run again.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import psutil
+
+# Otherwise each process would compile chunkq again, which no process of a user does.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 PEERS = Path(tempfile.gettempdir()) / "chunkq-peers"
 """Folder of other projects' programs, separate from the environment of chunkq."""
 THREADS = 2
+MOST_OTHERS = 0.05
+"""Share of the CPUs that other processes, or other machines of the host, may use in a round."""
+BUSY = ("user", "nice", "system", "irq", "softirq", "steal")
+"""The times of the CPUs in which they do something; some systems do not have all of them."""
+T = TypeVar("T")
 
 Figures = dict[str, Any]
 Turn = dict[str, Figures]
@@ -59,13 +74,80 @@ def run_contestant(
 def take_turns(names: Iterable[str], rounds: int, run: Callable[[str], Figures]) -> list[Turn]:
     """Run every contestant once per round; rotate the order from round to round.
 
-    The rotation cancels slow changes of the machine's speed.
+    The rotation cancels slow changes of the machine's speed. Return the quiet rounds, see
+    `quiet_rounds`.
     """
-    order, results = list(names), []
-    for _ in range(rounds):
-        results.append({name: run(name) for name in order})
+    order = list(names)
+
+    def run_all() -> Turn:
+        turn = {name: run(name) for name in order}
         order.append(order.pop(0))
+        return turn
+
+    return quiet_rounds(rounds, run_all, _line)
+
+
+def quiet_rounds(
+    rounds: int, run: Callable[[], T], describe: Callable[[T], str] = lambda _: ""
+) -> list[T]:
+    """Return the results of rounds in which other processes used at most MOST_OTHERS of the CPUs.
+
+    Print a line per round. Half as many rounds, at least one, are run in place of refused ones.
+    Raise SystemExit if more than half of `rounds` are lacking then.
+    """
+    results: list[T] = []
+    tried, most = 0, rounds + max(1, rounds // 2)
+    while len(results) < rounds and tried < most:
+        tried += 1
+        result, share = watched(run)
+        refused = "" if share <= MOST_OTHERS else ", refused"
+        print(f"round {tried}: {describe(result)}others used {share:.1%} of the CPUs{refused}")
+        sys.stdout.flush()
+        if not refused:
+            results.append(result)
+    if len(results) < rounds / 2:
+        raise SystemExit(
+            f"{tried - len(results)} of {tried} rounds were refused, because other processes used "
+            f"more than {MOST_OTHERS:.0%} of the CPUs; end them and run again"
+        )
     return results
+
+
+def watched(run: Callable[[], T]) -> tuple[T, float]:
+    """Return the result of a function, and what others used of the CPUs while it ran."""
+    used, own, begun = busy_seconds(), own_seconds(), time.monotonic()
+    result = run()
+    others = busy_seconds() - used - (own_seconds() - own)
+    return result, others / (time.monotonic() - begun) / (os.cpu_count() or 1)
+
+
+def _line(turn: Turn) -> str:
+    """Return the seconds and the CPU seconds of each contestant of a round."""
+    return "".join(
+        f"{name} {figures['seconds']:.2f} s"
+        + (f" (CPU {figures['cpu']:.2f} s), " if "cpu" in figures else ", ")
+        for name, figures in sorted(turn.items())
+    )
+
+
+def busy_seconds() -> float:
+    """Return for how long (s) the CPUs were busy since the start, with what the host took away."""
+    times = psutil.cpu_times()
+    return float(sum(getattr(times, kind, 0.0) for kind in BUSY))
+
+
+def own_seconds() -> float:
+    """Return the CPU time (s) of this process and of all that have ended below it."""
+    whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    used = [resource.getrusage(each) for each in whose]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def print_ratios(label: str, **lists: Sequence[float]) -> None:
+    """Print the median of some lists of ratios, and the ratio of each round."""
+    for name, each in lists.items():
+        rounds = " ".join(f"{ratio:.3f}" for ratio in each)
+        print(f"{label}, {name}: {statistics.median(each):.3f} ({rounds})", flush=True)
 
 
 def median_seconds(turns: Sequence[Turn], name: str) -> float:

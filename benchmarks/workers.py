@@ -20,11 +20,12 @@ from typing import Any
 
 from chunkq_worker.child_env import child_env
 
+from benchmarks import turns
 from benchmarks.network import make_job
 from chunkq.job.job_handle import open_job
 from chunkq.job.job_reading import load_job
 
-ROUNDS, SHAPE, EDGE, TIMEOUT = 5, (224, 160, 160), 64, 600.0
+ROUNDS, SHAPE, EDGE, TIMEOUT = 3, (224, 160, 160), 64, 600.0
 
 
 def chunkq(job: Path, workers: int) -> float:
@@ -93,17 +94,21 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=ROUNDS)
     options.add_argument("--json", type=Path)
     arguments = options.parse_args()
-    turns: list[dict[str, float]] = []
+    measures = {"chunkq": chunkq, "bare": bare}
     with tempfile.TemporaryDirectory() as folder:
         job = make_job(Path(folder), SHAPE, threads=1, chunksize=[EDGE] * 3)
-        for _ in range(arguments.rounds):
-            turn = {f"chunkq {n}": chunkq(job, n) for n in (1, 2)}
-            turns.append(turn | {f"bare {n}": bare(job, n) for n in (1, 2)})
-            print(json.dumps(turns[-1]), flush=True)
-    figures: dict[str, Any] = {"seconds": turns}
-    for name in ("chunkq", "bare"):
-        figures[name] = statistics.median(turn[f"{name} 1"] / turn[f"{name} 2"] for turn in turns)
-    print(json.dumps({name: figures[name] for name in ("chunkq", "bare")}))
+
+        def run(contestant: str) -> turns.Figures:
+            name, workers = contestant.split()
+            return {"seconds": measures[name](job, int(workers))}
+
+        names = [f"{name} {workers}" for name in measures for workers in (1, 2)]
+        results = turns.take_turns(names, arguments.rounds, run)
+    seconds = [{name: figures["seconds"] for name, figures in turn.items()} for turn in results]
+    speedups = {name: turns.ratios(results, f"{name} 1", f"{name} 2") for name in measures}
+    turns.print_ratios("speedup by a second process", **speedups)
+    figures: dict[str, Any] = {"seconds": seconds, "speedups": speedups}
+    figures |= {name: statistics.median(each) for name, each in speedups.items()}
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -11,6 +11,8 @@ from typing import Any, Self
 
 MAX_LINE_LENGTH = 1000
 """Characters of one line of a message; `printable` shortens longer lines."""
+RESUME = "run `chunkq produce --resume`"
+"""What queues the remaining chunks again, in messages. A run says how to repeat it instead."""
 
 
 class ErrorCode(StrEnum):
@@ -236,6 +238,10 @@ class QueueError(ChunkqError):
     """The queue cannot be reached or used."""
 
     code = ErrorCode.QUEUE_UNAVAILABLE
+
+    def in_run(self, rerun: str) -> QueueError:
+        """Return the error as a run reports it: `rerun` queues the remaining chunks again."""
+        return QueueError(str(self).replace(RESUME, rerun), code=self.code)
 
 
 class ModelError(ChunkqError):

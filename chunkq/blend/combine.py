@@ -116,6 +116,8 @@ def copy_into(total: Array, values: Array) -> None:
 def as_float32(values: Array) -> Array:
     """Return the values as float32, without a copy if they are; too large ones are infinite."""
     xp = namespace(values)
+    if values.dtype == xp.float32:
+        return values
     with np.errstate(over="ignore"):
         return xp.astype(values, xp.float32, copy=False)
 

@@ -88,8 +88,12 @@ class PatchWeights:
 
         If `is_product`, the array is valid until the next call.
         """
+        return self._normalized(self.neighbors(patch))
+
+    def weights_if_shared(self, patch: Patch) -> Array | None:
+        """Return the `weights` of a patch; None if it has no overlap, so that they are all 1."""
         near = self.neighbors(patch)
-        return self._multiplied(near) if self.is_product else self._map(near)
+        return None if _has_no_overlap(near) else self._normalized(near)
 
     def prepare(self, patches: Iterable[Patch]) -> None:
         """Compute the maps of the first of these patches, as many as fit in the cache.
@@ -108,6 +112,9 @@ class PatchWeights:
             if free_bytes < 0:
                 return
             self._map(near)
+
+    def _normalized(self, near: NeighborsPerAxis) -> Array:
+        return self._multiplied(near) if self.is_product else self._map(near)
 
     def _multiplied(self, near: NeighborsPerAxis) -> Array:
         if self._product is None or self._product[0] != near:

@@ -69,10 +69,11 @@ class Accumulator:
                 continue
             used = prediction[(slice(None), *target_slices(patch, self._crop))]
             sums = self._view(patch.target)
-            if self._weights.has_no_overlap(patch):
+            weights = self._weights.weights_if_shared(patch)
+            if weights is None:
                 self._rule.put(sums, used)
             else:
-                self._rule.add(sums, self._weights.weights(patch), used)
+                self._rule.add(sums, weights, used)
 
     def add_empty(self, patches: Sequence[Patch]) -> None:
         """Add the predictions of patches that are skipped because they are empty."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from functools import cache
 from io import BytesIO
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -210,6 +211,9 @@ def _tiff(content: bytes, reserve: Reserve) -> Pixels:
             raise _too_large()
         reserve(max(page.imagewidth * page.imagelength, page.size // MAX_CHANNELS))
         _check_colors(page)
+        ends = map(add, page.dataoffsets, page.databytecounts)
+        if max(ends, default=0) > len(content):  # decoders take the part that is there
+            raise ImageError("decode", "damaged: image file is truncated; replace it")
         pixels = page.asarray()
         if page.axes == "SYX":
             pixels = np.moveaxis(pixels, 0, -1)

@@ -21,11 +21,14 @@ from chunkq.errors import ErrorCode, StoreError
 from chunkq.paths import absolute, is_url, join, open_filesystem, read_bytes, without_secret
 
 SUFFIXES = (
-    ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp",
+    ".apng", ".avif", ".bmp", ".dib", ".gif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe",
+    ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pfm", ".pgm", ".png", ".pnm", ".ppm",
+    ".qoi", ".tga", ".tif", ".tiff", ".webp",
 )  # fmt: skip
 """Suffixes of the files of a folder that are images."""
 VIDEO_SUFFIXES = (
-    ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm", ".wmv",
+    ".3g2", ".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg",
+    ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv",
 )  # fmt: skip
 """Suffixes of files whose frames are images."""
 TABLES = (".csv", ".parquet", ".txt")
@@ -34,6 +37,8 @@ PATH = "path"
 """Column of the paths."""
 RESERVED = "chunkq:"
 """Start of the names of columns that chunkq adds to a stored list."""
+CSV = pa.csv.ParseOptions(newlines_in_values=True)
+"""Without it, a text of several lines is damage where it lies on a border of blocks."""
 PATHS_AT_ONCE = 1 << 16
 
 
@@ -207,7 +212,7 @@ def _parsed(content: bytes, suffix: str) -> pa.Table:
         return _plain_strings(table)
     if suffix == ".csv":
         options = pa.csv.ConvertOptions(column_types={PATH: pa.string()})
-        return pa.csv.read_csv(source, convert_options=options)
+        return pa.csv.read_csv(source, parse_options=CSV, convert_options=options)
     lines = (line.strip() for line in content.decode("utf-8-sig").split("\n"))
     return pa.table({PATH: pa.array([line for line in lines if line], pa.string())})
 

@@ -16,7 +16,7 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from chunkq.images.image_error import ImageError
-from chunkq.images.image_list import PATH
+from chunkq.images.image_list import CSV, PATH
 
 TAKEN = "_list"
 """Suffix of a column of the list whose name the result has itself."""
@@ -109,9 +109,11 @@ def read_columns(file: IO[bytes], suffix: str, columns: pa.Schema) -> pa.Table:
     if suffix == ".csv":
         options = pa.csv.ConvertOptions(
             column_types={field.name: _csv_type(field) for field in columns},
+            null_values=[""],
             strings_can_be_null=True,
+            quoted_strings_can_be_null=False,  # texts are quoted: a class can be named "NA"
         )
-        table = pa.csv.read_csv(file, convert_options=options)
+        table = pa.csv.read_csv(file, parse_options=CSV, convert_options=options)
     else:
         parse = pa.json.ParseOptions(explicit_schema=columns, unexpected_field_behavior="ignore")
         blocks = pa.json.ReadOptions(block_size=LONGEST_LINE)

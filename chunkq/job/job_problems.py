@@ -11,7 +11,7 @@ from chunkq.job.fields import InferenceType
 from chunkq.job.image_job import image_problems, kind_problems
 from chunkq.job.input_config import InputConfig
 from chunkq.job.mask_config import MaskConfig
-from chunkq.job.model_config import model_problems
+from chunkq.job.model_problems import model_problems
 from chunkq.job.output_config import OutputConfig
 from chunkq.job.output_values import value_problems
 from chunkq.job.printed_value import printed_value

@@ -60,7 +60,8 @@ class PrecomputedWriter(PyramidWriter):
         dtype = stored_dtype(np.dtype(image.dtype).name, is_labels=image.is_labels)
         if dtype is None:
             raise self.refused(
-                f"a precomputed volume has no dtype {image.dtype}; set --dtype, or use Zarr"
+                f"a precomputed volume {'of labels ' if image.is_labels else ''}has no dtype "
+                f"{image.dtype}; set --dtype, or use Zarr"
             )
         self.dtype = dtype
         order = [spatial[n] for n in spatial_order([image.axes[n] for n in spatial])]

@@ -63,11 +63,13 @@ def run_steps(
     options: RunOptions,
     early: WorkerCommand | None,
     emit: Sink,
+    rerun: str,
     *,
     overwrite: bool,
 ) -> RunResult:
     """Run a job, with workers that have started `early` if the engine has them.
 
+    `rerun` is what the user does to continue a run that was cut off.
     Raises like `run_job`.
     """
     if unknown_heads(job):
@@ -78,7 +80,6 @@ def run_steps(
         emit(Message(f"chunkq: {line}"))
     for line in checked.warnings:
         emit(Message(f"chunkq: warning: {line}"))
-    rerun = "run the same command" + (" without --overwrite" if overwrite else "")
     with cluster_for(job, engine, options.workers) as cluster, _named(cluster, rerun):
         is_interrupted = _check_before_writing(checked, engine, cluster, early, overwrite, emit)
         for recovery in range(MAX_RECOVERIES + 1):

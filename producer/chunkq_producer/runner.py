@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from chunkq.job.events import Sink
+from chunkq.errors import RESUME, QueueError
+from chunkq.job.events import Event, Message, Sink
 from chunkq.job.job_file import Job
 from chunkq_producer.early_process import EarlyStart
 from chunkq_producer.engine import select_engine
@@ -35,12 +36,24 @@ def run_job(
     selected = select_engine(job, engine, queue, options.workers)
     if start is not None and not selected.starts_early:
         start.end()
-    if selected.step is not None and selected.step.rank > 0:
-        from chunkq_producer.run_steps import follow
+    rerun = "run the same command" + (" without --overwrite" if overwrite else "")
 
-        return follow(job, selected.name, selected.step, options, emit)
-    with early_workers(job, selected, options, emit, start) as early:
-        # Imported here, while the workers import their libraries.
-        from chunkq_producer.run_steps import run_steps
+    def show(event: Event) -> None:
+        if isinstance(event, Message):
+            event = Message(event.line.replace(RESUME, rerun))
+        emit(event)
 
-        return run_steps(job, selected, options, early, emit, overwrite=overwrite)
+    try:
+        if selected.step is not None and selected.step.rank > 0:
+            from chunkq_producer.run_steps import follow
+
+            return follow(job, selected.name, selected.step, options, show)
+        with early_workers(job, selected, options, show, start) as early:
+            # Imported here, while the workers import their libraries.
+            from chunkq_producer.run_steps import run_steps
+
+            return run_steps(job, selected, options, early, show, rerun, overwrite=overwrite)
+    except QueueError as error:
+        if RESUME not in str(error):
+            raise
+        raise error.in_run(rerun) from error

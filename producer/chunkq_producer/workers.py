@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 import time
@@ -40,6 +41,13 @@ QUEUE_ABSENCE_SECONDS = 15.0
 """Time without the queue of a running cluster after which the run ends."""
 
 
+NO_ROOM_SECONDS = 15.0
+"""Time without a worker or node of a running cluster after which the run says so. One whose process
+ended is started again within it."""
+
+log = logging.getLogger("chunkq.run")
+
+
 class InterruptedRunError(InterruptedCommandError):
     """A signal stopped the run. Computed chunks are kept."""
 
@@ -56,7 +64,11 @@ class ClusterWorkers(Workers):
         self, remote_workers: RemoteWorkers, emit: Sink, has_died: Callable[[], bool]
     ) -> None:
         self._remote_workers, self._emit, self._has_died = remote_workers, emit, has_died
-        self._reached = time.monotonic()
+        self._reached = self._had_room = time.monotonic()
+        self._lost: int | None = None
+        self._lacks_room = not remote_workers.has_room
+        if self._lacks_room:
+            log.warning("%s", remote_workers.no_room)
 
     def have_ended(self) -> bool:
         """Return whether all workers have ended, or their cluster has died.
@@ -66,14 +78,39 @@ class ClusterWorkers(Workers):
         if self._has_died():
             return True
         try:
-            have_ended = self._remote_workers.have_ended()
+            status = self._remote_workers.status()
         except QueueError as error:
             absence = time.monotonic() - self._reached
             if error.code is ErrorCode.QUEUE_LOST or absence > QUEUE_ABSENCE_SECONDS:
                 raise
             return self._has_died()
         self._reached = time.monotonic()
-        return have_ended
+        self._report_losses(status.lost_processes)
+        if status.has_room is not None and not status.is_over:
+            self._report_room(status.has_room)
+        return status.is_over
+
+    def _report_losses(self, lost: int) -> None:
+        """Log how many processes of the cluster were lost since the last call."""
+        new, self._lost = 0 if self._lost is None else lost - self._lost, lost
+        if new:
+            log.warning(
+                "queue: %s: %s lost; other workers compute the chunks",
+                self._remote_workers.url,
+                "1 worker process was" if new == 1 else f"{new} worker processes were",
+            )
+
+    def _report_room(self, has_room: bool) -> None:
+        """Log once that the cluster has no worker or node any more, and once that it has one."""
+        now, lacks_room = time.monotonic(), False
+        if has_room:
+            self._had_room = now
+        else:
+            lacks_room = self._lacks_room or now - self._had_room > NO_ROOM_SECONDS
+        if lacks_room != self._lacks_room:
+            self._lacks_room = lacks_room
+            lines = self._remote_workers
+            log.warning("%s", lines.no_room if lacks_room else lines.room)
 
     def wait(self, seconds: float) -> None:
         """Sleep for `seconds`."""

@@ -550,6 +550,24 @@ def test_a_killed_dask_worker_loses_no_committed_chunks(
     assert not any(repeated & patches[name] for name in committed)
 
 
+def test_a_run_does_not_wait_for_a_suspended_process_of_the_cluster(
+    standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace, cluster: DaskCluster
+) -> None:
+    workspace = workspace_for_cluster(cluster, standard_job, tmp_path)
+    hold = {"NET_HOLD": "piece", "NET_AFTER": "4", "CHUNKQ_WORKER_SETTINGS": '{"lease": 2}'}
+    with running_cluster(cluster, workspace, **hold):
+        cluster.wait_for_workers(2)
+        with workspace.start("run", "job.yaml") as cli:
+            pid = workspace.wait_until_stopped()
+            os.kill(pid, signal.SIGSTOP)
+            workspace.open_gate()
+            result = cli.wait()
+            assert psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    assert result.code == 0, result.err
+    assert result.messages == []
+    assert workspace.stored() == undisturbed.stored()
+
+
 def test_the_dashboard_shows_the_chunks_of_the_queue(
     standard_job: StandardJob, tmp_path: Path, cluster: DaskCluster
 ) -> None:

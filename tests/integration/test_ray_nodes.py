@@ -11,6 +11,7 @@ from unittest import mock
 import psutil
 import pytest
 
+from chunkq.queue.contract.executor import DEFAULT_DEPTH_CPU
 from tests.harness.network_namespace import NetworkNamespace
 from tests.harness.servers.ray import HEAD, URL, ray_cluster, ray_node, ray_processes
 from tests.harness.standard_job import StandardJob, StandardWorkspace
@@ -111,6 +112,30 @@ def test_a_node_that_joins_computes_and_one_that_leaves_gives_its_chunks_back(
     assert "Traceback" not in result.err
     assert voxels(workspace) == voxels(undisturbed)
     assert {commit.attempt for commit in workspace.commits()} == {1}
+
+
+def test_a_node_that_is_killed_costs_attempts_of_its_chunks_only_and_is_one_line(
+    standard_job: StandardJob,
+    tmp_path: Path,
+    undisturbed: StandardWorkspace,
+    network: NetworkNamespace,
+) -> None:
+    workspace = workspace_of_small_workers(standard_job, tmp_path, NET_SLEEP="0.5")
+    with network.inside(), ray_cluster(network, cpus=1), run_on_cluster(workspace) as run:
+        wait_until(lambda: computing(workspace), "the first node computes")
+        with ray_node(network) as node:
+            wait_until(lambda: len(computing(workspace)) == 2, "the second node computes")
+            members = psutil.Process(node.pid).children(recursive=True)
+            [raylet] = [process for process in members if process.name() == "raylet"]
+            raylet.kill()
+            result = run.wait()
+    assert result.code == 0, result.err
+    assert len([line for line in result.err.splitlines() if "lost" in line]) == 1
+    assert not [line for line in result.err.splitlines() if "(raylet)" in line]
+    assert voxels(workspace) == voxels(undisturbed)
+    attempts = [commit.attempt for commit in workspace.commits()]
+    assert max(attempts) == 2
+    assert attempts.count(2) <= DEFAULT_DEPTH_CPU
 
 
 def test_an_autoscaler_adds_nodes_for_queued_chunks_and_removes_them_afterwards(

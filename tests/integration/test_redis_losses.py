@@ -1,5 +1,7 @@
 """Redis servers that lose keys, go away for a while, or lack a command."""
 
+import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import astuple
@@ -226,16 +228,28 @@ def test_workers_report_an_outage_once_and_its_end(
     with redis_server() as server:
         workspace = standard_job.workspace(tmp_path, url=server.url)
         workspace.produce()
-        with workspace.start("work", "--gpus", "none") as worker:
+        settings = {"CHUNKQ_WORKER_SETTINGS": '{"restart_delay": 0.01}'}
+        with workspace.start("work", "--gpus", "none", "-w", "2", **settings) as worker:
             wait_until(lambda: not any(astuple(workspace.counts())), "all chunks are done")
+            first, second = worker.children()
             server.kill()
             reported = f"[{ErrorCode.QUEUE_UNAVAILABLE}]"
-            wait_until(lambda: reported in worker.output(), "the outage is reported")
+            wait_until(lambda: worker.output().count(reported) == 2, "the outage is reported")
+            os.kill(first, signal.SIGKILL)
+            wait_until(lambda: "trying again" in worker.output(), "a process starts meanwhile")
+            started: set[int] = set()
+
+            def is_started_again() -> bool:
+                started.update({*worker.children()} - {first, second})
+                return len(started) > 1
+
+            wait_until(is_started_again, "it is started again")
             server.start()
             wait_until(lambda: "answers again" in worker.output(), "its end is reported")
+            wait_until(lambda: "reached again" in worker.output(), "the new process has it")
         lines = worker.output().splitlines()
-    counts = [sum(text in line for line in lines) for text in (reported, "answers again")]
-    assert counts == [1, 1]
+    words = (reported, "answers again", "trying again", "reached again")
+    assert [sum(text in line for line in lines) for text in words] == [2, 1, 1, 1]
 
 
 def refuse(client: redis.Redis, *settings: str) -> Callable[[], object]:

@@ -163,6 +163,7 @@ def test_a_preview_shows_keypoints_in_a_picture_and_in_a_video(
     assert abs(row - y) <= 4
     assert abs(column - x) <= 4
     wrong = [(table, "--rows", "90:"), (table, "--to", "x.txt"), ("none.parquet",), ("out.slp",)]
+    wrong.append((table, "--to", "missing/x.mp4"))
     for arguments in wrong:
         assert workspace.call("preview", *arguments).code == 2
 

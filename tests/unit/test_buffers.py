@@ -115,6 +115,38 @@ def test_an_array_over_memory_of_unknown_size_is_copied_to_be_compact() -> None:
     assert not np.shares_memory(buffers.compact(shown), array)
 
 
+@pytest.mark.parametrize(
+    ("kilobytes", "huge_pages"),
+    [
+        (1024, 0),  # a huge page would be half empty
+        (1638, 0),
+        (1639, 1),  # a fifth of it is unused
+        (2048, 1),
+        (2049, 1),
+        (3277, 2),
+        (6144, 3),
+    ],
+)
+def test_an_array_is_in_huge_pages_unless_the_last_one_is_mostly_unused(
+    monkeypatch: pytest.MonkeyPatch, kilobytes: int, huge_pages: int
+) -> None:
+    sizes, advised = [], []
+
+    class Mapping(mmap.mmap):
+        def madvise(self, *advice: int) -> None:
+            sizes.append(len(self))
+            advised.append(advice[1:])
+
+    monkeypatch.setattr(mmap, "mmap", Mapping)
+    array = buffers.zeros((kilobytes, 1024), np.uint8)
+    assert advised == ([(0, huge_pages * buffers.HUGE_PAGE_BYTES)] if huge_pages else [])
+    assert all(size % buffers.HUGE_PAGE_BYTES == 0 for size in sizes)
+    assert array.nbytes == kilobytes * 1024
+    assert buffers.compact(array) is array
+    view = array[1:]
+    assert buffers.compact(view) is not view
+
+
 def test_a_kernel_that_refuses_huge_pages_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     class Mapping(mmap.mmap):
         def madvise(self, *advice: int) -> None:

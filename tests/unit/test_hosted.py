@@ -7,17 +7,25 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from chunkq_producer import workers as producer_workers
+from chunkq_producer.workers import NO_ROOM_SECONDS, ClusterWorkers
 
 from chunkq.errors import ErrorCode
+from chunkq.job.events import ignore
 from chunkq.job.tasks import JobId
 from chunkq.queue.backends.hosted import queue_host
+from chunkq.queue.backends.hosted.hosted import ANSWER_LOOKS
 from chunkq.queue.backends.hosted.queue_host import (
     LOADING_LEASE,
     LOST_WORKER_LEASE,
     MAX_LOADING_DEATHS,
+    MAX_OUTAGES,
+    OUTAGES_SECONDS,
     VERSION,
     QueueHost,
 )
+from chunkq.queue.backends.hosted.remote_table import RemoteTable
+from chunkq.queue.backends.hosted.worker_group import RemoteWorkers
 
 JOB = JobId("/data/brain.zarr.chunkq", "0a1b2c3d")
 LONG = 1000.0
@@ -34,7 +42,7 @@ def host() -> Iterator[QueueHost]:
     """Return a host with two leases: of a worker with the owner "node", and one without."""
     host = QueueHost()
     request(host, "submit", [[*JOB, name, f"message {name}"] for name in ("a", "b")])
-    request(host, "register_worker", "worker-1", "node")
+    request(host, "register_worker", "worker-1", "node", True)
     for worker in ("worker-1", "worker-2"):
         assert request(host, "reserve", worker, LONG, None, [])["result"][4] == 1
     yield host
@@ -139,3 +147,158 @@ def test_only_operations_of_the_queue_are_supported(host: QueueHost) -> None:
         response = request(host, name)
         assert response["code"] == ErrorCode.QUEUE_UNAVAILABLE
         assert repr(name) in response["error"]
+
+
+def test_a_process_is_silent_when_its_leases_have_ended_but_not_while_it_loads(
+    host: QueueHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request(host, "reserve", "worker-1", 20, None, [])
+    wait(19, monkeypatch)
+    assert not host.is_silent("node")
+    wait(21, monkeypatch)
+    assert host.is_silent("node")
+    assert not host.is_silent("unknown")
+    request(host, "set_loading", "worker-1", True)
+    wait(100, monkeypatch)
+    assert not host.is_silent("node")
+    request(host, "set_loading", "worker-1", False)
+    request(host, "renew", "worker-1", [[*JOB, "a"]], 20)
+    wait(119, monkeypatch)
+    assert not host.is_silent("node")
+    wait(121, monkeypatch)
+    assert host.is_silent("node")
+    request(host, "record_exit", "group", [], "worker-1")
+    assert not host.is_silent("node")
+
+
+def test_a_worker_that_reached_the_queue_again_is_an_error_only_if_this_is_repeated(
+    host: QueueHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def outage() -> list[str]:
+        request(host, "record_outage", "group", ["unreachable"], "worker-1")
+        return host.group("group").messages
+
+    assert not any(outage() for _ in range(3 * MAX_OUTAGES))
+    wait(OUTAGES_SECONDS + 1, monkeypatch)
+    request(host, "ack", *JOB, "a", "worker-1")
+    assert not outage()
+    wait(2 * OUTAGES_SECONDS + 2, monkeypatch)
+    assert [outage() for _ in range(MAX_OUTAGES)][-1] == ["unreachable"]
+
+
+class Process:
+    """A process of a queue that answers after some looks; the clock leaps at each of them."""
+
+    def __init__(self, looks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.looks, self.now = looks, time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+    def look(self) -> bool:
+        self.looks -= 1
+        self.now += LONG
+        return self.looks <= 0
+
+
+@pytest.mark.parametrize("looks", [ANSWER_LOOKS, ANSWER_LOOKS + 1])
+def test_time_for_which_a_process_of_dask_was_suspended_is_no_time_without_an_answer(
+    looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from chunkq.queue.backends.dask import executor
+
+    process = Process(looks, monkeypatch)
+
+    class Client:
+        loop = SimpleNamespace(asyncio_loop=SimpleNamespace(is_closed=lambda: False))
+
+    def look(futures: list[Any], timeout: float) -> Any:
+        return SimpleNamespace(done=futures if process.look() else [])
+
+    def send(call: Any, loop: Any) -> Any:
+        call.close()
+        return SimpleNamespace(result=lambda: "answer", cancel=lambda: None)
+
+    monkeypatch.setattr(executor.asyncio, "run_coroutine_threadsafe", send)
+    monkeypatch.setattr(executor, "wait", look)
+    if looks > ANSWER_LOOKS:
+        with pytest.raises(executor.UNREACHABLE_ERRORS):
+            executor._response(Client, "request")
+    else:
+        assert executor._response(Client, "request") == "answer"
+
+
+@pytest.mark.parametrize("looks", [ANSWER_LOOKS, ANSWER_LOOKS + 1])
+def test_time_for_which_a_process_of_ray_was_suspended_is_no_time_without_an_answer(
+    looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.exceptions import GetTimeoutError
+
+    from chunkq.queue.backends.ray import executor
+
+    process = Process(looks, monkeypatch)
+
+    def get(reference: str, timeout: float) -> str:
+        if not process.look():
+            raise GetTimeoutError
+        return reference
+
+    monkeypatch.setattr(executor.ray, "get", get)
+    if looks > ANSWER_LOOKS:
+        with pytest.raises(GetTimeoutError):
+            executor._response("answer")
+    else:
+        assert executor._response("answer") == "answer"
+
+
+def test_a_run_says_once_that_a_cluster_has_no_room_and_once_that_it_has(
+    host: QueueHost, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = RemoteTable(host.answer, "dask://host:1")
+    table.start_group("group", JOB.path, "dask://host:1", 1)
+    lines = {"no_room": "no room", "room": "room"}
+    workers = RemoteWorkers(table, "group", has_room=False, **lines)
+    run = ClusterWorkers(workers, ignore, lambda: False)
+    now = time.monotonic()
+
+    def logged(has_room: bool, seconds: float) -> list[str]:
+        nonlocal now
+        now += seconds
+        monkeypatch.setattr(producer_workers.time, "monotonic", lambda: now)
+        host.set_active("group", 1, has_room=has_room)
+        caplog.clear()
+        assert not run.have_ended()
+        return [record.getMessage() for record in caplog.records]
+
+    assert [record.getMessage() for record in caplog.records] == ["no room"]
+    assert not run.have_ended()  # before the head has looked
+    assert caplog.records[1:] == []
+    assert logged(False, 100) == []
+    assert logged(True, 100) == ["room"]
+    assert logged(False, NO_ROOM_SECONDS - 1) == []
+    assert logged(True, 1) == []
+    assert logged(False, NO_ROOM_SECONDS + 1) == ["no room"]
+    assert logged(False, 100) == []
+    assert logged(True, 1) == ["room"]
+    host.expire_workers("node")
+    host.expire_workers("node")
+    assert [line.split()[2:6] for line in logged(True, 1)] == [["1", "worker", "process", "was"]]
+    assert logged(True, 1) == []
+
+
+def test_the_chunks_of_a_suspended_actor_get_others_and_the_run_does_not_wait_for_it(
+    host: QueueHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from chunkq.queue.backends.ray import launcher as ray_launcher
+    from chunkq.queue.backends.ray.launcher import RemoteWorkerLauncher, _Worker
+
+    request(host, "start_group", "group", JOB.path, "ray://auto", 1, False, 1)
+    launcher = RemoteWorkerLauncher(host)
+    launcher._workers["group"] = [_Worker(None, "node", has_started=True)]
+    monkeypatch.setattr(launcher, "_create", lambda name, group: _Worker(None, "new"))
+    monkeypatch.setattr(ray_launcher, "_end", lambda worker: None)
+    wait(LONG + 1, monkeypatch)
+    launcher._update("group", [{"CPU": 1}])
+    status = request(host, "group_status", "group")["result"]
+    assert (host.group("group").active, status["has_room"]) == (2, False)
+    request(host, "cancel", *JOB)
+    launcher._update("group", [{"CPU": 1}])
+    assert request(host, "group_status", "group")["result"]["is_over"]

@@ -50,6 +50,8 @@ class ChunkRun(ABC):
 class ChunkPipeline(ABC):
     """Computes chunks of one plan, one after the other."""
 
+    plan: Plan
+
     @abstractmethod
     def open(self, chunk: Chunk, halos: Halos, *, checked: bool = False) -> ChunkRun:
         """Return a run of a chunk without patches; `halos` contain one array per input.
@@ -58,7 +60,6 @@ class ChunkPipeline(ABC):
         replaces them.
         """
 
-    @abstractmethod
     def start(
         self,
         chunk: Chunk,
@@ -68,6 +69,11 @@ class ChunkPipeline(ABC):
         checked: bool = False,
     ) -> Finish:
         """Compute the selected patches of a chunk, by default all."""
+        selected = selection or PatchSelection.of_all(self.plan, chunk)
+        run = self.open(chunk, halos, checked=checked)
+        run.add(selected.run)
+        run.add_empty(selected.empty)
+        return run.finish(selected.inside)
 
 
 class HostPipeline(ChunkPipeline):
@@ -77,33 +83,18 @@ class HostPipeline(ChunkPipeline):
         self, plan: Plan, runtime: Runtime, batcher: Batcher, weights: Sequence[PatchWeights]
     ) -> None:
         """Use the weights of each output."""
-        self._plan, self._runtime = plan, runtime
+        self.plan, self._runtime = plan, runtime
         self._batcher, self._weights = batcher, weights
 
     @override
     def open(self, chunk: Chunk, halos: Halos, *, checked: bool = False) -> ChunkRun:
         sums = []
-        for view, weights in zip(self._plan.views, self._weights, strict=True):
+        for view, weights in zip(self.plan.views, self._weights, strict=True):
             part, output = view.chunk(chunk.index), view.output
             shape = (output.sums_channels, *part.region.shape)
             zeros = self._runtime.zeros(shape, output.sums_dtype)
             sums.append(Accumulator(view, part, weights, zeros))
-        return HostRun(self._plan, self._batcher, self._weights, sums, chunk, halos)
-
-    @override
-    def start(
-        self,
-        chunk: Chunk,
-        halos: Halos,
-        selection: PatchSelection | None = None,
-        *,
-        checked: bool = False,
-    ) -> Finish:
-        selected = selection or PatchSelection.of_all(self._plan, chunk)
-        run = self.open(chunk, halos)
-        run.add(selected.run)
-        run.add_empty(selected.empty)
-        return run.finish(selected.inside)
+        return HostRun(self.plan, self._batcher, self._weights, sums, chunk, halos)
 
 
 class HostRun(ChunkRun):

@@ -96,21 +96,13 @@ class DevicePipeline(ChunkPipeline):
         patches_run = self.batcher.patches_run
         while True:
             try:
-                return self._start(chunk, halos, selected, checked=checked)
+                # If memory is exhausted, the run and its memory are released with this call.
+                return super().start(chunk, halos, selected, checked=checked)
             except Exception as error:
                 if not self._runtime.is_out_of_memory(error):
                     raise
                 self._use_less_memory(error)
                 self.batcher.patches_run = patches_run
-
-    def _start(
-        self, chunk: Chunk, halos: Halos, selected: PatchSelection, *, checked: bool
-    ) -> Finish:
-        # If memory is exhausted, the run and its memory are released with this frame.
-        run = self.open(chunk, halos, checked=checked)
-        run.add(selected.run)
-        run.add_empty(selected.empty)
-        return run.finish(selected.inside)
 
     def enqueued(self, done: Event) -> None:
         """Count a chunk as in flight until `done` is complete."""

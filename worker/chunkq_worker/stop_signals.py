@@ -27,6 +27,11 @@ class StopSignals:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         unblock_sigterm()
 
+    @property
+    def have_stopped(self) -> bool:
+        """Return whether a signal has stopped the worker."""
+        return any(moment > self._since for moment in self._times)
+
     def forget(self, until: float) -> None:
         """Let the signals up to a time (s, monotonic) have no effect."""
         self._since = until

@@ -58,7 +58,8 @@ class _WorkerSlot:
     The process has loaded a network since `loading_since` (s, monotonic), if that is not None; the
     thread `watch` sets it.
     `crashes` counts consecutive crashes; all but the first came soon after a start. Since
-    `unreachable_since` (s, Unix), `reconnects` processes have ended because they lost the queue.
+    `unreachable_since` (s, Unix), `reconnects` processes have ended because they lost the queue;
+    `is_cut_off` is whether the last process has.
     `not_before` (s, Unix) is the earliest restart. A slot that is `done` is not restarted; it
     `has_failed` if that is an error, and `is_incomplete` if tasks wait for failed ones.
     """
@@ -73,6 +74,7 @@ class _WorkerSlot:
     crashes: int = 0
     unreachable_since: float | None = None
     reconnects: int = 0
+    is_cut_off: bool = False
     done: bool = False
     has_failed: bool = False
     is_incomplete: bool = False
@@ -291,6 +293,7 @@ class Supervisor:
             slot.done = slot.has_failed = True
             return
         slot.reconnects += 1
+        slot.is_cut_off = True
         self._delay_restart(slot, slot.reconnects)
 
     def _delay_restart(self, slot: _WorkerSlot, count: int) -> None:
@@ -342,7 +345,9 @@ class Supervisor:
             report=report,
             loading=child.loading,
             environment=child.changes(env),
+            is_cut_off=slot.is_cut_off,
         )
+        slot.is_cut_off = False
         slot.process = child.process
         slot.watch = threading.Thread(
             target=_watch_loading, args=[slot, child.reports], daemon=True

@@ -20,9 +20,14 @@ from queue import SimpleQueue
 
 from typing_extensions import override
 
-from chunkq.errors import ChunkqError, QueueError
+from chunkq.errors import ChunkqError, ErrorCode, QueueError
 from chunkq.lazy_imports import without_collection
-from chunkq.queue.contract.executor import Executor, ExitStatus, WorkerOptions
+from chunkq.queue.contract.executor import (
+    EXIT_QUEUE_UNREACHABLE,
+    Executor,
+    ExitStatus,
+    WorkerOptions,
+)
 from chunkq.queue.registry import open_executor
 from chunkq.system.framework_logs import hide_framework_logs
 from chunkq.system.parent_process import when_parent_ends
@@ -33,6 +38,8 @@ from chunkq_worker.early_start import prepare
 from chunkq_worker.loading import reporting_to
 from chunkq_worker.stop_signals import StopSignals
 from chunkq_worker.worker_main import serve
+
+log = logging.getLogger("chunkq.worker")
 
 EXIT_REQUEUED = 5
 LOADING, LOADED = b"1", b"0"
@@ -45,7 +52,8 @@ class WorkerProcessOptions:
     A process that `is_early` starts before its job exists. It writes the result of the check of the
     network to the descriptor `report`, unless that is None. It writes LOADING to the descriptor
     `loading` before it loads a network, and LOADED afterwards. It sets the variables `environment`;
-    None removes one.
+    None removes one. `is_cut_off` is whether the process before it ended because it could not reach
+    the queue, and said so.
     """
 
     queue: str
@@ -60,6 +68,7 @@ class WorkerProcessOptions:
     report: int | None = None
     loading: int | None = None
     environment: Mapping[str, str | None] = field(default_factory=dict)
+    is_cut_off: bool = False
 
 
 def main() -> int:
@@ -102,13 +111,21 @@ def main() -> int:
         executor = open_executor(process_options.queue)
     except ChunkqError as error:
         status = ExitStatus.from_error(error)
+        if process_options.is_cut_off and error.code is ErrorCode.QUEUE_UNAVAILABLE:
+            return status.code
     else:
+        if process_options.is_cut_off:
+            log.warning("the queue can be reached again")
         signals.stop(options, partial(_requeue_and_exit, options, executor))
         has_stopped = options.stop.is_set()  # while this process started
         status = ExitStatus() if has_stopped else executor.run_worker(serve, options)
         executor.close()
+    is_restarted = status.code == EXIT_QUEUE_UNREACHABLE and not signals.have_stopped
+    minutes = options.settings.queue_absence / 60
+    advice = f"; trying again, for about {minutes:.0f} minutes" if is_restarted else ""
     for line in status.lines:
-        sys.stderr.write(wrapped(f"chunkq: {line}", columns(sys.stderr)) + "\n")
+        text = wrapped(f"chunkq: {line}{advice}", columns(sys.stderr))
+        sys.stderr.write(f"{text}\n")
     return status.code
 
 

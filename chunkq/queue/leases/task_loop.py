@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from chunkq.errors import (
+    RESUME,
     FrameworkConflictError,
     GateClosedError,
     IncompleteError,
@@ -127,17 +128,36 @@ class _JobHistory:
         return max(settings.least_time_limit, settings.time_limit_factor * self.longest_task)
 
 
+class _RunTime:
+    """Time for which this process has run, without the time for which it was suspended."""
+
+    def __init__(self, longest: float) -> None:
+        """Expect a `tick` at least every `longest` seconds."""
+        self._longest, self._ticked, self._seconds = longest, time.monotonic(), 0.0
+
+    def now(self) -> float:
+        """Return the time (s) since the object was created."""
+        return self._seconds + min(time.monotonic() - self._ticked, self._longest)
+
+    def tick(self) -> None:
+        """Note that the process runs."""
+        self._seconds, self._ticked = self.now(), time.monotonic()
+
+
 class _TaskLoops:
     """Task loops of one worker, their current leases, and the history of each job."""
 
     def __init__(self, queue: LeaseQueue, handler: Handler, options: WorkerOptions) -> None:
         self._queue, self._handler, self._options = queue, handler, options
         self._leases: dict[int, Lease] = {}
+        self._begun: dict[int, float] = {}
+        """Thread -> when its task began, by `_run_time`."""
         self._jobs: defaultdict[JobId, _JobHistory] = defaultdict(_JobHistory)
         self._lock, self._reserve_lock = threading.Lock(), threading.Lock()
         self._changed = threading.Event()
         """Set when a task of this worker has ended or the worker stops; wakes an idle loop."""
         self._settings = options.settings
+        self._run_time = _RunTime(2 * self._heartbeat_interval())
         self._pause = self._settings.shortest_poll
         self._gates = GateWatch(queue, options)
         self._conflict: FrameworkConflictError | None = None
@@ -217,23 +237,29 @@ class _TaskLoops:
         first = argument(outputs[0])
         return IncompleteError(
             f"{', '.join(outputs)}: tasks wait for chunks that failed or are missing; run `chunkq "
-            f"status {first}` to see why, then `chunkq retry {first}` or `chunkq produce "
-            "--resume`",
+            f"status {first}` to see why, then `chunkq retry {first}`, or {RESUME}",
             [],
         )
 
     def _add_lease(self, lease: Lease) -> None:
         with self._lock:
             self._leases[threading.get_ident()] = lease
+            self._begun[threading.get_ident()] = self._run_time.now()
 
     def check_timeouts(self) -> None:
-        """Raise TaskTimeoutError if a task is over its limit, and end all leases."""
-        now, leases = time.time(), self.leases()
+        """Raise TaskTimeoutError if a task is over its limit, and end all leases.
+
+        Time for which this process was suspended does not count.
+        """
+        self._run_time.tick()
+        now = self._run_time.now()
+        with self._lock:
+            running = [(lease, now - self._begun[thread]) for thread, lease in self._leases.items()]
+        leases = [lease for lease, _ in running]
         over = [
             lease
-            for lease in leases
-            if now - lease.since > self._limit(lease.task.job_id)
-            and not self._options.is_waiting(lease.task)
+            for lease, seconds in running
+            if seconds > self._limit(lease.task.job_id) and not self._options.is_waiting(lease.task)
         ]
         if not over:
             return

@@ -11,8 +11,9 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
-from chunkq.access import BUCKET_SCHEMES, is_denied
+from chunkq.access import BUCKET_SCHEMES, Access, is_denied
 from chunkq.errors import ErrorCode, StoreError, suggestion
 from chunkq.geometry.axes import Axis
 from chunkq.paths import is_url, mask_secrets, without_secret
@@ -143,6 +144,22 @@ class Format(ABC):
     def open_for_writing(self, path: str, options: Options) -> Array:
         """Open an existing array for reading and writing. Raises StoreError."""
         raise StoreError(f"{without_secret(path)}: this format is read-only; use a Zarr array")
+
+
+class LeveledFormat(Format):
+    """A format whose images can have resolution levels. What `find` returns is one of them."""
+
+    @abstractmethod
+    def find_any(self, path: str, level: int | str | None, access: Access) -> ArrayInfo:
+        """Return a level of an image, None for the one at the path. Raises StoreError as `find`."""
+
+    @override
+    def find(self, path: str, options: Options = NO_OPTIONS) -> ArrayInfo:
+        return self.find_any(path, None, Access.of(options))
+
+    @override
+    def find_level(self, path: str, level: int | str, options: Options = NO_OPTIONS) -> ArrayInfo:
+        return self.find_any(path, level, Access.of(options))
 
 
 def native_dtype(dtype: Any) -> np.dtype[Any]:

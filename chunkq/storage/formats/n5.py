@@ -20,7 +20,7 @@ from chunkq.storage.formats.base import (
     CACHED,
     NO_OPTIONS,
     ArrayInfo,
-    Format,
+    LeveledFormat,
     Options,
     missing_error,
     unreadable_error,
@@ -65,7 +65,7 @@ class N5Layout(BlockLayout):
             yield BLOCK_KEYS.name(index[::-1])
 
 
-class N5Format(Format):
+class N5Format(LeveledFormat):
     """N5 datasets and levels of multiscale groups, recognized by `attributes.json`.
 
     Stored axes are x, y, z, …; arrays are presented in the opposite order. The identity is a hash
@@ -78,12 +78,8 @@ class N5Format(Format):
         return first_document(path, Access.of(options), names) is not None
 
     @override
-    def find(self, path: str, options: Options = NO_OPTIONS) -> ArrayInfo:
-        return _find(path, None, Access.of(options))
-
-    @override
-    def find_level(self, path: str, level: int | str, options: Options = NO_OPTIONS) -> ArrayInfo:
-        return _find(path, level, Access.of(options))
+    def find_any(self, path: str, level: int | str | None, access: Access) -> ArrayInfo:
+        return _find(path, level, access)
 
     @override
     def stored_chunks(self, path: str, options: Options) -> StoredChunks | None:

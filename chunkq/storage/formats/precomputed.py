@@ -13,15 +13,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 from typing_extensions import override
 
 from chunkq.access import Access
 from chunkq.errors import ChunkReadError, ErrorCode, StoreError
-from chunkq.geometry.axes import Axis
 from chunkq.geometry.box import Box
 from chunkq.paths import is_url, is_web, join, without_secret
 from chunkq.storage.array import Array, Voxels, box_error
@@ -29,12 +27,25 @@ from chunkq.storage.formats.base import (
     CACHED,
     NO_OPTIONS,
     ArrayInfo,
-    Format,
+    LeveledFormat,
     Options,
-    missing_error,
     unreadable_error,
 )
-from chunkq.storage.formats.precomputed_metadata import INFO, UNIT
+from chunkq.storage.formats.precomputed_info import (
+    GZIP_MAGIC,
+    Info,
+    Scale,
+    Sharding,
+    axes_of,
+    channels_of,
+    info_error,
+    key_of,
+    parse_info,
+    read_info,
+    require_info,
+    scale_of,
+)
+from chunkq.storage.formats.precomputed_metadata import INFO
 from chunkq.storage.formats.stored_objects import NOTHING
 from chunkq.storage.formats.tensorstore_arrays import (
     DECOMPRESSORS,
@@ -49,9 +60,7 @@ from chunkq.storage.formats.zarr_chunks import keys_in, listed_indices
 from chunkq.storage.formats.zarr_nodes import (
     FORBIDDEN_IS_MISSING,
     access_options,
-    first_document,
     level_error,
-    metadata_error,
     require_parts,
 )
 from chunkq.storage.stored_chunks import StoredChunks
@@ -61,87 +70,8 @@ SCALE = "scale"
 SUFFIX = "suffix"
 """Option: what the names of the blocks end with, if they are compressed as files."""
 NAMED_BY_INFO = "precomputed metadata"
-ENCODINGS = ("raw", "compressed_segmentation", "jpeg", "png")
-"""Encodings of blocks that tensorstore reads."""
 OTHER_SUFFIXES = (".br", ".zstd")
 """Suffixes of compressed blocks that cannot be read."""
-GZIP_MAGIC = b"\x1f\x8b"
-"""First bytes of gzip."""
-DTYPES = (
-    "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "float32",
-)  # fmt: skip
-"""Data types that tensorstore reads."""
-Model = TypeVar("Model", bound=BaseModel)
-
-
-class Sharding(BaseModel):
-    """The part of `sharding` that determines the names of shards."""
-
-    hash: str
-    preshift_bits: int = Field(ge=0, le=64)
-    minishard_bits: int = Field(ge=0, le=64)
-    shard_bits: int = Field(ge=0, le=64)
-
-    def used_shards(self, grid: Sequence[int]) -> int:
-        """Return how many of the shards, from 0, can have blocks of a grid."""
-        count = 1 << self.shard_bits
-        if self.hash != "identity":
-            return count
-        # A block has a number of as many bits as its indices have together.
-        blocks = 1 << sum((size - 1).bit_length() for size in grid)
-        return min(count, max(1, blocks >> (self.preshift_bits + self.minishard_bits)))
-
-
-class Scale(BaseModel):
-    """One entry of `scales`; x first."""
-
-    key: str
-    size: tuple[int, int, int]
-    voxel_offset: tuple[int, int, int] = (0, 0, 0)
-    resolution: tuple[FiniteFloat, FiniteFloat, FiniteFloat]
-    chunk_sizes: tuple[tuple[int, int, int], ...] = Field(min_length=1)
-    encoding: str
-    compressed_segmentation_block_size: tuple[int, int, int] | None = None
-    sharding: dict[str, Any] | None = None
-
-    @property
-    def block(self) -> tuple[int, int, int]:
-        """Shape of a block."""
-        return self.chunk_sizes[0]
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        """Number of blocks along each axis."""
-        return tuple(-(-s // b) for s, b in zip(self.size, self.block, strict=True))
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        """The metadata for tensorstore."""
-        spec = {
-            "size": self.size,
-            "voxel_offset": self.voxel_offset,
-            "resolution": self.resolution,
-            "chunk_size": self.block,
-            "encoding": self.encoding,
-            "sharding": self.sharding,
-        }
-        if self.compressed_segmentation_block_size is not None:
-            spec["compressed_segmentation_block_size"] = self.compressed_segmentation_block_size
-        return spec
-
-
-class Info(BaseModel):
-    """The document of a volume."""
-
-    type_id: str | None = Field(None, alias="@type")
-    data_type: str
-    num_channels: int = Field(1, ge=1)
-    scales: tuple[dict[str, Any], ...] = Field(min_length=1)
-
-    @property
-    def keys(self) -> list[str]:
-        """The keys of the scales, the finest first."""
-        return [str(scale.get("key")) for scale in self.scales]
 
 
 @dataclass(frozen=True)
@@ -241,7 +171,7 @@ class ShardedArray(StoreArray):
         return None
 
 
-class PrecomputedFormat(Format):
+class PrecomputedFormat(LeveledFormat):
     """Neuroglancer precomputed volumes, recognized by the document `info`.
 
     Stored axes are x, y, z, channel; arrays are presented as ([c,] z, y, x), from the first voxel
@@ -251,7 +181,7 @@ class PrecomputedFormat(Format):
 
     @override
     def detects(self, path: str, options: Options = NO_OPTIONS) -> bool:
-        content = (_read(path, Access.of(options)) or b"").lstrip()
+        content = (read_info(path, Access.of(options)) or b"").lstrip()
         try:
             info = json.loads(content)
         except (ValueError, RecursionError):
@@ -261,21 +191,17 @@ class PrecomputedFormat(Format):
         return "scales" in info or str(info.get("@type")).startswith("neuroglancer")
 
     @override
-    def find(self, path: str, options: Options = NO_OPTIONS) -> ArrayInfo:
-        return _find(path, None, Access.of(options))
-
-    @override
-    def find_level(self, path: str, level: int | str, options: Options = NO_OPTIONS) -> ArrayInfo:
-        return _find(path, level, Access.of(options))
+    def find_any(self, path: str, level: int | str | None, access: Access) -> ArrayInfo:
+        return _find(path, level, access)
 
     @override
     def stored_chunks(self, path: str, options: Options) -> StoredChunks | None:
         access, key = Access.of(options), str(options[SCALE])
-        info = _require_info(path, access)
-        scale = _scale(path, info, key)
+        info = require_info(path, access)
+        scale = scale_of(path, info, key)
         if options.get(FORBIDDEN_IS_MISSING) or is_web(path) or scale.sharding is not None:
             return None
-        channels = _channels(info)
+        channels = channels_of(info)
 
         def index_of(name: str) -> Sequence[int]:
             starts = (int(match[1]) for match in re.finditer(r"(-?\d+)--?\d+", name))
@@ -293,71 +219,21 @@ class PrecomputedFormat(Format):
 
     @override
     def open(self, path: str, options: Options) -> Array:
-        info = _require_info(path, Access.of(options))
-        return _open(path, info, _scale(path, info, str(options[SCALE])), options)
+        info = require_info(path, Access.of(options))
+        return _open(path, info, scale_of(path, info, str(options[SCALE])), options)
 
     @override
     def identity(self, path: str, options: Options) -> str | None:
-        content, key = _read(path, Access.of(options)), str(options[SCALE])
+        content, key = read_info(path, Access.of(options)), str(options[SCALE])
         if content is None:
             return None
         values: Any = content.hex()
         with suppress(StoreError):
-            info = _parse(path, content)
+            info = parse_info(path, content)
             if key not in info.keys:
                 return None
-            values = [info.data_type, info.num_channels, key, _scale(path, info, key).spec]
+            values = [info.data_type, info.num_channels, key, scale_of(path, info, key).spec]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _read(path: str, access: Access) -> bytes | None:
-    """Return the document of a volume, or None. Raises the storage's error."""
-    document = first_document(path, access, [INFO])
-    if document is None or not document[1].startswith(GZIP_MAGIC):
-        return None if document is None else document[1]
-    return gzip.decompress(document[1])  # a bucket can store it with the content encoding gzip
-
-
-def _require_info(path: str, access: Access) -> Info:
-    """Return the metadata of a volume. Raises StoreError if there are none or they are invalid."""
-    try:
-        content = _read(path, access)
-    except StoreError:
-        raise
-    except Exception as error:  # each file system raises different errors
-        raise unreadable_error(path, error) from error
-    if content is None:
-        raise missing_error(join(path, INFO))
-    return _parse(path, content)
-
-
-def _parse(path: str, content: bytes) -> Info:
-    try:
-        values = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise _info_error(path, f"not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise _info_error(path, "not a mapping")
-    if "scales" not in values:
-        kind = str(values.get("@type") or "no volume").removeprefix("neuroglancer_")
-        raise StoreError(
-            f"input: {without_secret(path)} holds {kind} of Neuroglancer; expected a volume with "
-            "scales; fix the path",
-            code=ErrorCode.STORE_UNSUPPORTED,
-        )
-    return _validated(path, Info, values)
-
-
-def _validated(path: str, model: type[Model], values: Mapping[str, Any]) -> Model:
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise _info_error(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-
-
-def _info_error(path: str, reason: str) -> StoreError:
-    return metadata_error(path, INFO, reason, "precomputed")
 
 
 def _find(path: str, level: int | str | None, access: Access) -> ArrayInfo:
@@ -365,14 +241,14 @@ def _find(path: str, level: int | str | None, access: Access) -> ArrayInfo:
 
     Raises StoreError.
     """
-    info = _require_info(path, access)
+    info = require_info(path, access)
     keys = info.keys
-    key = _key_of(0 if level is None else level, keys)
+    key = key_of(0 if level is None else level, keys)
     if key is None:
         raise level_error(
             path, level, f"has the levels 0 to {len(keys) - 1} ({', '.join(keys[:8])})"
         )
-    scale = _scale(path, info, key)
+    scale = scale_of(path, info, key)
     options = {SCALE: key, **access_options(path, access)}
     try:
         existing = _existing_keys(_folder(path, key), access, scale)
@@ -387,64 +263,13 @@ def _find(path: str, level: int | str | None, access: Access) -> ArrayInfo:
     _open(path, info, scale, options)
     return ArrayInfo(
         path,
-        _axes(info, scale),
+        axes_of(info, scale),
         info.data_type,
         options,
         is_empty=existing is None,
         named_by=NAMED_BY_INFO,
-        storage=(*_channels(info), *scale.block[::-1]),
+        storage=(*channels_of(info), *scale.block[::-1]),
     )
-
-
-def _key_of(level: int | str, keys: Sequence[str]) -> str | None:
-    """Return the key that a level names by number or key, or None."""
-    if isinstance(level, str):
-        return level if level in keys else None
-    if level < len(keys):
-        return keys[level]
-    # Without quotes, the key 8_8_40 is the number 8840 in YAML.
-    matches = [key for key in keys if key.replace("_", "") == str(level)]
-    return matches[0] if len(matches) == 1 else None
-
-
-def _scale(path: str, info: Info, key: str) -> Scale:
-    """Return a scale by its key. Raises StoreError if it is missing, invalid or unsupported."""
-    if key not in info.keys:
-        raise missing_error(join(path, key))
-    scale = _validated(path, Scale, info.scales[info.keys.index(key)])
-    problems = {
-        f"encoding {scale.encoding!r}; expected {', '.join(ENCODINGS)}": (
-            scale.encoding not in ENCODINGS
-        ),
-        f"data_type {info.data_type!r}; expected {', '.join(DTYPES)}": info.data_type not in DTYPES,
-    }
-    for problem, is_wrong in problems.items():
-        if is_wrong:
-            raise StoreError(
-                f"input: {without_secret(join(path, INFO))}: unsupported {problem}; store the "
-                "volume with one of them, or as Zarr",
-                code=ErrorCode.STORE_UNSUPPORTED,
-            )
-    if min(*scale.size, *(edge - 1 for edge in scale.block)) < 0:
-        raise _info_error(path, f"invalid size or chunk_sizes of scale {key!r}")
-    return scale
-
-
-def _axes(info: Info, scale: Scale) -> tuple[Axis, ...]:
-    """Return the axes of a scale as presented."""
-    channels = [Axis("c", "channel", size) for size in _channels(info)]
-    spatial = [
-        Axis(name, "space", size, UNIT, resolution, offset * resolution)
-        for name, size, resolution, offset in zip(
-            "xyz", scale.size, scale.resolution, scale.voxel_offset, strict=True
-        )
-    ]
-    return (*channels, *reversed(spatial))
-
-
-def _channels(info: Info) -> tuple[int, ...]:
-    """Return the number of channels, as the shape of their axis; a single one has no axis."""
-    return (info.num_channels,) if info.num_channels > 1 else ()
 
 
 def _folder(path: str, key: str) -> str:
@@ -483,7 +308,7 @@ def _open(path: str, info: Info, scale: Scale, options: Options) -> Array:
     layout = ScaleLayout(
         folder,
         key,
-        (*_channels(info), *scale.size[::-1]),
+        (*channels_of(info), *scale.size[::-1]),
         {
             "driver": "neuroglancer_precomputed",
             "multiscale_metadata": {
@@ -505,7 +330,7 @@ def _open(path: str, info: Info, scale: Scale, options: Options) -> Array:
         document = join(path, INFO) if is_lenient else None
         return open_blocks(path, layout, access, document, cached=cached)
     except ValueError as error:
-        raise _info_error(path, str(error).partition(" [tensorstore_spec")[0]) from error
+        raise info_error(path, str(error).partition(" [tensorstore_spec")[0]) from error
 
 
 def _shard_storage(path: str, folder: str, access: Access, is_lenient: bool) -> dict[str, Any]:

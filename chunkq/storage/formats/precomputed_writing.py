@@ -15,7 +15,8 @@ from typing_extensions import override
 from chunkq.access import DEFAULT_ACCESS
 from chunkq.geometry.box import Box
 from chunkq.storage.array import Array
-from chunkq.storage.formats.precomputed import BlockKeys, Scale
+from chunkq.storage.formats.precomputed import BlockKeys
+from chunkq.storage.formats.precomputed_info import Scale
 from chunkq.storage.formats.tensorstore_arrays import BlockLayout, block_indices, open_blocks
 from chunkq.storage.formats.zarr_writing import WritableArray
 from chunkq.storage.object_grid import ObjectGrid

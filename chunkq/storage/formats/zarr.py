@@ -23,7 +23,7 @@ from chunkq.storage.formats.base import (
     NO_OPTIONS,
     NUMBERS,
     ArrayInfo,
-    Format,
+    LeveledFormat,
     Options,
     missing_error,
     native_dtype,
@@ -77,7 +77,7 @@ CODEC_PACKAGES = {
 log = logging.getLogger("chunkq.storage")
 
 
-class ZarrFormat(Format):
+class ZarrFormat(LeveledFormat):
     """Zarr arrays and OME-Zarr images, recognized by their metadata documents.
 
     Each array is read with its own document, never with consolidated metadata of a group. The
@@ -94,12 +94,8 @@ class ZarrFormat(Format):
             raise
 
     @override
-    def find(self, path: str, options: Options = NO_OPTIONS) -> ArrayInfo:
-        return _find(path, None, Access.of(options))
-
-    @override
-    def find_level(self, path: str, level: int | str, options: Options = NO_OPTIONS) -> ArrayInfo:
-        return _find(path, level, Access.of(options))
+    def find_any(self, path: str, level: int | str | None, access: Access) -> ArrayInfo:
+        return _find(path, level, access)
 
     @override
     def stored_chunks(self, path: str, options: Options) -> StoredChunks | None:

@@ -17,6 +17,14 @@ FAULTS = (
         named(VIDEOS, "turned_as_the_file"),
     ),
     Fault(
+        "classes-named-na-are-missing",
+        "chunkq/images/result_table.py",
+        "quoted_strings_can_be_null=False",
+        "quoted_strings_can_be_null=True",
+        "an empty label of a CSV table is none, and its images are left out of the accuracy",
+        named("tests/unit/images/test_scores.py", "look_like_missing"),
+    ),
+    Fault(
         "signed-bytes-of-a-tiff-are-unsigned",
         "chunkq/images/decoding.py",
         "(kind == SIGNED and depth == 8) or ",

@@ -308,6 +308,22 @@ FAULTS = (
         ("tests/unit/test_hosted.py",),
     ),
     Fault(
+        "cluster-waits-for-suspended-processes",
+        HOST,
+        "return bool(times) and max(times) < time.monotonic()",
+        "return False",
+        "a run does not end, and its last chunk is not computed, while a process is suspended",
+        ("tests/unit/test_hosted.py", "-k", "silent or suspended"),
+    ),
+    Fault(
+        "cluster-outages-are-errors",
+        HOST,
+        "is_error = lasts and",
+        "is_error = True or",
+        "a worker that was suspended fails its run, although all chunks are done",
+        ("tests/unit/test_hosted.py", "-k", "reached_the_queue"),
+    ),
+    Fault(
         "cluster-versions-mixed",
         HOST,
         '["version"] != VERSION',

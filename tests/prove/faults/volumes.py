@@ -69,7 +69,7 @@ FAULTS = (
     ),
     Fault(
         "offset-in-voxels",
-        PRECOMPUTED,
+        "chunkq/storage/formats/precomputed_info.py",
         "resolution, offset * resolution)",
         "resolution, float(offset))",
         "outputs of volumes with voxel_offset lie at another place",

@@ -162,6 +162,9 @@ def damaged() -> dict[str, bytes]:
         "flipped bits": bytes(flipped),
         "header only": png[:33],
         "signature only": png[:8],
+        "a deep tiff without its last byte": tiff(
+            RGB.astype(np.uint16), photometric="rgb", compression="lzw"
+        )[:-1],
     }
 
 

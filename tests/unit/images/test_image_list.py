@@ -9,6 +9,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.images.image_list import find_images, join_lists
@@ -32,6 +33,16 @@ def relative(folder: Path, paths: list[str]) -> list[str]:
 def test_a_folder_has_its_images_sorted_and_nothing_else(folder: Path) -> None:
     images = find_images(str(folder))
     assert relative(folder, images.paths) == ["a.jpg", "b.png", "sub/c.TIF", "sub/d.webp"]
+
+
+def test_a_folder_has_the_images_of_every_common_format(tmp_path: Path) -> None:
+    formats = ("JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000", "AVIF", "QOI")
+    Image.init()
+    suffixes = {s for s, name in Image.registered_extensions().items() if name in formats}
+    names = sorted(f"image{suffix}" for suffix in suffixes - {".avifs"})
+    for name in names:
+        (tmp_path / name).touch()
+    assert relative(tmp_path, find_images(str(tmp_path)).paths) == names
 
 
 @pytest.mark.parametrize(
@@ -123,6 +134,14 @@ def test_a_column_is_copied_or_refused_before_work_starts(folder: Path, kind: pa
     else:
         table = find_images(f"{folder}/list.parquet").table
         assert table.take(pa.array([0])).column("other").to_pylist() == [None]
+
+
+def test_a_long_csv_has_texts_of_several_lines(folder: Path) -> None:
+    count = (1 << 20) // 64  # more than a block of pyarrow
+    rows = "".join(f'{n}.png,"a\nb\n{n:060}"\n' for n in range(count))
+    (folder / "list.csv").write_text(f"path,note\n{rows}")
+    table = find_images(f"{folder}/list.csv").table
+    assert table.column("note").to_pylist() == [f"a\nb\n{n:060}" for n in range(count)]
 
 
 def test_a_text_file_has_one_path_per_line(folder: Path) -> None:

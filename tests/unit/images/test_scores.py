@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as arrays
 
 from chunkq.errors import ErrorCode
 from chunkq.images.image_error import ImageError
-from chunkq.images.result_table import chunk_result, write_table
+from chunkq.images.result_table import chunk_result, read_columns, write_table
 from chunkq.images.scores import Accuracy, ScoreSpec
 
 LEVELS = st.sampled_from([-2.0, -0.5, 0.0, 0.5, 3.0])
@@ -140,6 +140,17 @@ def test_csv_has_values_of_any_type(values: pa.Array, text: str) -> None:
     assert write_table([pa.table({"path": ["a", "b"], "key": values})], ".csv", file) == 2
     rows = csv.DictReader(io.StringIO(file.getvalue().decode()))
     assert [row["key"] for row in rows] == [text, ""]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
+def test_texts_that_look_like_missing_values_are_read_as_they_were_written(suffix: str) -> None:
+    texts = ["NA", "null", "nan", "", None, "1", "true", "2020-01-01", 'a"b,\n']
+    columns = pa.schema({"label": pa.string()})
+    file = io.BytesIO()
+    table = pa.table({"path": list("abcdefghi"), "label": pa.array(texts, pa.string())})
+    write_table([table], suffix, file)
+    file.seek(0)
+    assert read_columns(file, suffix, columns).column("label").to_pylist() == texts
 
 
 def test_equal_results_have_equal_bytes() -> None:

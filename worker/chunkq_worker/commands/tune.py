@@ -31,7 +31,7 @@ from chunkq.job.job_file import Job
 from chunkq.job.job_folder import JobFolder
 from chunkq.job.job_path import job_folder_of
 from chunkq.job.job_reading import load_job
-from chunkq.job.model_config import precision_problems
+from chunkq.job.model_problems import precision_problems
 from chunkq.job.record import JobRecord
 from chunkq.job.user_code import load_blend_weights
 from chunkq.paths import is_url, without_secret

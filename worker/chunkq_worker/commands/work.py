@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from chunkq.errors import ErrorCode, IncompleteError, JobError, MissingJobError
+from chunkq.errors import RESUME, ErrorCode, IncompleteError, JobError, MissingJobError
 from chunkq.job.allowed_paths import (
     ALLOW_VARIABLE,
     PACKAGES_VARIABLE,
@@ -162,8 +162,8 @@ def work(
             "the queue was lost in part: "
             + ", ".join(f"{chunk_count(n)} of {without_secret(out)}" for out, n in lost.items())
             + (" is" if [*lost.values()] == [1] else " are")
-            + " neither done nor queued; run `chunkq produce --resume` with the job to queue "
-            "them again",
+            + " neither done nor queued"
+            + ("" if lifeline else f"; {RESUME} with the job to queue them again"),
             [],
             code=ErrorCode.QUEUE_LOST,
         )

@@ -173,25 +173,20 @@ class TorchRuntime(Runtime):
 
     def _run_uncaptured(self, inputs: torch.Tensor) -> Any:
         """Return the heads of the network, or what a step gets; see `HeadReader`."""
-        with self._execution_context():
-            returned = self._run(inputs)
-        return self._reader.from_network(returned)
-
-    @contextlib.contextmanager
-    def _inference(self) -> Iterator[None]:
-        with torch.inference_mode() if self._source is None else self._source.inference():
-            yield
-
-    @contextlib.contextmanager
-    def _execution_context(self) -> Iterator[None]:
-        """Apply the precision and the warning filters of torch.compile inside a `with` block."""
+        is_half = self._model.precision in HALF_PRECISIONS
+        if not is_half and not self._model.compile:
+            return self._reader.from_network(self._run(inputs))
         with contextlib.ExitStack() as stack:
-            if self._model.precision in HALF_PRECISIONS:
-                dtype = getattr(torch, self._model.precision)
+            if is_half:
+                dtype = getattr(torch, str(self._model.precision))
                 stack.enter_context(torch.autocast(self.device, dtype=dtype))
             if self._model.compile:
                 stack.enter_context(_compiler_context())
-            yield
+            returned = self._run(inputs)
+        return self._reader.from_network(returned)
+
+    def _inference(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.inference_mode() if self._source is None else self._source.inference()
 
     def _explain(self, error: RuntimeError, inputs: torch.Tensor) -> str | None:
         """Return the message for an error that the job file causes, None for other errors."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from chunkq.job.model_config import ModelConfig, model_problems
+from chunkq.job.model_config import ModelConfig
+from chunkq.job.model_problems import model_problems
 from chunkq_worker.tune.search import Options
 
 SWITCHES = ("channels_last", "cuda_graph", "compile")

@@ -6,11 +6,13 @@ to busy workers, and would need a Python object per chunk.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import threading
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -25,12 +27,12 @@ from distributed.security import Security
 from distributed.utils import get_ip
 from distributed.versions import VersionMismatchWarning
 
-from chunkq.errors import ErrorCode, JobError, QueueError
+from chunkq.errors import RESUME, ErrorCode, JobError, QueueError
 from chunkq.install_hint import remote_hint
 from chunkq.queue.backends import credentials
 from chunkq.queue.backends.dask.plugin import OPERATION, QueuePlugin
 from chunkq.queue.backends.dask.tls import configured_security, load_security
-from chunkq.queue.backends.hosted.hosted import HostedQueue
+from chunkq.queue.backends.hosted.hosted import ANSWER_LOOKS, LOOK_SECONDS, HostedQueue
 from chunkq.queue.backends.hosted.worker_group import RemoteWorkers, new_group_name
 from chunkq.queue.contract.executor import WorkerOptions
 from chunkq.system.scratch import scratch_folder
@@ -40,7 +42,6 @@ log = logging.getLogger("chunkq.queue")
 CONNECT_SECONDS = 10.0
 RECONNECT_SECONDS = 2.0
 """Timeout for reconnecting to a scheduler that was reachable before."""
-ANSWER_SECONDS = 30.0
 DEFAULT_PORT = 8786
 PROTOCOLS = ("tcp", "tls", "ucx")
 UNREACHABLE_ERRORS = (OSError, RuntimeError)
@@ -160,6 +161,28 @@ def check_protocol(name: str) -> None:
         ) from None
 
 
+def _response(client: Any, request: str) -> str | None:
+    """Send a request; return its response, or None if the scheduler does not know it.
+
+    Raises one of UNREACHABLE_ERRORS. The timeout of Dask would count the time for which this
+    process was suspended.
+    """
+
+    async def send() -> str | None:
+        response: str | None = await client.scheduler.chunkq(request=request)
+        return response
+
+    loop = client.loop.asyncio_loop
+    if loop.is_closed():
+        raise RuntimeError("the event loop has ended")
+    response = asyncio.run_coroutine_threadsafe(send(), loop)
+    for _ in range(ANSWER_LOOKS):
+        if wait([response], LOOK_SECONDS).done:
+            return response.result()
+    response.cancel()
+    raise TimeoutError(f"no response within {ANSWER_LOOKS * LOOK_SECONDS:.0f} s")
+
+
 class DaskExecutor(HostedQueue):
     """Queue `dask://HOST:PORT` in a scheduler whose environment has chunkq installed."""
 
@@ -227,16 +250,13 @@ class DaskExecutor(HostedQueue):
     def request(self, request: str) -> str:
         """Send a request to the scheduler; return its response."""
         try:
-            client = self._connected()
-            response: str | None = client.sync(
-                client.scheduler.chunkq, request=request, callback_timeout=ANSWER_SECONDS
-            )
+            response = _response(self._connected(), request)
         except UNREACHABLE_ERRORS as error:
             raise self._unreachable(error) from None
         if response is None:  # Dask returns None for an unknown operation
             raise QueueError(
-                f"queue: {self.url}: the Dask scheduler was restarted and lost the queue; "
-                "run `chunkq produce --resume` to queue the remaining chunks",
+                f"queue: {self.url}: the Dask scheduler was restarted and lost the queue; {RESUME} "
+                "to queue the remaining chunks",
                 code=ErrorCode.QUEUE_LOST,
             )
         return response
@@ -269,7 +289,7 @@ class DaskExecutor(HostedQueue):
             if closed:
                 raise QueueError(
                     f"queue: {self.url}: the Dask scheduler closed this worker or ended; "
-                    "check the scheduler, then restart the worker"
+                    "check the scheduler"
                 )
 
     async def _join(
@@ -311,15 +331,16 @@ class DaskExecutor(HostedQueue):
             workers = client.sync(client.scheduler.identity)["workers"].values()
         except UNREACHABLE_ERRORS as error:
             raise self._unreachable(error) from None
-        if not any(worker["status"] == "running" for worker in workers):
-            log.warning(
-                "queue: %s: the Dask cluster has no free workers; waiting for some, start them "
-                "with `dask worker`",
-                self.url,
-            )
         group = new_group_name()
         self.table.start_group(group, job, self.url, 1)
-        return RemoteWorkers(self.table, group)
+        return RemoteWorkers(
+            self.table,
+            group,
+            has_room=any(worker["status"] == "running" for worker in workers),
+            no_room=f"queue: {self.url}: the Dask cluster has no free workers; waiting for some, "
+            "start them with `dask worker`",
+            room=f"queue: {self.url}: the Dask cluster has workers now",
+        )
 
     def close(self) -> None:
         """Disconnect from the scheduler."""

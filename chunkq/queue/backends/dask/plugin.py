@@ -14,6 +14,7 @@ from tornado.ioloop import PeriodicCallback
 
 from chunkq.queue.backends.dask.page import add_pages
 from chunkq.queue.backends.hosted.queue_host import MAX_LOADING_DEATHS, QueueHost
+from chunkq.queue.backends.hosted.remote_workers import is_outage
 
 OPERATION = "chunkq"
 """Name of the plugin, and of the operation that it adds to the scheduler."""
@@ -135,12 +136,19 @@ class RemoteWorkerLauncher:
         from chunkq.queue.backends.dask.remote import run_remote_thread
 
         failed = [task for task in self._tasks[name] if task.status == "error"]
+        cut_off = [task for task in failed if is_outage(_error(task))]
+        failed = [task for task in failed if task not in cut_off]
+        for task in cut_off:
+            self._host.record_outage(name, [_text(task)])
         killed = [task for task in failed if isinstance(_error(task), KilledWorker)]
         # Dask gives up a task after four deaths of its workers, or fewer, as a site configures it.
         self._given_up[name] += (self._scheduler.allowed_failures + 1) * len(killed)
         is_tolerable = self._given_up[name] <= MAX_LOADING_DEATHS
-        workers = self._scheduler.workers.values()
-        threads = sum(w.nthreads for w in workers if w.status == distributed.Status.running)
+        threads = sum(
+            worker.nthreads
+            for address, worker in self._scheduler.workers.items()
+            if worker.status == distributed.Status.running and not self._host.is_silent(address)
+        )
         self._most_threads = max(self._most_threads, threads)
         if self._lost_loading > MAX_LOADING_DEATHS * self._most_threads:
             self._lost_loading = 0
@@ -148,10 +156,12 @@ class RemoteWorkerLauncher:
         if errors := {_text(task) for task in failed if not (is_tolerable and task in killed)}:
             self._host.record_exit(name, sorted(errors))
         running = [task for task in self._tasks[name] if not task.done()]
+        suspended = [task for task in running if self._is_suspended(task)]
+        active = len(running) - len(suspended)
         limit = 2 * threads + SPARE_WORKERS
         group = self._host.group(name)
         output = group.job.rpartition("/")[2].removesuffix(".chunkq")
-        running += [
+        new = [
             client.submit(
                 run_remote_thread,
                 group.url,
@@ -160,12 +170,21 @@ class RemoteWorkerLauncher:
                 key=f"{REMOTE_TASK}-{name}-{next(self._numbers)}-{output}",
                 pure=False,
             )
-            for _ in range(self._host.wanted_workers(name, len(running), limit) - len(running))
+            for _ in range(self._host.wanted_workers(name, active, limit) - active)
         ]
-        self._tasks[name] = running
-        self._host.set_active(name, len(running))
+        self._tasks[name] = running + new
+        self._host.set_active(name, active + len(new), has_room=threads > 0)
         if prefix := self._scheduler.task_prefixes.get(REMOTE_TASK):
             prefix.duration_average = TASK_SECONDS
+
+    def _is_suspended(self, task: Any) -> bool:
+        """Return whether a remote worker runs in a process that is suspended.
+
+        Others compute its chunks, and the run does not wait for it.
+        """
+        state = self._scheduler.tasks.get(task.key)
+        worker = None if state is None else state.processing_on
+        return worker is not None and self._host.is_silent(worker.address)
 
 
 def _error(task: Any) -> BaseException:

@@ -42,7 +42,8 @@ class _WorkerSideExecutor(DaskExecutor):
 
     @contextmanager
     def registered(self, options: WorkerOptions) -> Iterator[None]:
-        self.table.register_worker(options.worker, self._dask_worker.address)
+        address = self._dask_worker.address
+        self.table.register_worker(options.worker, address, is_remote=True)
         plugin = _ReturnChunks(options)
         self._dask_worker.loop.add_callback(self._dask_worker.plugin_add, plugin, plugin.name)
         try:

@@ -13,6 +13,12 @@ from chunkq.queue.backends.tables.queue import TableQueue
 from chunkq.queue.contract.executor import WorkerOptions
 from chunkq.queue.leases.task_loop import Lease
 
+LOOK_SECONDS, ANSWER_LOOKS = 1.0, 30
+"""Time of one look whether a response has come, and their number, after which none will come.
+
+Looks are counted, not their time, because a process can be suspended while it waits.
+"""
+
 
 class HostedQueue(TableQueue):
     """Queue whose task table is called over the network."""
@@ -41,5 +47,5 @@ class HostedQueue(TableQueue):
     ) -> RemoteWorkers:
         """Let the cluster start workers for a job in its processes, which outlive this process.
 
-        `threads` is what the job sets. Log a warning if the cluster has no room for a worker yet.
+        `threads` is what the job sets.
         """

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 from chunkq.errors import ErrorCode, QueueError
 from chunkq.job.tasks import Task, chunk_name
+from chunkq.queue.backends.tables.contract import Skipped
 from chunkq.queue.backends.tables.task_table import TaskTable
 
 VERSION = version("chunkq")
@@ -26,6 +27,9 @@ MAX_LOADING_DEATHS = 3
 """How often a process may die while it loads a network before its attempts count."""
 LOST_WORKER_LEASE = 2.0
 """Remaining lease time (s) of a worker whose process or node the cluster has lost."""
+MAX_OUTAGES, OUTAGES_SECONDS = 3, 60.0
+"""How often, and for how long, workers may end because they could not reach the queue, without a
+finished task in between, before their messages count as errors."""
 
 
 @dataclass
@@ -33,8 +37,11 @@ class WorkerGroup:
     """Remote workers of a job: whether to stop, how many have ended, and their error messages.
 
     A cluster that starts them as they are needed sets `job`, the `url` of the queue, the `depth` of
-    each, what each uses (a `gpu`, or a number of `cores`), and how many are `active`; None before
-    the first look.
+    each, what each uses (a `gpu`, or a number of `cores`), how many are `active`, and whether it
+    `has_room` for one; both are None before the first look.
+
+    Since the time `outages_since` (s, monotonic), `outages` workers have ended because they could
+    not reach the queue; `done_before` tasks were done then.
     """
 
     job: str = ""
@@ -43,6 +50,10 @@ class WorkerGroup:
     gpu: bool = False
     cores: int = 1
     active: int | None = None
+    has_room: bool | None = None
+    outages: int = 0
+    outages_since: float = 0.0
+    done_before: int = -1
     is_stopped: bool = False
     ended: int = 0
     messages: list[str] = field(default_factory=list)
@@ -75,6 +86,9 @@ class QueueHost:
         self._loading: set[str] = set()
         self._loading_deaths: Counter[str] = Counter()
         self._workers: defaultdict[str, set[str]] = defaultdict(set)
+        self._lost_processes = 0
+        self._expected: dict[str, float] = {}
+        """Remote worker -> time (s, monotonic) until which it sends a request, if it runs."""
         self._groups: defaultdict[str, WorkerGroup] = defaultdict(WorkerGroup)
         table = self._table
         self._calls: dict[str, Callable[..., Any]] = {
@@ -88,14 +102,14 @@ class QueueHost:
             "close_gate": table.close_gate,
             "open_gate": table.open_gate,
             "waiting": table.waiting,
-            "reserve": table.reserve,
+            "reserve": self.reserve,
             "delete": table.delete,
             "ack": self.ack,
             "nack": table.nack,
             "requeue": table.requeue,
             "record_contributions": table.record_contributions,
             "is_drained": table.is_drained,
-            "renew": table.renew,
+            "renew": self.renew,
             "release": self.release,
             "extend": self.extend,
             "set_loading": self.set_loading,
@@ -105,6 +119,7 @@ class QueueHost:
             "group_status": self.group_status,
             "stop_group": self.stop_group,
             "record_exit": self.record_exit,
+            "record_outage": self.record_outage,
         }
 
     def close(self) -> None:
@@ -132,6 +147,22 @@ class QueueHost:
             return json.dumps({"result": call(*values["params"])})
         except QueueError as error:
             return _error_response(str(error), error.code)
+
+    def reserve(
+        self, worker: str, lease: float, job: str | None, skipped_jobs: Skipped
+    ) -> tuple[str, str, str, str, int] | None:
+        """Lease one task to a worker, see `Table`."""
+        self._expect(worker, lease)
+        return self._table.reserve(worker, lease, job, skipped_jobs)
+
+    def renew(self, worker: str, leases: Sequence[tuple[str, str, str]], lease: float) -> None:
+        """Extend leases of a worker."""
+        self._expect(worker, lease)
+        self._table.renew(worker, leases, lease)
+
+    def _expect(self, worker: str, seconds: float) -> None:
+        if worker in self._expected:
+            self._expected[worker] = time.monotonic() + seconds
 
     def ack(self, path: str, epoch: str, id: str, worker: str) -> int:
         """Delete a finished task; return how many tasks that were."""
@@ -164,6 +195,7 @@ class QueueHost:
         """Requeue the tasks of a worker, or of all workers of an owner; return how many tasks."""
         names = {worker, *self._workers.pop(worker, ())}
         self._loading -= names
+        self._forget(names)
         return sum(self._table.release(name, counted) for name in names)
 
     def extend(self, worker: str, seconds: float) -> None:
@@ -178,6 +210,7 @@ class QueueHost:
         """
         if is_loading:
             self._loading.add(worker)
+            self._expect(worker, LOADING_LEASE)
             self._table.extend(worker, LOADING_LEASE)
         else:
             self._loading.discard(worker)
@@ -186,9 +219,20 @@ class QueueHost:
         """Return whether a worker of an owner loads a network."""
         return not self._loading.isdisjoint(self._workers.get(owner, ()))
 
-    def register_worker(self, worker: str, owner: str) -> None:
+    def register_worker(self, worker: str, owner: str, is_remote: bool = False) -> None:
         """Store the process that a worker ends with: a Dask worker, or the parent of an actor."""
         self._workers[owner].add(worker)
+        if is_remote:  # it imports its libraries first
+            self._expected[worker] = time.monotonic() + LOADING_LEASE
+
+    def is_silent(self, owner: str) -> bool:
+        """Return whether no worker of a process sends requests, because it is suspended.
+
+        Its leases have ended, so others compute its chunks.
+        """
+        workers = self._workers.get(owner, set())
+        times = [self._expected[name] for name in workers & self._expected.keys()]
+        return bool(times) and max(times) < time.monotonic()
 
     def expire_workers(self, owner: str) -> bool:
         """Shorten the leases of the workers of a process that ended or was lost.
@@ -198,6 +242,8 @@ class QueueHost:
         unless the process dies again and again. Return whether a worker had its network.
         """
         workers = self._workers.pop(owner, set())
+        self._lost_processes += not workers.isdisjoint(self._expected)
+        self._forget(workers)
         for worker in workers - self._loading:
             self._table.shorten(worker, LOST_WORKER_LEASE)
         has_worked = bool(workers - self._loading)
@@ -230,9 +276,12 @@ class QueueHost:
             name for name, group in self._groups.items() if group.job and not self._is_over(group)
         ]
 
-    def set_active(self, name: str, count: int) -> None:
-        """Store how many remote workers of a group run or wait for their start."""
-        self._groups[name].active = count
+    def set_active(self, name: str, count: int, *, has_room: bool) -> None:
+        """Store how many remote workers of a group run or wait, and whether one has room.
+
+        Those that are silent are left out.
+        """
+        self._groups[name].active, self._groups[name].has_room = count, has_room
 
     def wanted_workers(self, name: str, active: int, limit: int) -> int:
         """Return how many remote workers a group can use, of which `active` ones run chunks.
@@ -262,6 +311,8 @@ class QueueHost:
             "is_stopped": group.is_stopped,
             "is_needed": bool(queued) or not running,
             "is_over": self._is_over(group),
+            "has_room": group.has_room,
+            "lost_processes": self._lost_processes,
             "ended": group.ended,
             "messages": group.messages,
         }
@@ -270,11 +321,29 @@ class QueueHost:
         """Make remote workers finish their tasks in flight and end."""
         self._groups[name].is_stopped = True
 
-    def record_exit(self, name: str, messages: list[str]) -> None:
+    def record_exit(self, name: str, messages: list[str], worker: str = "") -> None:
         """Record that a remote worker has ended, with its error messages."""
         group = self._groups[name]
         group.ended += 1
         group.messages += [message for message in messages if message not in group.messages]
+        self._forget([worker])
+
+    def record_outage(self, name: str, messages: list[str], worker: str = "") -> None:
+        """Record that a remote worker has ended because it could not reach this queue.
+
+        It can again, so its messages are errors only if this happens again and again.
+        """
+        group, done = self._groups[name], self.tasks_done()
+        if group.done_before != done:
+            group.done_before, group.outages, group.outages_since = done, 0, time.monotonic()
+        group.outages += 1
+        lasts = time.monotonic() - group.outages_since > OUTAGES_SECONDS
+        is_error = lasts and group.outages > MAX_OUTAGES
+        self.record_exit(name, messages if is_error else [], worker)
+
+    def _forget(self, workers: Iterable[str]) -> None:
+        for worker in workers:
+            self._expected.pop(worker, None)
 
 
 def _steady_clock() -> Callable[[], float]:

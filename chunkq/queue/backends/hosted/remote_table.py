@@ -21,11 +21,15 @@ class GroupStatus:
 
     A worker without tasks ends if it is not needed, because all chunks that are left are running.
     The cluster starts others when more are queued. The group `is_over` when none runs or is needed.
+    It `has_room` if the cluster has a thread, core or GPU for a worker, free or not; None before
+    the first look. `lost_processes` of remote workers have ended since the head started.
     """
 
     is_stopped: bool
     is_needed: bool
     is_over: bool
+    has_room: bool | None
+    lost_processes: int
     ended: int
     messages: list[str]
 
@@ -37,7 +41,7 @@ class RemoteTable(Table):
     """
 
     def __init__(self, request: Callable[[str], str], url: str) -> None:
-        self._request, self._url = request, url
+        self._request, self.url = request, url
 
     @override
     def submit(self, rows: Sequence[tuple[str, str, str, str]]) -> int:
@@ -145,9 +149,9 @@ class RemoteTable(Table):
 
         return report
 
-    def register_worker(self, worker: str, owner: str) -> None:
+    def register_worker(self, worker: str, owner: str, *, is_remote: bool = False) -> None:
         """Store the process that a worker ends with."""
-        self._call("register_worker", worker, owner)
+        self._call("register_worker", worker, owner, is_remote)
 
     def start_group(
         self, name: str, job: str, url: str, depth: int, *, gpu: bool = False, cores: int = 1
@@ -166,9 +170,13 @@ class RemoteTable(Table):
         """Make remote workers finish their tasks in flight and end."""
         self._call("stop_group", name)
 
-    def record_exit(self, name: str, messages: Sequence[str]) -> None:
+    def record_exit(self, name: str, messages: Sequence[str], worker: str) -> None:
         """Record that a remote worker has ended, with its error messages."""
-        self._call("record_exit", name, messages)
+        self._call("record_exit", name, messages, worker)
+
+    def record_outage(self, name: str, messages: Sequence[str], worker: str) -> None:
+        """Record that a remote worker has ended because it could not reach the queue."""
+        self._call("record_outage", name, messages, worker)
 
     @override
     def close(self) -> None:
@@ -180,7 +188,7 @@ class RemoteTable(Table):
         response = json.loads(self._request(json.dumps(request)))
         if "error" in response:
             raise QueueError(
-                f"queue: {self._url}: {response['error']}",
+                f"queue: {self.url}: {response['error']}",
                 code=ErrorCode(response.get("code", ErrorCode.QUEUE_UNAVAILABLE)),
             )
         return response["result"]

@@ -10,7 +10,7 @@ from chunkq.errors import ErrorCode, QueueError
 from chunkq.job.tasks import Task
 from chunkq.queue.backends.hosted.hosted import HostedQueue
 from chunkq.queue.backends.hosted.worker_group import RemoteWorkerOptions
-from chunkq.queue.contract.executor import Serve
+from chunkq.queue.contract.executor import EXIT_QUEUE_UNREACHABLE, Serve
 
 ENTRY_POINT_GROUP = "chunkq.worker"
 SERVE = "serve"
@@ -44,7 +44,14 @@ def run_remote_worker(
     options = RemoteWorkerOptions(queue.table, group, worker, job, depth)
     options.on_success = on_success
     status = load_serve()(queue, options)
-    queue.table.record_exit(group, status.lines)
+    table = queue.table
+    is_outage = status.code == EXIT_QUEUE_UNREACHABLE
+    (table.record_outage if is_outage else table.record_exit)(group, status.lines, worker)
+
+
+def is_outage(error: BaseException) -> bool:
+    """Return whether a remote worker ended because it could not reach the queue."""
+    return isinstance(error, QueueError) and error.code is ErrorCode.QUEUE_UNAVAILABLE
 
 
 def current_device() -> str:

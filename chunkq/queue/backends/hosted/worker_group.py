@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 
-from chunkq.queue.backends.hosted.remote_table import RemoteTable
+from chunkq.queue.backends.hosted.remote_table import GroupStatus, RemoteTable
 from chunkq.queue.contract.executor import WorkerOptions
 
 
@@ -35,14 +35,21 @@ class RemoteWorkerOptions(WorkerOptions):
 
 
 class RemoteWorkers:
-    """A group of remote workers that the cluster starts as they are needed."""
+    """A group of remote workers that the cluster starts as they are needed.
 
-    def __init__(self, table: RemoteTable, name: str) -> None:
-        self._table, self.name = table, name
+    `has_room` is whether it has room for one at the start. `no_room` and `room` are lines for the
+    user about a cluster that has none, and one that has some now.
+    """
 
-    def have_ended(self) -> bool:
-        """Return whether all workers have ended and no more are needed."""
-        return self._table.group_status(self.name).is_over
+    def __init__(
+        self, table: RemoteTable, name: str, *, has_room: bool, no_room: str, room: str
+    ) -> None:
+        self._table, self.name, self.url = table, name, table.url
+        self.has_room, self.no_room, self.room = has_room, no_room, room
+
+    def status(self) -> GroupStatus:
+        """Return the state of the group."""
+        return self._table.group_status(self.name)
 
     def messages(self) -> list[str]:
         """Return the error messages of workers that ended."""

@@ -11,6 +11,7 @@ from typing import ClassVar, Self
 from urllib.parse import parse_qs, urlsplit
 
 import ray
+from ray._private import worker as driver
 from ray._private.services import get_ray_address_from_environment
 
 from chunkq.errors import ErrorCode, JobError
@@ -109,12 +110,21 @@ def _check_listening(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
 
 
+def _discard_events() -> None:
+    """Do not print what Ray publishes to its clients, such as the log of a node that has ended.
+
+    It would be in the output of a command, which reports what concerns its user.
+    """
+    driver.print_to_stdstream = lambda data, ignore_prefix: None
+
+
 def _connect(address: str) -> None:
     """Connect this process; retry if the server process that Ray starts for it crashes.
 
     Ray forks that server from a process with active gRPC threads, so it sometimes crashes.
     """
     os.environ.setdefault(ABORT_VARIABLE, str(ABORT_SECONDS))
+    _discard_events()
     for remaining in reversed(range(CLIENT_TRIES)):
         try:
             ray.init(

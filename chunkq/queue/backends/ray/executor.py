@@ -13,12 +13,13 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from chunkq.errors import ErrorCode, QueueError
+from chunkq.errors import RESUME, ErrorCode, QueueError
 from chunkq.paths import without_secret
-from chunkq.queue.backends.hosted.hosted import HostedQueue
+from chunkq.queue.backends.hosted.hosted import ANSWER_LOOKS, LOOK_SECONDS, HostedQueue
 from chunkq.queue.backends.hosted.queue_host import WorkerGroup
 from chunkq.queue.backends.hosted.remote_workers import (
     current_device,
+    is_outage,
     load_serve,
     run_remote_worker,
 )
@@ -48,10 +49,7 @@ from chunkq.terminal import without_colors
 
 log = logging.getLogger("chunkq.queue")
 
-ANSWER_SECONDS = 30.0
 POLL_SECONDS = 0.2
-LOOK_SECONDS = 1.0
-"""Interval at which a process that waits for a response checks whether its cluster has ended."""
 END_SECONDS = 10.0
 """Time after which an actor whose worker has ended kills itself, if the queue has not killed it."""
 GRANT_SECONDS = 15.0
@@ -98,8 +96,8 @@ class RayExecutor(HostedQueue):
                     code=ErrorCode.PACKAGE_MISSING,
                 ) from None
             raise QueueError(
-                f"queue: {self.url}: the Ray cluster lost the queue; "
-                "run `chunkq produce --resume` to queue the remaining chunks",
+                f"queue: {self.url}: the Ray cluster lost the queue; {RESUME} to queue the "
+                "remaining chunks",
                 code=ErrorCode.QUEUE_LOST,
             ) from None
         except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
@@ -207,18 +205,17 @@ class RayExecutor(HostedQueue):
         """
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cores = cores_per_worker(nodes, threads)
-        if not room_for_workers(nodes, WorkerGroup(gpu=gpu, cores=cores)):
-            needed = "a GPU" if gpu else f"{cores} core{'s' if cores > 1 else ''}"
-            log.warning(
-                "queue: %s: no node of the Ray cluster has %s; waiting for one, add it with `ray "
-                "start` or an autoscaler%s",
-                self.url,
-                needed,
-                ", or set device: cpu" if gpu else "",
-            )
+        needed = "a GPU" if gpu else f"{cores} core{'s' if cores > 1 else ''}"
         group = new_group_name()
         self.table.start_group(group, job, self.url, depth, gpu=gpu, cores=cores)
-        return RemoteWorkers(self.table, group)
+        return RemoteWorkers(
+            self.table,
+            group,
+            has_room=room_for_workers(nodes, WorkerGroup(gpu=gpu, cores=cores)) > 0,
+            no_room=f"queue: {self.url}: no node of the Ray cluster has {needed}; waiting for one, "
+            f"add it with `ray start` or an autoscaler{', or set device: cpu' if gpu else ''}",
+            room=f"queue: {self.url}: a node of the Ray cluster has {needed} now",
+        )
 
     def close(self) -> None:
         """Disconnect from the cluster."""
@@ -282,11 +279,12 @@ class ChunkqWorker:
         queue = RayExecutor("ray://auto")
         name = WorkerName.new(current_device()).name
         try:
-            queue.table.register_worker(name, owner)
+            queue.table.register_worker(name, owner, is_remote=True)
             run_remote_worker(queue, group, name, job, depth, PatchCounter().add)
         except Exception as error:
+            record = queue.table.record_outage if is_outage(error) else queue.table.record_exit
             with suppress(QueueError):
-                queue.table.record_exit(group, [f"{type(error).__name__}: {first_line(error)}"])
+                record(group, [f"{type(error).__name__}: {first_line(error)}"], name)
             raise
         finally:  # the queue may be lost, and an idle actor would keep its device
             end = threading.Timer(END_SECONDS, _kill, [ray.get_runtime_context().current_actor])
@@ -300,16 +298,15 @@ def _kill(actor: Any) -> None:
 
 def _response(reference: Any) -> str:
     """Wait for a response. Raise OSError if the head of the cluster does not listen."""
-    until = time.monotonic() + ANSWER_SECONDS
-    while True:
-        try:
-            response: str = ray.get(reference, timeout=LOOK_SECONDS)
-        except ray.exceptions.GetTimeoutError:
-            Connection.check()
-            if time.monotonic() > until:
-                raise
-        else:
-            return response
+    for _ in range(ANSWER_LOOKS - 1):
+        with suppress(ray.exceptions.GetTimeoutError):
+            return _text(ray.get(reference, timeout=LOOK_SECONDS))
+        Connection.check()
+    return _text(ray.get(reference, timeout=LOOK_SECONDS))
+
+
+def _text(response: str) -> str:
+    return response
 
 
 def _hide_ungranted_gpus() -> None:

@@ -70,16 +70,20 @@ class RemoteWorkerLauncher:
         """Create remote workers of a group, or end some of those that Ray has not started."""
         group = self._host.group(name)
         workers = [worker for worker in self._workers[name] if not worker.has_ended]
+        # Others compute the chunks of a suspended process, and the run does not wait for it.
+        suspended = [worker for worker in workers if self._host.is_silent(worker.name)]
+        workers = [worker for worker in workers if worker not in suspended]
         started = sum(worker.has_started for worker in workers)
-        limit = 2 * room_for_workers(nodes, group) + SPARE_WORKERS
+        room = room_for_workers(nodes, group)
+        limit = 2 * room + SPARE_WORKERS
         wanted = self._host.wanted_workers(name, started, limit)
         waiting = [worker for worker in workers if not worker.has_started]
         for worker in waiting[::-1][: max(0, len(workers) - wanted)]:
             _end(worker)
             workers.remove(worker)
         workers += [self._create(name, group) for _ in range(wanted - len(workers))]
-        self._workers[name] = workers
-        self._host.set_active(name, len(workers))
+        self._workers[name] = workers + suspended
+        self._host.set_active(name, len(workers), has_room=room > len(suspended))
 
     def _create(self, name: str, group: WorkerGroup) -> _Worker:
         from chunkq.queue.backends.ray.executor import ChunkqWorker

@@ -17,7 +17,7 @@ from redis import exceptions as redis_errors
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from chunkq.errors import ErrorCode, QueueError
+from chunkq.errors import RESUME, ErrorCode, QueueError
 from chunkq.paths import without_secret
 from chunkq.queue.backends import credentials
 from chunkq.queue.backends.rq.outages import Outages, PatientRetry
@@ -116,8 +116,8 @@ def server_risks(client: Redis) -> Iterator[str]:
         )
     if saves == "" and not disk.get("aof_enabled"):
         yield (
-            "the server stores nothing on disk, so the queue is lost when it ends; `chunkq produce "
-            "--resume` then queues the missing chunks again"
+            f"the server stores nothing on disk, so the queue is lost when it ends; then {RESUME} "
+            "to queue the missing chunks again"
         )
 
 
@@ -341,8 +341,8 @@ _DIAGNOSES: dict[type[Exception], tuple[ErrorCode, str]] = {
     ),
     redis_errors.OutOfMemoryError: (
         ErrorCode.QUEUE_FULL,
-        "the server has no memory left ({message}); increase its maxmemory or start "
-        "workers, then run `chunkq produce --resume`",
+        "the server has no memory left ({message}); increase its maxmemory or start workers, then "
+        + RESUME,
     ),
     redis_errors.MasterDownError: (
         ErrorCode.QUEUE_READ_ONLY,

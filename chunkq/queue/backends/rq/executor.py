@@ -27,7 +27,7 @@ from rq.serializers import JSONSerializer
 from rq.utils import now, utcformat, utcparse
 from rq.worker_registration import clean_worker_registry, register
 
-from chunkq.errors import QueueError
+from chunkq.errors import RESUME, QueueError
 from chunkq.job.tasks import JobId, Task, encode_message
 from chunkq.queue.backends.rq.connect import (
     check_server,
@@ -327,8 +327,9 @@ class RqExecutor(LeaseQueue):
         if not quiet:
             log.warning(
                 "%d chunks are queued; waiting for workers before queueing the rest "
-                "(if interrupted, continue with `chunkq produce --resume`)",
+                "(if interrupted, %s to continue)",
                 MAX_QUEUED,
+                RESUME,
             )
         while (counts := self.counts(job)).queued + counts.waiting >= MAX_QUEUED:
             time.sleep(1)

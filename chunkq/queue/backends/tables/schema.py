@@ -8,7 +8,7 @@ import shutil
 import sqlite3
 import time
 
-from chunkq.errors import ErrorCode, QueueError
+from chunkq.errors import RESUME, ErrorCode, QueueError
 
 VERSION = 2
 """Version of the schema, stored as `user_version`. It is 0 in new files, and in the oldest ones."""
@@ -121,8 +121,7 @@ def _check_replaceable(database: sqlite3.Connection) -> None:
     if _version(database) == 0 or database.execute("SELECT 1 FROM tasks LIMIT 1").fetchone():
         raise QueueError(
             "has tasks in the schema of another program or of an older chunkq; use another file "
-            "with --queue sqlite:///…, or remove it, then `chunkq produce --resume` queues what is "
-            "not done",
+            f"with --queue sqlite:///…, or remove it, then {RESUME}",
             code=ErrorCode.QUEUE_UNSUPPORTED,
         )
 
@@ -172,7 +171,7 @@ def _diagnosis(path: str, result: int) -> tuple[ErrorCode, str]:
 _DIAGNOSES = {
     sqlite3.SQLITE_FULL: (
         ErrorCode.QUEUE_FULL,
-        "; free disk space, then run the command again (`chunkq produce --resume` queues the rest)",
+        "; free disk space, then run the command again",
     ),
     sqlite3.SQLITE_READONLY: (
         ErrorCode.QUEUE_READ_ONLY,
@@ -188,7 +187,7 @@ _DIAGNOSES = {
     ),
     sqlite3.SQLITE_CORRUPT: (
         ErrorCode.QUEUE_DAMAGED,
-        "; remove the file, then `chunkq produce --resume` queues what is not done",
+        f"; remove the file, then {RESUME} to queue what is not done",
     ),
 }
 
