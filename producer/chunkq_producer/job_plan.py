@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -69,12 +70,11 @@ class JobPlan:
         return one_line("JobPlan", counts | {"warnings": str(len(self.warnings))})
 
     def _repr_html_(self) -> str:
-        labels = [label for label, _ in self.rows()]
-        repeated = {label for label in labels if labels.count(label) > 1}
-        rows = {
-            f"{label} {number}" if label in repeated else label: text
-            for number, (label, text) in enumerate(self.rows())
-        }
+        rows: dict[str, str] = {}
+        counts = Counter[str]()
+        for label, text in self.rows():
+            counts[label] += 1
+            rows[label if counts[label] == 1 else f"{label} {counts[label]}"] = text
         return html_table("JobPlan", rows)
 
 

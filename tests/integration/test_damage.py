@@ -22,7 +22,7 @@ from chunkq.job.job_reading import load_job
 from chunkq.job.task_records import Failure
 from chunkq.job.tasks import chunk_name
 from chunkq.queue.contract.executor import TaskCounts
-from chunkq.storage import documents
+from chunkq.storage import claims, documents
 from chunkq.storage.objects import ObjectFolder
 from tests.harness.files import files_below
 from tests.harness.networks import toy_model
@@ -499,7 +499,7 @@ def test_after_a_killed_overwrite_the_job_can_be_produced_again(
     sealed: Workspace, reference: Workspace, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(ObjectFolder, method, _kill)
+        patch.setattr(claims if method == "replace" else ObjectFolder, method, _kill)
         assert sealed.call("produce", "job.json", "--overwrite").code == 130
     sealed.call("produce", "job.json").ok()
     sealed.compute_inline()
