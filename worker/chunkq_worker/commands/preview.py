@@ -128,7 +128,7 @@ def _columns(job: JobHandle) -> Any:
         columns[FRAME] = pa.int64()
     if keys.peaks is not None:
         columns[KEYPOINTS] = COLUMN_TYPES[KEYPOINTS]
-    elif keys.keep != "features":
+    if keys.predicts_classes:
         columns |= {"label": pa.string(), "score": pa.float32()}
     return pa.schema(columns)
 
