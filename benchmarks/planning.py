@@ -25,9 +25,10 @@ from chunkq_producer.job_status import job_status
 
 from chunkq.geometry.axes import plain_axes
 from chunkq.job.items import Image
-from chunkq.job.job_file import Job, parse_job
+from chunkq.job.job_file import Job
 from chunkq.job.job_folder import JobFolder
 from chunkq.job.job_handle import JobHandle, open_job
+from chunkq.job.job_parsing import parse_job
 from chunkq.job.job_path import job_folder_of
 from chunkq.job.record import JobRecord
 from chunkq.job.resolve import resolve

@@ -32,7 +32,8 @@ from chunkq.blend.patch_weights import PatchWeights
 from chunkq.blend.sums import Accumulator
 from chunkq.blend.weights import built_in_weights
 from chunkq.geometry.box import Box
-from chunkq.job.job_file import Job, parse_job
+from chunkq.job.job_file import Job
+from chunkq.job.job_parsing import parse_job
 from chunkq.job.resolve import resolve
 from chunkq.job.user_code import load_blend_weights
 from chunkq.plan.chunk import Chunk, Patch

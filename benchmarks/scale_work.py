@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.scale_inputs import Inputs
-from chunkq.job.job_file import parse_job
+from chunkq.job.job_parsing import parse_job
 from chunkq.job.resolve import resolve
 from chunkq.plan.plan import Plan
 from chunkq.plan.volume import Volume

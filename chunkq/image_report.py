@@ -50,7 +50,7 @@ def image_values(job: JobHandle) -> dict[str, Any]:
         codes = _read(files[ERRORS_NUMBER], "code")
         if codes is not None:
             values["by_code"] = _counts(codes.column("code"))
-    if (TABLE_NUMBER,) in written:
+    if (TABLE_NUMBER,) in written and job.record.job.predicts_classes:
         table = _read(files[TABLE_NUMBER], LABEL, TRUTH)
         if table is not None and LABEL in table.column_names:
             labels = table.column(LABEL).combine_chunks()

@@ -19,7 +19,7 @@ from matplotlib.patches import Rectangle
 
 from chunkq.blend.weight_profiles import LOG_PROFILES
 from chunkq.geometry.box import Box
-from chunkq.job.job_file import parse_job
+from chunkq.job.job_parsing import parse_job
 from chunkq.job.resolve import resolve
 from chunkq.plan.plan import Plan
 from chunkq.plan.volume import Volume

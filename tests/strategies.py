@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from chunkq.blend.weights import Weights
 from chunkq.images.poses import Poses
-from chunkq.job.job_file import Job, parse_job
+from chunkq.job.job_file import Job
+from chunkq.job.job_parsing import parse_job
 from chunkq.job.resolve import resolve
 from chunkq.job.user_code import load_blend_weights
 from chunkq.plan.plan import Plan

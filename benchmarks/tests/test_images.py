@@ -11,7 +11,7 @@ from benchmarks import images, results
 from benchmarks.turns import Figures
 from chunkq.images.decoding import decode
 from chunkq.images.transform import transform
-from chunkq.job.job_file import parse_job
+from chunkq.job.job_parsing import parse_job
 from tests.harness.workspace import run_inline
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")

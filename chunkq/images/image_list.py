@@ -21,11 +21,14 @@ from chunkq.errors import ErrorCode, StoreError
 from chunkq.paths import absolute, is_url, join, open_filesystem, read_bytes, without_secret
 
 SUFFIXES = (
-    ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp",
+    ".apng", ".avif", ".bmp", ".dib", ".gif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe",
+    ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pfm", ".pgm", ".png", ".pnm", ".ppm",
+    ".qoi", ".tga", ".tif", ".tiff", ".webp",
 )  # fmt: skip
 """Suffixes of the files of a folder that are images."""
 VIDEO_SUFFIXES = (
-    ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm", ".wmv",
+    ".3g2", ".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg",
+    ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv",
 )  # fmt: skip
 """Suffixes of files whose frames are images."""
 TABLES = (".csv", ".parquet", ".txt")

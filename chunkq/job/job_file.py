@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from chunkq.errors import JobError
 from chunkq.geometry.grids import Edge
@@ -29,7 +29,7 @@ from chunkq.job.fields import (
     key_doc,
 )
 from chunkq.job.image_config import GUIDE, ImageConfig, Keep, PeaksConfig, TruthConfig
-from chunkq.job.image_job import IMAGE, with_image_defaults
+from chunkq.job.image_job import IMAGE
 from chunkq.job.input_config import InputConfig, Inputs
 from chunkq.job.job_path import without_format
 from chunkq.job.job_problems import job_problems
@@ -598,6 +598,11 @@ class Job(Section):
         return self.inference_type == IMAGE
 
     @property
+    def predicts_classes(self) -> bool:
+        """Whether the table of an image job has predicted classes. Else `label` is the list's."""
+        return self.is_image and self.peaks is None and self.keep != "features"
+
+    @property
     def image_spec(self) -> ImageSpec:
         """How the pixels of an image become the input of the network."""
         return (self.image or ImageConfig()).spec()
@@ -702,18 +707,6 @@ class Job(Section):
     def as_dict(self) -> dict[str, Any]:
         """Return the job as JSON values with the key names of the job file."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
-
-
-def parse_job(values: Mapping[str, Any]) -> Job:
-    """Validate a mapping with absolute paths. Raises JobError with one line per mistake."""
-    values = with_image_defaults(values)
-    try:
-        return Job.model_validate(values)
-    except ValidationError as error:
-        from chunkq.job.invalid_job import invalid_job_error  # of invalid jobs only
-
-        problem = invalid_job_error(values, error)
-    raise problem
 
 
 def job_schema() -> dict[str, Any]:

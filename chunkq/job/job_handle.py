@@ -123,9 +123,13 @@ class JobHandle:
         """Raise MissingJobError if the job folder was deleted or belongs to another job."""
         record = self.folder.read_record()
         if record is None or record.epoch != self.record.epoch:
+            reason = (
+                "the job was deleted while it ran, or this machine no longer sees its folder"
+                if record is None
+                else "the job was replaced while it ran"
+            )
             raise MissingJobError(
-                f"{without_secret(self.folder.output)}: the job was deleted or replaced while it "
-                "ran; its results are discarded",
+                f"{without_secret(self.folder.output)}: {reason}; its results are discarded",
                 code=ErrorCode.JOB_REPLACED,
             )
 

@@ -11,7 +11,8 @@ from chunkq.errors import ArgumentError, JobError
 from chunkq.job.absolute_paths import make_absolute
 from chunkq.job.class_names import with_class_names
 from chunkq.job.image_job import is_over_images
-from chunkq.job.job_file import Job, parse_job
+from chunkq.job.job_file import Job
+from chunkq.job.job_parsing import parse_job
 from chunkq.job.job_path import canonical
 from chunkq.job.output_name import check_new_output
 from chunkq.paths import absolute_input

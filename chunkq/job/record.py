@@ -15,7 +15,8 @@ from chunkq.errors import ChunkqError, ErrorCode, JobError, StoreError
 from chunkq.geometry.levels import Level
 from chunkq.job.file_hashes import changed_files, hash_files
 from chunkq.job.items import Image, Item, images_of, items_of, largest_image
-from chunkq.job.job_file import Job, parse_job
+from chunkq.job.job_file import Job
+from chunkq.job.job_parsing import parse_job
 from chunkq.job.job_path import PRECOMPUTED
 from chunkq.job.output_name import FileName
 from chunkq.job.pyramids import levels_of, pyramid_problems

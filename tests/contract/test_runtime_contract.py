@@ -24,7 +24,7 @@ from chunkq_worker.steps import Steps
 
 from chunkq.blend.combine import activate, add_weighted, to_labels, to_numpy, to_votes
 from chunkq.errors import ErrorCode, ModelError
-from chunkq.job.job_file import parse_job
+from chunkq.job.job_parsing import parse_job
 from chunkq.job.model_config import ModelConfig
 from chunkq.plan.plan import Plan
 from chunkq.plan.volume import Volume

@@ -27,13 +27,14 @@ from hypothesis import strategies as st
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.geometry.axes import Axis
 from chunkq.geometry.box import Box
+from chunkq.job.output_name import WRITTEN
 from chunkq.storage.images import find_source
 from chunkq.storage.selection import Selection
 from chunkq.writers import blocks as blocks_module
-from chunkq.writers.base import ExportWriter, ImageToWrite, WriterOptions
+from chunkq.writers.base import ExportWriter, FileWriter, ImageToWrite, WriterOptions
 from chunkq.writers.blocks import Blocks, slabs, tiles
 from chunkq.writers.copying import copy_image
-from chunkq.writers.registry import WRITERS
+from chunkq.writers.registry import FILE_WRITERS, WRITERS
 from tests.harness.arrays import ArrayInMemory
 
 Voxels = npt.NDArray[Any]
@@ -154,6 +155,13 @@ def arranged(names: str, values: Voxels, wanted: str) -> Voxels:
     kept = [name for name in wanted if name in names]
     moved = values.transpose([names.index(name) for name in kept])
     return moved.reshape([moved.shape[kept.index(n)] if n in kept else 1 for n in wanted])
+
+
+def test_only_writers_of_files_have_a_size() -> None:
+    assert {name for name, kind in WRITERS.items() if issubclass(kind, FileWriter)} == {
+        *FILE_WRITERS
+    }
+    assert {*WRITTEN.values()} == {*FILE_WRITERS}  # the names of files that jobs write
 
 
 @pytest.mark.parametrize("names", IMAGES)

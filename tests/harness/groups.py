@@ -8,8 +8,8 @@ import pytest
 
 SECONDS = {
     "ray": 149,
-    "dask": 104,
     "redis_crashes": 80,
+    "dask": 77,
     "slurm": 67,
     "replaced_jobs": 63,
     "device_chunks": 55,
@@ -50,6 +50,7 @@ SECONDS = {
     "fuzz": 23,
     "redis_command": 23,
     "commands": 22,
+    "dask_runs": 22,
     "ingest": 22,
     "stored_sizes": 22,
     "executor_model": 21,

@@ -1,6 +1,7 @@
 """Run commands in separate processes and check how they end."""
 
 import contextlib
+import os
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -139,3 +140,24 @@ def kill_all(pids: Iterable[int]) -> None:
             process = psutil.Process(pid)
             if not any(RESOURCE_TRACKER in part for part in process.cmdline()):
                 process.kill()
+
+
+MISSING_PACKAGES = """
+import sys
+
+class MissingFinder:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {names}:
+            raise ModuleNotFoundError("No module named " + repr(name), name=name)
+
+sys.meta_path.insert(0, MissingFinder())
+"""
+"""Code that hides the packages with these names from a process."""
+
+
+def startup_hook(folder: Path, code: str) -> str:
+    """Write code that Python processes run at their start; return their PYTHONPATH."""
+    hooks = folder / f"hooks-{len(list(folder.glob('hooks-*')))}"
+    hooks.mkdir()
+    (hooks / "sitecustomize.py").write_text(code)
+    return os.pathsep.join(filter(None, [str(hooks), os.environ.get("PYTHONPATH")]))

@@ -3,7 +3,8 @@
 import os
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 from chunkq.job.tasks import chunk_name
 from tests.harness.networks import NETWORK, RUNTIME
+from tests.harness.processes import CommandResult
 from tests.harness.volumes import write_zarr
 from tests.harness.waiting import wait_until
 from tests.harness.workspace import Workspace
@@ -150,3 +152,12 @@ class StandardWorkspace(Workspace):
             }
             for index in plan.active_indices()
         }
+
+
+def run_all(
+    workspace: StandardWorkspace, *commands: Sequence[str], **environment: str
+) -> list[CommandResult]:
+    """Run commands in parallel processes; return their results."""
+    with ExitStack() as stack:
+        clis = [stack.enter_context(workspace.start(*each, **environment)) for each in commands]
+        return [cli.wait() for cli in clis]

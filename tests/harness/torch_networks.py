@@ -13,7 +13,7 @@ from chunkq_worker.runtimes.base import Runtime, load_runtime
 from chunkq_worker.steps import Steps
 
 from chunkq.errors import ErrorCode, ModelError
-from chunkq.job.job_file import parse_job
+from chunkq.job.job_parsing import parse_job
 from chunkq.plan.volume import Volume
 from tests.harness.predictions import each_prediction
 from tests.strategies import JobPlan

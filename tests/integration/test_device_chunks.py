@@ -27,7 +27,7 @@ from chunkq.blend.streaming import OutputStream, regions
 from chunkq.blend.sums import Contribution
 from chunkq.blend.weights import ArrayWeights, Weights
 from chunkq.errors import ErrorCode, ModelError, PredictionError
-from chunkq.job.job_file import parse_job
+from chunkq.job.job_parsing import parse_job
 from chunkq.job.user_code import load_blend_weights
 from chunkq.plan.chunk import Chunk
 from chunkq.plan.footprint import extra_device_bytes

@@ -10,7 +10,7 @@ import torch
 from chunkq_worker.predictor import Predictor
 
 from chunkq.errors import ErrorCode, JobError, ModelError, PredictionError
-from chunkq.job.job_file import parse_job
+from chunkq.job.job_parsing import parse_job
 from chunkq.job.resolve import resolve
 from chunkq.plan.volume import Volume
 from tests.harness.assertions import assert_contains

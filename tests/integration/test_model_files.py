@@ -25,7 +25,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.job.allowed_paths import ALLOW_VARIABLE
-from chunkq.job.job_file import parse_job
+from chunkq.job.job_parsing import parse_job
 
 SHAPE = (8, 8, 1)
 Change = Callable[[str, bytes], bytes]

@@ -19,7 +19,8 @@ from chunkq_worker.steps import Steps
 
 from chunkq.errors import ErrorCode, JobError, ModelError
 from chunkq.install_hint import install_command
-from chunkq.job.job_file import job_schema, parse_job
+from chunkq.job.job_file import job_schema
+from chunkq.job.job_parsing import parse_job
 from chunkq.job.model_config import ModelConfig
 from tests.harness.assertions import assert_contains
 from tests.harness.volumes import random_volume, read_output, write_zarr

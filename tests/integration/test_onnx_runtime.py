@@ -31,7 +31,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.install_hint import install_command
-from chunkq.job.job_file import parse_job
+from chunkq.job.job_parsing import parse_job
 from chunkq.job.model_config import ModelConfig
 from chunkq.plan.volume import Volume
 from tests.harness.assertions import assert_contains

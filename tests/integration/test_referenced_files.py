@@ -10,7 +10,8 @@ from chunkq_worker.run_task import run_task
 from chunkq.errors import ErrorCode, JobError, ModelError
 from chunkq.job.allowed_paths import ALLOW_VARIABLE
 from chunkq.job.file_hashes import changed_files, hash_files
-from chunkq.job.job_file import Job, parse_job
+from chunkq.job.job_file import Job
+from chunkq.job.job_parsing import parse_job
 from chunkq.queue.contract.executor import Attempt
 from tests.harness.small_job import small_workspace
 from tests.harness.workspace import Workspace

@@ -26,7 +26,7 @@ from chunkq_worker.steps import Steps
 
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.install_hint import install_command
-from chunkq.job.job_file import parse_job
+from chunkq.job.job_parsing import parse_job
 from chunkq.job.job_reading import load_job
 from chunkq.job.model_config import ModelConfig
 from chunkq.job.record import JobRecord

@@ -163,6 +163,7 @@ def test_a_preview_shows_keypoints_in_a_picture_and_in_a_video(
     assert abs(row - y) <= 4
     assert abs(column - x) <= 4
     wrong = [(table, "--rows", "90:"), (table, "--to", "x.txt"), ("none.parquet",), ("out.slp",)]
+    wrong.append((table, "--to", "missing/x.mp4"))
     for arguments in wrong:
         assert workspace.call("preview", *arguments).code == 2
 
@@ -208,12 +209,13 @@ def test_chunks_of_a_video_that_was_replaced_fail_and_the_job_is_another_one(
     assert len(points_of(tmp_path / "out.parquet")) == 20
 
 
-def test_a_preview_needs_nothing_of_the_columns_of_a_list_and_names_a_missing_image(
+def test_columns_of_a_list_are_no_predictions_and_a_missing_image_is_named(
     tmp_path: Path,
 ) -> None:
     Image.new("L", (WIDTH, 2), 99).save(tmp_path / "a.png")
     (tmp_path / "list.csv").write_text("path,frame,label,score\na.png,left,b,high\n")
-    run_inline(video_job(tmp_path, tmp_path, input=str(tmp_path / "list.csv")))
+    _, report = run_inline(video_job(tmp_path, tmp_path, input=str(tmp_path / "list.csv")))
+    assert report["images"]["predicted"] is None
     for name in ("preview.png", "preview.mp4"):
         arguments = ("out.parquet", "--to", name)
         Workspace(tmp_path, {}).call("preview", *arguments).ok()

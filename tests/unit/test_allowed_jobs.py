@@ -23,8 +23,9 @@ from chunkq.job.allowed_paths import (
     allowed_job_path,
     with_allowed_files,
 )
-from chunkq.job.job_file import Job, parse_job
+from chunkq.job.job_file import Job
 from chunkq.job.job_folder import RECORD, JobFolder
+from chunkq.job.job_parsing import parse_job
 from chunkq.job.job_reading import load_job
 from chunkq.job.ledger import ItemLedger
 from chunkq.job.model_config import ModelConfig

@@ -12,7 +12,7 @@ from chunkq_producer.worker_command import RunOptions
 from chunkq_worker.child_process import ChildProcess
 
 from chunkq.job.events import ignore
-from chunkq.job.job_file import parse_job
+from chunkq.job.job_parsing import parse_job
 from chunkq.queue.registry import QUEUE_VARIABLE
 from tests.harness.networks import toy_model
 

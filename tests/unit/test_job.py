@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from chunkq.access import Access
 from chunkq.errors import ErrorCode, JobError
-from chunkq.job.job_file import Job, job_schema, parse_job
+from chunkq.job.job_file import Job, job_schema
+from chunkq.job.job_parsing import parse_job
 from chunkq.job.job_reading import load_job
 from chunkq.job.model_config import ModelConfig
 from tests.strategies import job_values

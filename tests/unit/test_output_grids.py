@@ -15,7 +15,8 @@ from chunkq.blend.patch_weights import PatchWeights
 from chunkq.blend.sums import Accumulator, Contribution, finalize_sums
 from chunkq.errors import JobError
 from chunkq.geometry.box import Box
-from chunkq.job.job_file import Job, parse_job
+from chunkq.job.job_file import Job
+from chunkq.job.job_parsing import parse_job
 from chunkq.job.resolve import common_multiple, resolve
 from chunkq.job.user_code import load_blend_weights
 from chunkq.plan.chunk import Index, Piece

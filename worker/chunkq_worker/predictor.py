@@ -29,7 +29,8 @@ from chunkq.geometry.axes import plain_axes
 from chunkq.job.events import Sink, StageProgress
 from chunkq.job.image_job import IMAGE
 from chunkq.job.items import Image, images_of
-from chunkq.job.job_file import Job, parse_job
+from chunkq.job.job_file import Job
+from chunkq.job.job_parsing import parse_job
 from chunkq.job.job_reading import job_values, load_job
 from chunkq.job.known_empty import MISSING
 from chunkq.job.mask_source import nothing_inside

@@ -4,16 +4,24 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from tests.harness.processes import RunningCommand
+from tests.harness.processes import CommandResult, RunningCommand
 from tests.harness.servers.redis import free_port
-from tests.harness.standard_job import StandardWorkspace
+from tests.harness.standard_job import StandardJob, StandardWorkspace
 from tests.harness.waiting import TIMEOUT, wait_until
 
 HOST = "127.0.0.1"
 SCHEDULER = "distributed.cli.dask_scheduler"
 WORKER = "distributed.cli.dask_worker"
+SHORT_TIMEOUT = """
+import chunkq.queue.backends.dask.executor
+
+chunkq.queue.backends.dask.executor.CONNECT_SECONDS = 1.0
+"""
+"""Code that lets a process give up soon a scheduler that does not answer."""
 
 
 class DaskCluster:
@@ -83,3 +91,30 @@ class DaskCluster:
         assert command.process.poll() is None, command.output()
         with socket.socket() as connection:
             return connection.connect_ex((HOST, self.port)) == 0
+
+
+def assert_refused(result: CommandResult, code: int, *fragments: str) -> None:
+    """Assert that a command failed with one line that contains the fragments."""
+    result.refused(code, "chunkq: queue: ", *fragments)
+    assert len(result.err.splitlines()) == 1, result.err
+
+
+@contextmanager
+def running_cluster(
+    cluster: DaskCluster, workspace: StandardWorkspace, **environment: str
+) -> Iterator[list[RunningCommand]]:
+    """Start a scheduler with two workers, of which one has two threads."""
+    cluster.scheduler()
+    yield [cluster.worker(workspace, 1, **environment), cluster.worker(workspace, 2, **environment)]
+
+
+def workspace_for_cluster(
+    cluster: DaskCluster, standard_job: StandardJob, folder: Path
+) -> StandardWorkspace:
+    """Return a workspace whose job file has the address of a running cluster."""
+    config = {"address": f"tcp://{HOST}:{cluster.port}"}
+    workspace = standard_job.workspace(
+        folder, {"cluster": "running", "dask_config": config}, url=cluster.url
+    )
+    assert workspace.job_file.exists()
+    return workspace

@@ -9,6 +9,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.images.image_list import find_images, join_lists
@@ -32,6 +33,16 @@ def relative(folder: Path, paths: list[str]) -> list[str]:
 def test_a_folder_has_its_images_sorted_and_nothing_else(folder: Path) -> None:
     images = find_images(str(folder))
     assert relative(folder, images.paths) == ["a.jpg", "b.png", "sub/c.TIF", "sub/d.webp"]
+
+
+def test_a_folder_has_the_images_of_every_common_format(tmp_path: Path) -> None:
+    formats = ("JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000", "AVIF", "QOI")
+    Image.init()
+    suffixes = {s for s, name in Image.registered_extensions().items() if name in formats}
+    names = sorted(f"image{suffix}" for suffix in suffixes - {".avifs"})
+    for name in names:
+        (tmp_path / name).touch()
+    assert relative(tmp_path, find_images(str(tmp_path)).paths) == names
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,8 @@ def preview(output: str, to: Path, rows: str | None) -> None:
         raise JobError(
             f"--to: {to} has an unknown suffix; use one of {', '.join((*PICTURES, *VIDEOS))}"
         )
+    if not to.parent.is_dir():
+        raise JobError(f"--to: the folder {to.parent} is missing; create it, or fix the path")
     try:
         from chunkq_worker.images.preview import SIDE, annotated, write_picture, write_video
     except ImportError as error:
@@ -126,7 +128,7 @@ def _columns(job: JobHandle) -> Any:
         columns[FRAME] = pa.int64()
     if keys.peaks is not None:
         columns[KEYPOINTS] = COLUMN_TYPES[KEYPOINTS]
-    elif keys.keep != "features":
+    if keys.predicts_classes:
         columns |= {"label": pa.string(), "score": pa.float32()}
     return pa.schema(columns)
 

@@ -17,7 +17,8 @@ from chunkq.job.axis_order import (
     join,
     split,
 )
-from chunkq.job.job_file import Job, parse_job
+from chunkq.job.job_file import Job
+from chunkq.job.job_parsing import parse_job
 from chunkq.job.record import JobRecord
 from chunkq.plan.footprint import footprint
 from chunkq.plan.outputs import Activation

@@ -1,4 +1,4 @@
-"""The error for a job file that pydantic refuses: one line per mistake."""
+"""Validation of the keys of a job: a `Job`, or an error with one line per mistake."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from chunkq.errors import JobError
-from chunkq.job.error_lines import error_line, without_branches
+from chunkq.job.image_job import with_image_defaults
 from chunkq.job.job_file import Job
 
 PLACEHOLDER_MODEL = MappingProxyType(
@@ -18,8 +18,20 @@ PLACEHOLDER_MODEL = MappingProxyType(
 )
 
 
-def invalid_job_error(values: Mapping[str, Any], error: ValidationError) -> JobError:
-    """Return the error for keys with absolute paths, with all that is wrong with them."""
+def parse_job(values: Mapping[str, Any]) -> Job:
+    """Validate a mapping with absolute paths. Raises JobError with one line per mistake."""
+    values = with_image_defaults(values)
+    try:
+        return Job.model_validate(values)
+    except ValidationError as error:
+        problem = _invalid_job_error(values, error)
+    raise problem
+
+
+def _invalid_job_error(values: Mapping[str, Any], error: ValidationError) -> JobError:
+    """Return the error for keys that pydantic refuses, with all that is wrong with them."""
+    from chunkq.job.error_lines import error_line, without_branches  # of invalid jobs only
+
     errors: list[Any] = _independent(error.errors())
     has_one_input = not isinstance(values.get("input"), (list, tuple))
     for detail in errors:
