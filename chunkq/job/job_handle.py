@@ -123,9 +123,13 @@ class JobHandle:
         """Raise MissingJobError if the job folder was deleted or belongs to another job."""
         record = self.folder.read_record()
         if record is None or record.epoch != self.record.epoch:
+            reason = (
+                "the job was deleted while it ran, or this machine no longer sees its folder"
+                if record is None
+                else "the job was replaced while it ran"
+            )
             raise MissingJobError(
-                f"{without_secret(self.folder.output)}: the job was deleted or replaced while it "
-                "ran; its results are discarded",
+                f"{without_secret(self.folder.output)}: {reason}; its results are discarded",
                 code=ErrorCode.JOB_REPLACED,
             )
 
@@ -419,9 +423,10 @@ def _check_source(source: ImageSource, identity: str, key: str) -> None:
     if current is None:
         raise ChunkReadError(f"{key}: {path} is missing; restore it", code=ErrorCode.INPUT_MISSING)
     if current != identity:
+        from chunkq.storage.formats.single_file import replaced_text  # for a message only
+
         raise ChunkReadError(
-            f"{key}: {path} was replaced since the job was produced (its size or time of "
-            "change differs); restore it together with its time, or use --overwrite to start again",
+            f"{key}: {replaced_text(source.path, 'the job was produced', identity, current)}",
             code=ErrorCode.INPUT_CHANGED,
         )
 

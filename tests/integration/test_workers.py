@@ -153,7 +153,7 @@ def test_worker_processes_get_the_options_and_unique_names(fake_workers: FakeWor
     expected = {"queue": fake_workers.queue_url, "depth": 2, "burst": True, "job": JOB.path}
     expected |= {"deadline": None, "time_limit": None, "quiet": False}
     assert all(value.pop("loading") > 2 for value in options)
-    expected |= {"is_early": False, "report": None, "environment": {}}
+    expected |= {"is_early": False, "report": None, "environment": {}, "is_cut_off": False}
     assert options == [expected] * 2
 
 

@@ -278,8 +278,13 @@ def test_a_run_says_once_that_a_cluster_has_no_room_and_once_that_it_has(
     assert logged(False, NO_ROOM_SECONDS + 1) == ["no room"]
     assert logged(False, 100) == []
     assert logged(True, 1) == ["room"]
+    host.expire_workers("node")  # it leaves in order
+    host.release("worker-1", counted=False)
+    assert logged(True, LOST_WORKER_LEASE + 1) == []
+    request(host, "register_worker", "worker-1", "node", True)
     host.expire_workers("node")
-    host.expire_workers("node")
+    assert logged(True, 1) == []
+    now += LOST_WORKER_LEASE
     assert [line.split()[2:6] for line in logged(True, 1)] == [["1", "worker", "process", "was"]]
     assert logged(True, 1) == []
 
@@ -302,3 +307,25 @@ def test_the_chunks_of_a_suspended_actor_get_others_and_the_run_does_not_wait_fo
     request(host, "cancel", *JOB)
     launcher._update("group", [{"CPU": 1}])
     assert request(host, "group_status", "group")["result"]["is_over"]
+
+
+def test_a_new_queue_of_ray_ends_the_workers_that_wait_for_a_node_and_for_a_lost_queue(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from chunkq.queue.backends.ray import launcher, queue_actor
+
+    actors = {
+        number: {"ActorClassName": kind, "Name": name}
+        for number, (kind, name) in enumerate([("ChunkqWorker", "a"), ("Other", "b")])
+    }
+    asked, killed = [], []
+
+    def find(actor_state_name: str) -> dict[int, dict[str, str]]:
+        asked.append(actor_state_name)
+        return actors
+
+    monkeypatch.setattr(launcher.state, "actors", find)
+    monkeypatch.setattr(launcher.ray, "get_actor", lambda name, namespace: name)
+    monkeypatch.setattr(launcher.ray, "kill", killed.append)
+    assert queue_actor.ChunkqQueue()._launcher
+    assert (asked, killed) == (["PENDING_CREATION"], ["a"])

@@ -361,7 +361,8 @@ class _TaskLoops:
             self._options.skipped_jobs.add(job)
         if is_new:
             log.warning(
-                "%s; skipping its tasks on the queue (epoch %s), `chunkq cancel` removes them",
+                "%s; skipping its tasks on the queue (epoch %s); if the job is gone, "
+                "`chunkq cancel` removes them",
                 error,
                 job.epoch,
             )

@@ -87,6 +87,9 @@ class QueueHost:
         self._loading_deaths: Counter[str] = Counter()
         self._workers: defaultdict[str, set[str]] = defaultdict(set)
         self._lost_processes = 0
+        self._leaving: dict[str, float] = {}
+        """Remote worker whose process has ended -> time (s, monotonic) until which it may report
+        that it leaves in order."""
         self._expected: dict[str, float] = {}
         """Remote worker -> time (s, monotonic) until which it sends a request, if it runs."""
         self._groups: defaultdict[str, WorkerGroup] = defaultdict(WorkerGroup)
@@ -196,6 +199,8 @@ class QueueHost:
         names = {worker, *self._workers.pop(worker, ())}
         self._loading -= names
         self._forget(names)
+        for name in names:
+            self._leaving.pop(name, None)
         return sum(self._table.release(name, counted) for name in names)
 
     def extend(self, worker: str, seconds: float) -> None:
@@ -242,7 +247,8 @@ class QueueHost:
         unless the process dies again and again. Return whether a worker had its network.
         """
         workers = self._workers.pop(owner, set())
-        self._lost_processes += not workers.isdisjoint(self._expected)
+        lost_at = time.monotonic() + LOST_WORKER_LEASE
+        self._leaving |= dict.fromkeys(workers & self._expected.keys(), lost_at)
         self._forget(workers)
         for worker in workers - self._loading:
             self._table.shorten(worker, LOST_WORKER_LEASE)
@@ -312,10 +318,18 @@ class QueueHost:
             "is_needed": bool(queued) or not running,
             "is_over": self._is_over(group),
             "has_room": group.has_room,
-            "lost_processes": self._lost_processes,
+            "lost_processes": self._count_lost(),
             "ended": group.ended,
             "messages": group.messages,
         }
+
+    def _count_lost(self) -> int:
+        """Return how many processes of remote workers have died since this head started."""
+        lost = [name for name, until in self._leaving.items() if until < time.monotonic()]
+        for name in lost:
+            del self._leaving[name]
+        self._lost_processes += len(lost)
+        return self._lost_processes
 
     def stop_group(self, name: str) -> None:
         """Make remote workers finish their tasks in flight and end."""

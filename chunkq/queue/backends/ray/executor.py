@@ -50,6 +50,8 @@ from chunkq.terminal import without_colors
 log = logging.getLogger("chunkq.queue")
 
 POLL_SECONDS = 0.2
+UNUSED_SECONDS = 60.0
+"""Time after which an actor that was started and gets no work kills itself."""
 END_SECONDS = 10.0
 """Time after which an actor whose worker has ended kills itself, if the queue has not killed it."""
 GRANT_SECONDS = 15.0
@@ -229,6 +231,9 @@ class ChunkqWorker:
         discard_blocked_sigterm()
         self._options: WorkerOptions | None = None
         self._output = output
+        self._is_used = threading.Event()
+        if output:  # created by a queue, which may have died meanwhile
+            _kill_later(UNUSED_SECONDS, self._is_used)
 
     def __repr__(self) -> str:
         """Return the name that Ray's dashboard and logs show."""
@@ -274,6 +279,7 @@ class ChunkqWorker:
 
         `owner` is the name of this actor. The queue that has called this ends the actor.
         """
+        self._is_used.set()
         discard_blocked_sigterm()
         _hide_ungranted_gpus()
         queue = RayExecutor("ray://auto")
@@ -287,13 +293,20 @@ class ChunkqWorker:
                 record(group, [f"{type(error).__name__}: {first_line(error)}"], name)
             raise
         finally:  # the queue may be lost, and an idle actor would keep its device
-            end = threading.Timer(END_SECONDS, _kill, [ray.get_runtime_context().current_actor])
-            end.daemon = True
-            end.start()
+            _kill_later(END_SECONDS)
 
 
-def _kill(actor: Any) -> None:
-    ray.kill(actor, no_restart=True)
+def _kill_later(seconds: float, unless: threading.Event | None = None) -> None:
+    """Kill the actor of this process after a time, unless an event is set then."""
+    actor = ray.get_runtime_context().current_actor
+
+    def kill() -> None:
+        if unless is None or not unless.is_set():
+            ray.kill(actor, no_restart=True)
+
+    end = threading.Timer(seconds, kill)
+    end.daemon = True
+    end.start()
 
 
 def _response(reference: Any) -> str:

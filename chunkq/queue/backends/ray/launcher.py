@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private import state
 
 from chunkq.queue.backends.hosted.queue_host import MAX_LOADING_DEATHS, QueueHost, WorkerGroup
 from chunkq.queue.backends.ray.connection import NAMESPACE
@@ -146,6 +147,18 @@ def room_for_workers(nodes: Iterable[Mapping[str, float]], group: WorkerGroup) -
     if group.gpu:
         return sum(int(node.get("GPU", 0)) for node in nodes)
     return sum(int(node.get("CPU", 0) // group.cores) for node in nodes)
+
+
+def end_leftover_workers() -> None:
+    """End remote workers that wait for a node and whose queue has died.
+
+    They would take the first room there is, and nobody would give them chunks. Call this before a
+    new queue creates workers.
+    """
+    for actor in state.actors(actor_state_name="PENDING_CREATION").values():
+        with suppress(ValueError):  # another program's actor, or the queue
+            if actor["ActorClassName"] == "ChunkqWorker":
+                ray.kill(ray.get_actor(actor["Name"], NAMESPACE))
 
 
 def _end(worker: _Worker) -> None:

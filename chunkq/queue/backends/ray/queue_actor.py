@@ -10,7 +10,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from chunkq.queue.backends.hosted.queue_host import QueueHost
 from chunkq.queue.backends.ray.connection import NAMESPACE
-from chunkq.queue.backends.ray.launcher import RemoteWorkerLauncher
+from chunkq.queue.backends.ray.launcher import RemoteWorkerLauncher, end_leftover_workers
 from chunkq.queue.backends.ray.metrics import QueueMetrics
 
 QUEUE_ACTOR = "queue"
@@ -25,6 +25,7 @@ class ChunkqQueue:
 
     @cached_property
     def _launcher(self) -> RemoteWorkerLauncher:
+        end_leftover_workers()
         return RemoteWorkerLauncher(self._host)
 
     @cached_property
