@@ -226,11 +226,28 @@ def borders_plot(sizes: Sequence[tuple[str, Values]], path: Path) -> None:
 def workers(results: Values, folder: Path) -> list[str]:
     """Return the comparison of one worker process with two."""
     speedup, bare = results["chunkq"], results["bare"]
+    least = 0.97 * bare
+    rounds = {
+        name: " ".join(f"{each:.2f}" for each in ratios)
+        for name, ratios in results.get("speedups", {}).items()
+    }
     return table(
-        ("", "1 → 2 processes", "target", ""),
+        ("", "1 → 2 processes", "rounds", "target", ""),
         [
-            ("chunkq", f"{speedup:.2f} ×", "at least 1.85 ×", verdict(speedup >= 1.85)),
-            ("bare forward loops: the machine's limit", f"{bare:.2f} ×", "", ""),
+            (
+                "chunkq",
+                f"{speedup:.2f} ×",
+                rounds.get("chunkq", ""),
+                f"at least {least:.2f} ×, 0.97 of the limit",
+                verdict(speedup >= least),
+            ),
+            (
+                "bare forward loops: the machine's limit",
+                f"{bare:.2f} ×",
+                rounds.get("bare", ""),
+                "",
+                "",
+            ),
         ],
     )
 

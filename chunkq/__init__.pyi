@@ -2,7 +2,9 @@
 from collections.abc import Mapping
 
 from chunkq_producer.api import finalize as finalize
+from chunkq_producer.api import plan as plan
 from chunkq_producer.api import produce as produce
+from chunkq_producer.api import report as report
 from chunkq_producer.api import run as run
 from chunkq_producer.api import status as status
 from chunkq_producer.api import verify as verify

@@ -9,8 +9,12 @@ from functools import cache, lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
+from chunkq.web_requests import counting_client
+
 S3_SCHEMES = frozenset({"s3", "s3a"})
 GCS_SCHEMES = frozenset({"gs", "gcs"})
+WEB_SCHEMES = frozenset({"http", "https"})
+"""Schemes of web servers."""
 BUCKET_SCHEMES = S3_SCHEMES | GCS_SCHEMES
 """Schemes for which an input can be `anonymous` or `requester_pays`."""
 MISSING_OR_DENIED = frozenset({"AccessDenied", "403"})
@@ -55,6 +59,8 @@ class Access:
             options |= {"anon": self.anonymous or not _has_credentials(_aws_environment())}
             if region := os.environ.get("AWS_REGION"):  # botocore reads AWS_DEFAULT_REGION only
                 options |= {"client_kwargs": {"region_name": region}}
+        elif scheme in WEB_SCHEMES:
+            options |= {"get_client": counting_client}
         elif self.anonymous and scheme in GCS_SCHEMES:
             options |= {"token": "anon"}
         if self.requester_pays:

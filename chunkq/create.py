@@ -30,6 +30,7 @@ from chunkq.plan.item_tasks import ItemTasks
 from chunkq.plan.plan import Plan
 from chunkq.plan.pyramid import Pyramid
 from chunkq.storage.formats.precomputed_metadata import INFO
+from chunkq.storage.formats.single_file import replaced_text
 from chunkq.storage.images import ImageSource
 from chunkq.storage.objects import ObjectFolder
 
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 UPDATED_KEYS = ("queue", "max_errors", "price")
 """Keys that a job which is continued has from its job file."""
+NIFTI = "nifti"
+"""Name of the format of NIfTI images, for inputs and for outputs."""
 ZARR_DOCUMENTS = (".zgroup", "0/.zarray", "zarr.json", "0/zarr.json", ".zarray")
 """Documents of which a Zarr store has some."""
 
@@ -146,7 +149,7 @@ def check_job(
                 f"output: {without_secret(job.output)} would overwrite the {name} "
                 f"{without_secret(path)}; choose another output"
             )
-    notes = (*check_exports(record), *check_outputs(record))
+    notes = (*check_exports(record), *check_outputs(record), *_lost_positions(record))
     doubts = [*doubts[:1], *pyramid_doubts(job, plans[0]), *notes]
     checked = CheckedJob(record, plans, (*_warnings(sources), *doubts), rows)
     if job.skip_empty == MISSING:
@@ -156,12 +159,24 @@ def check_job(
 
 def _warnings(sources: Sequence[ImageSource]) -> tuple[str, ...]:
     """Return lines about properties of the inputs that can be a mistake."""
-    lines = [line for source in sources for line in source.doubts()]
-    more = f" (the same holds for {len(lines) - 1} more inputs)" if len(lines) > 1 else ""
     return (
-        *(f"{line}{more}" for line in lines[:1]),
+        *_first([line for source in sources for line in source.doubts()]),
         *(line for source in sources for line in source.file_doubts()),
     )
+
+
+def _first(lines: Sequence[str]) -> tuple[str, ...]:
+    """Return the first of some lines of different inputs, with the number of the others."""
+    more = f" (the same holds for {len(lines) - 1} more inputs)" if len(lines) > 1 else ""
+    return tuple(f"{line}{more}" for line in lines[:1])
+
+
+def _lost_positions(record: JobRecord) -> tuple[str, ...]:
+    """Return a line if the output cannot hold the position of a NIfTI image."""
+    if record.file_name is not None and record.file_name.format == NIFTI:
+        return ()
+    lines = [f"input: {line}" for source in record.sources for line in source.lost_position()]
+    return _first(lines)
 
 
 def check_output(job: CheckedJob, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -258,11 +273,9 @@ def _check_same(stored: JobRecord, record: JobRecord) -> None:
         )
     pairs = zip(stored.sources, _flat_identities(stored), _flat_identities(record), strict=True)
     problems = [
-        f"input: {without_secret(source.path)} was replaced since {output} was produced "
-        "(its size or time of change differs); restore it together with its time, or use "
-        "--overwrite to start again"
-        for source, identity_then, identity_now in pairs
-        if identity_then != identity_now
+        f"input: {replaced_text(source.path, f'{output} was produced', before, now)}"
+        for source, before, now in pairs
+        if before != now
     ]
     if problems:
         raise JobError(problems, code=ErrorCode.INPUT_CHANGED)

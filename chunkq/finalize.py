@@ -32,6 +32,7 @@ from chunkq.stages.completion import JobCompletion, Pending, check_completion, n
 from chunkq.stages.registry import stage_of, stages
 from chunkq.timing.aggregation import aggregate_timing
 from chunkq.timing.diagnosis import advice, conclusion
+from chunkq.timing.report import Report
 
 BATCH_SIZE = 1000
 """Number of blocks submitted to the thread pool at a time; bounds memory."""
@@ -54,7 +55,7 @@ def finalize_job(
     threads: int | None = None,
     rerun: str | None = None,
     emit: Sink = ignore,
-) -> dict[str, Any]:
+) -> Report:
     """Run every task that can be run without the network, seal the output, return the report.
 
     With `allow_missing`, blocks that need a missing chunk stay empty and the output is marked as
@@ -93,7 +94,7 @@ def finalize_job(
             _raise_if_lost(job, lost)
             if not missing:
                 _raise_if_left(completion)
-            return _seal(completion, missing, warnings, run)
+            return Report(_seal(completion, missing, warnings, run))
 
 
 def _run_tasks(

@@ -72,9 +72,11 @@ API: MappingProxyType[str, str] = MappingProxyType(
     {
         "Predictor": "chunkq_worker.predictor:Predictor",
         "Prediction": "chunkq.blend.prediction:Prediction",
+        "plan": "chunkq_producer.api:plan",
         "run": "chunkq_producer.api:run",
         "produce": "chunkq_producer.api:produce",
         "status": "chunkq_producer.api:status",
+        "report": "chunkq_producer.api:report",
         "finalize": "chunkq_producer.api:finalize",
         "verify": "chunkq_producer.api:verify",
         "ChunkqError": "chunkq.errors:ChunkqError",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from chunkq.access import DEFAULT_ACCESS, S3_SCHEMES, Access, s3_filesystem
+from chunkq.access import DEFAULT_ACCESS, S3_SCHEMES, WEB_SCHEMES, Access, s3_filesystem
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.install_hint import install_command
 
@@ -23,8 +23,6 @@ QUEUE_SCHEMES = frozenset({"redis", "rediss", "unix"})
 
 LOCAL_SCHEMES = frozenset({"file", "local"})
 """Schemes of URLs that are local paths."""
-WEB_SCHEMES = frozenset({"http", "https"})
-"""Schemes of web servers."""
 FORMAT_SCHEMES = frozenset({"n5", "precomputed"})
 """Schemes that name the format of the path behind them, as in `n5://s3://bucket/key`."""
 MAX_FILES = 10_000

@@ -110,6 +110,8 @@ class CellBar:
 class ProgressDisplay:
     """Sink that shows messages, and the progress of one stage at a time.
 
+    Where no bar can be shown, a stage without items to count is one line at its start.
+
     Context manager: at its end, the bar disappears.
     """
 
@@ -180,6 +182,8 @@ class ProgressDisplay:
             self._start(event)
         elif is_notebook():
             self._cell_bar = self.show(CellBar())
+        elif event.total is None:  # no other line will say what takes so long
+            self.print(f"chunkq: {event.stage}")
 
     def _start(self, event: StageProgress) -> None:
         if event.total is None:

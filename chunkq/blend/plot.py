@@ -86,7 +86,7 @@ def row_of_panels(shapes: Sequence[tuple[int, int]]) -> tuple[Figure, list[Axes]
     tallest = max(0.25 * longest, *(height for height, _ in shapes))
     figure = Figure(
         figsize=(sum(widths) * inches + 0.6 * len(shapes), tallest * inches + 1.2),
-        layout="compressed",
+        layout="constrained",
     )
     return figure, list(figure.subplots(1, len(shapes), squeeze=False, width_ratios=widths)[0])
 

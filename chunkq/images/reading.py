@@ -9,10 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any, BinaryIO
 
-from chunkq.access import BUCKET_SCHEMES, DEFAULT_ACCESS, S3_SCHEMES, Access, is_forbidden
+from chunkq.access import (
+    BUCKET_SCHEMES,
+    DEFAULT_ACCESS,
+    S3_SCHEMES,
+    WEB_SCHEMES,
+    Access,
+    is_forbidden,
+)
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.images.image_error import ImageError
-from chunkq.paths import WEB_SCHEMES, is_url, is_web, mask_secrets, open_filesystem, without_secret
+from chunkq.paths import is_url, is_web, mask_secrets, open_filesystem, without_secret
 
 MAX_BYTES = 1 << 30
 """Largest file that is read as one image."""

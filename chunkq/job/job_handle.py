@@ -423,9 +423,10 @@ def _check_source(source: ImageSource, identity: str, key: str) -> None:
     if current is None:
         raise ChunkReadError(f"{key}: {path} is missing; restore it", code=ErrorCode.INPUT_MISSING)
     if current != identity:
+        from chunkq.storage.formats.single_file import replaced_text  # for a message only
+
         raise ChunkReadError(
-            f"{key}: {path} was replaced since the job was produced (its size or time of "
-            "change differs); restore it together with its time, or use --overwrite to start again",
+            f"{key}: {replaced_text(source.path, 'the job was produced', identity, current)}",
             code=ErrorCode.INPUT_CHANGED,
         )
 

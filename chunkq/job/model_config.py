@@ -60,7 +60,9 @@ class ModelConfig(Section):
             "Batches",
             "Shape of one item of a batch as the network receives it. One entry per spatial "
             "axis, or one more with the number of channels first. With runtime `tensorflow` or "
-            "`onnx` the channel axis can also be the last.",
+            "`onnx` the channel axis can also be the last. In a job over images it follows from "
+            "`image.crop`, or `image.resize` of two numbers; else set the shape of one image, such "
+            "as `[3, 48, 64]`.",
             example=[1, 64, 64, 64],
             unit="voxels",
             see="guides/models.md#where-the-channels-are",

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from chunkq.access import BUCKET_SCHEMES
+from chunkq.access import BUCKET_SCHEMES, WEB_SCHEMES
 from chunkq.errors import ErrorCode, JobError
 from chunkq.job.job_path import PRECOMPUTED, canonical, output_path, printable_path
-from chunkq.paths import FORMAT_SCHEMES, LOCAL_SCHEMES, WEB_SCHEMES, is_url
+from chunkq.paths import FORMAT_SCHEMES, LOCAL_SCHEMES, is_url
 
 _SUFFIXES = {
     "a TIFF file": "tif tiff btf tf8 lsm svs ndpi",

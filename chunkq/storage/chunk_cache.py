@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from chunkq.errors import JobError
+from chunkq.web_requests import RECEIVED
 
 VARIABLE = "CHUNKQ_CACHE_BYTES"
 """Environment variable with the size of the cache (bytes)."""
@@ -48,21 +49,33 @@ def context() -> Any:
 
 
 class FetchCounter:
-    """Counts what this process fetches through tensorstore. Its methods are thread-safe."""
+    """Counts what this process fetches through tensorstore, and from web servers through fsspec.
+
+    Its methods are thread-safe.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._taken = Fetched()
+        self._taken = Fetched(), Fetched()
 
-    def take(self) -> Fetched:
-        """Return what was fetched since the last call."""
+    def take(self, *, has_storage_chunks: bool = True) -> Fetched:
+        """Return what was fetched since the last call.
+
+        Unless an input `has_storage_chunks`, what tensorstore has fetched is of outputs only, and
+        is left out.
+        """
         with self._lock:
-            before, self._taken = self._taken, _total()
-        return Fetched(self._taken.requests - before.requests, self._taken.bytes - before.bytes)
+            before, self._taken = self._taken, (_by_tensorstore(), Fetched(*RECEIVED.total()))
+            (stored, web), (stored_before, web_before) = self._taken, before
+        requests, received = web.requests - web_before.requests, web.bytes - web_before.bytes
+        if has_storage_chunks:
+            requests += stored.requests - stored_before.requests
+            received += stored.bytes - stored_before.bytes
+        return Fetched(requests, received)
 
 
-def _total() -> Fetched:
-    """Return what this process has fetched since it started."""
+def _by_tensorstore() -> Fetched:
+    """Return what this process has fetched through tensorstore since it started."""
     import tensorstore as ts
 
     requests = received = 0

@@ -17,7 +17,7 @@ from chunkq.plan.fetches import Fetches, axis_fetches, picked_fetches
 from chunkq.plan.volume import Volume
 from chunkq.storage.array import Array
 from chunkq.storage.axes_view import AxesView
-from chunkq.storage.formats.base import CACHED, ORIENTATION, ArrayInfo, Options
+from chunkq.storage.formats.base import AFFINE, CACHED, ORIENTATION, ArrayInfo, Options
 from chunkq.storage.formats.registry import format_named, format_of
 from chunkq.storage.oriented import Orientation, OrientedArray
 from chunkq.storage.remedies import JOB_FILE, Remedies
@@ -116,6 +116,21 @@ class ImageSource:
         has_format = self.format not in ("", IMAGE_LIST)
         lines = format_named(self.format).doubts(self.path, self.options) if has_format else ()
         return tuple(f"input: {without_secret(self.path)}: {line}" for line in lines)
+
+    def lost_position(self) -> tuple[str, ...]:
+        """Return a line if the axes cannot hold the position of a NIfTI image."""
+        if AFFINE not in self.options:
+            return ()
+        from chunkq.storage.formats.nifti import lost_position  # for such images only
+
+        sizes = [axis.size for axis in self.axes if axis.kind == "space"]
+        how = lost_position(self.options, sizes[::-1])
+        line = (
+            f"{without_secret(self.path)}: its axes are {how} relative to those of the scanner; "
+            "the output has the voxel sizes and no position; `chunkq convert` to NIfTI writes it "
+            "with the whole affine"
+        )
+        return (line,) if how else ()
 
     def open(self, *, cached: bool = False) -> Array:
         """Open all of the array, as it is stored. Raises StoreError if it cannot be opened.

@@ -21,12 +21,15 @@ from chunkq.job.job_path import job_folder_of, output_path
 from chunkq.job.job_reading import load_job
 from chunkq.queue.contract.executor import Executor
 from chunkq.queue.registry import open_executor, queue_url
+from chunkq.timing.report import Report
 from chunkq.verify import verify_job
 from chunkq_producer.check_model import complete_job
 from chunkq_producer.distribute import distribute as finalize_on_workers
 from chunkq_producer.engine import queue_of
+from chunkq_producer.job_plan import JobPlan, plan_job, with_model_check
 from chunkq_producer.job_status import JobStatus, WorkersRunning, job_status
 from chunkq_producer.produce import launch_cluster_workers, produce_job
+from chunkq_producer.reports.job_report import JobReport, load_job_report
 from chunkq_producer.runner import run_job
 from chunkq_producer.verify_report import VerifyReport
 from chunkq_producer.worker_command import RunOptions
@@ -53,13 +56,14 @@ def run(
     depth: int | None = None,
     overwrite: bool = False,
     progress: Callable[[JobStatus], None] | None = None,
-) -> dict[str, Any]:
+) -> Report:
     """Produce, compute and finalize a job with worker processes on this machine.
 
     Equivalent to `chunkq run`; the arguments are the options of that command. While workers run,
     `progress` is called regularly with the job's status, in the calling thread. Returns the
-    report that `finalize` writes. An interrupted run continues with the same call. Warnings of
-    workers are logged to `chunkq.run`.
+    report that `finalize` writes, a dict with a short representation; `chunkq.report` returns it
+    with types. An interrupted run continues with the same call. Warnings of workers are logged to
+    `chunkq.run`.
 
     Raises JobError or StoreError if the job is invalid, ModelError if the network cannot be
     loaded, IncompleteError with the failed chunks (their causes are in its notes and in
@@ -107,6 +111,37 @@ def produce(
     return result
 
 
+def plan(
+    job: JobSource,
+    *,
+    input: PathOrUrl | None = None,
+    output: PathOrUrl | None = None,
+    check_model: bool = False,
+    depth: int | None = None,
+) -> JobPlan:
+    """Check a job and return what it computes and costs. Write nothing.
+
+    Equivalent to `chunkq plan`: `rows()` has its lines, and `as_dict()` what `--json` prints. With
+    `check_model`, the network runs on a few patches and chunks in another process, which measures
+    time and memory. `depth` is the number of chunks in flight in a worker process.
+
+    Raises JobError or StoreError if the job is invalid, and ModelError if the network cannot be
+    used.
+    """
+    planned = plan_job(_load(job, input, output), depth=depth)
+    return with_model_check(planned) if check_model else planned
+
+
+def report(output: PathOrUrl) -> JobReport:
+    """Return how the workers of an output's job spent their time, compared with the plan.
+
+    Equivalent to `chunkq report`; `as_dict()` has what `--json` prints. For a complete output the
+    figures are those of `report.json`, else those of the chunks so far. Raises MissingJobError if
+    there is no job.
+    """
+    return load_job_report(open_job(_folder(output)))
+
+
 def status(output: PathOrUrl, *, queue: str | None = None) -> JobStatus:
     """Return the status of an output's job. Raises MissingJobError if there is no job.
 
@@ -127,7 +162,7 @@ def finalize(
     distribute: bool = False,
     queue: str | None = None,
     progress: Progress = _ignore_progress,
-) -> dict[str, Any]:
+) -> Report:
     """Complete the blocks that several chunks contribute to, seal the output, return the report.
 
     With `distribute`, the workers on the job's queue complete the blocks. `progress` is called

@@ -23,6 +23,7 @@ from chunkq.system.scratch import scratch_folder
 from chunkq.system.signal_masks import sigterm_blocked
 
 STAGE = "checking the network on one batch"
+MEASURING_STAGE = "measuring time and memory of the network"
 SHAPES_STAGE = "finding the shapes of the outputs"
 MAX_LINES = 10
 """Last lines of the process that are kept, for the message of one that ends without a report."""
@@ -35,7 +36,7 @@ def check_model(record: JobRecord, *, depth: int | None = None, emit: Sink = ign
     network's code prints is emitted line by line. Raises ModelError if the network cannot be used,
     and JobError if a `dtype` cannot hold the values.
     """
-    emit(StageProgress(STAGE))
+    emit(StageProgress(MEASURING_STAGE if depth else STAGE))
     # The system may kill the other process for its memory use, so the folder is created here. The
     # job is too, because a worker does not import the libraries that create arrays.
     with scratch_folder("model-check") as folder:

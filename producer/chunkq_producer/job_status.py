@@ -24,6 +24,7 @@ from chunkq.queue.contract.executor import Executor, RunningTask, TaskCounts, Wo
 from chunkq.stages import completion
 from chunkq.stages.ingest import copies
 from chunkq.stages.registry import stage_of
+from chunkq.summaries import one_line
 from chunkq.tables import FittingTable
 from chunkq.terminal import argument
 from chunkq.units import device_cost, duration, money, si
@@ -70,7 +71,7 @@ class FailureGroup:
         return names if self.is_staging else f"{word} {names}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class JobStatus:
     """Status of a job at one moment. Queue figures are None if the queue cannot be reached.
 
@@ -106,6 +107,8 @@ class JobStatus:
     queue_problem: str | None = None
     lost_from_queue: bool = False
     """Whether chunks are not done, not failed and not on this queue, and the job is not active."""
+    is_idle: bool = False
+    """Whether chunks are queued and none is running, so that nothing says how long they take."""
     level_parts: int = 0
     level_parts_done: int = 0
     """Parts of the levels of pyramids, and those that are written."""
@@ -115,6 +118,9 @@ class JobStatus:
     """Images without a result, of a job over images; an estimate while chunks are done."""
     cost_left: float | None = None
     """Price of the remaining time on the devices of the recent workers, if the job has a price."""
+
+    def __repr__(self) -> str:
+        return one_line("JobStatus", {"output": self.output, "state": status_line(self)})
 
 
 def job_status(job: JobHandle, executor: Executor | None, problem: str | None = None) -> JobStatus:
@@ -151,7 +157,9 @@ def job_status(job: JobHandle, executor: Executor | None, problem: str | None = 
     keys = job.record.job
     on_queue = counts.queued + counts.running + counts.failed + counts.waiting
     lost_from_queue = reachable and remaining > on_queue and not is_active
-    seconds_left = patches_left / rate if rate and remaining and not lost_from_queue else None
+    is_idle = remaining > 0 and counts.queued > 0 and not counts.running
+    ends = rate and remaining and not (lost_from_queue or is_idle)
+    seconds_left = patches_left / rate if rate and ends else None
     workers = _workers(job, running, recent)
     return JobStatus(
         output=without_secret(job.folder.output),
@@ -176,6 +184,7 @@ def job_status(job: JobHandle, executor: Executor | None, problem: str | None = 
         failures=_failure_groups(job, failures, unexplained),
         queue_problem=problem,
         lost_from_queue=lost_from_queue,
+        is_idle=is_idle,
         level_parts=level_parts,
         level_parts_done=job.recent_commits("downsample", 0).total if level_parts else 0,
         unit="images" if keys.is_image else "patches",
@@ -332,9 +341,10 @@ def _task_name(job: JobHandle, task: Failure | Task) -> str:
     return f"input.{number}" if len(job.record.sources) > 1 else "input"
 
 
-def status_line(status: JobStatus) -> str:
+def status_line(status: JobStatus, *, with_next_step: bool = True) -> str:
     """Return the status as one line for a log."""
-    return ", ".join(filter(None, (_task_line(status), _speed_line(status))))
+    idle = "none running" if with_next_step and status.is_idle else ""
+    return ", ".join(filter(None, (_task_line(status), idle, _speed_line(status))))
 
 
 def _task_line(status: JobStatus) -> str:
@@ -400,6 +410,14 @@ def status_screen(status: JobStatus, width: int, *, with_next_step: bool = True)
             Text(
                 "some chunks are neither done nor on this queue; next: repeat the `chunkq run` or "
                 "`chunkq produce` command of this job",
+                style="yellow",
+            )
+        )
+    if status.is_idle:
+        lines.append(
+            Text(
+                "no chunk is running; start workers with `chunkq work --burst`, or repeat the "
+                "`chunkq run` command of this job",
                 style="yellow",
             )
         )

@@ -41,8 +41,12 @@ class Layer:
     chunks: npt.NDArray[np.bool_]
 
 
-def draw_plan(plan: Plan, names: Sequence[str], layers: Sequence[Layer] = ()) -> Figure:
+def draw_plan(
+    plan: Plan, names: Sequence[str], layers: Sequence[Layer] = (), chunks: str = "chunks to run"
+) -> Figure:
     """Draw the blocks and chunks of a plan, seen along each axis.
+
+    `chunks` is the name of the chunks that are in no layer.
 
     `names` has one name per spatial axis. A 3-D volume has three panels, one per pair of axes. Of a
     4-D volume the last three axes are drawn, a 2-D volume is one panel, a 1-D volume a bar.
@@ -65,7 +69,8 @@ def draw_plan(plan: Plan, names: Sequence[str], layers: Sequence[Layer] = ()) ->
         set_labels(axes, names[x], "" if y is None else names[y], "")
         if y is None:
             axes.set_yticks([])
-    _legend(figure, plan, [axis for pair in pairs for axis in pair if axis is not None], layers)
+    drawn = [axis for pair in pairs for axis in pair if axis is not None]
+    _legend(figure, plan, drawn, layers, chunks)
     return figure
 
 
@@ -153,7 +158,7 @@ class _Panel:
             numbers = [*range(bounds.start[axis], bounds.stop[axis], step), bounds.stop[axis]]
             edges.append([_edge(plan.axes[axis], n) for n in numbers])
         colors = np.zeros((*cells.shape, 4))
-        colors[cells] = to_rgba(layer.color, LABEL_ALPHA)
+        colors[cells] = _over_chunks(layer)
         self._axes.pcolormesh(edges[1], edges[0], colors)
 
 
@@ -167,13 +172,22 @@ def _edge(axis: AxisGeometry, number: int) -> int:
     return min(max(0, axis.origin + number * axis.chunk), axis.volume)
 
 
-def _legend(figure: Figure, plan: Plan, drawn: Sequence[int], layers: Sequence[Layer]) -> None:
+def _over_chunks(layer: Layer) -> tuple[float, float, float, float]:
+    """Return the color of a layer's chunks, the same in a panel and in the legend."""
+    shares = zip(to_rgba(layer.color), to_rgba(VOLUME), strict=True)
+    red, green, blue, _ = (LABEL_ALPHA * top + (1 - LABEL_ALPHA) * below for top, below in shares)
+    return red, green, blue, 1.0
+
+
+def _legend(
+    figure: Figure, plan: Plan, drawn: Sequence[int], layers: Sequence[Layer], chunks: str
+) -> None:
     step = max(line_step(plan.axes[axis]) for axis in drawn)
     blocks = f"blocks of {_lengths(plan.chunksize)}"
     blocks += ", not all borders are drawn" if step > 1 else ""
     entries: list[Patch | Line2D] = [
         Patch(facecolor=VOLUME, edgecolor="black", label=f"volume {_lengths(plan.volume.shape)}"),
-        Patch(color=to_rgba(CHUNKS, LABEL_ALPHA / 2), label=f"{plan.costs.chunks} chunks to run"),
+        Patch(color=to_rgba(CHUNKS, LABEL_ALPHA / 2), label=chunks),
         Line2D([], [], color=BLOCKS, linewidth=0.8, label=blocks),
         Line2D(
             [], [], color=STORAGE, linewidth=0.6,
@@ -186,9 +200,7 @@ def _legend(figure: Figure, plan: Plan, drawn: Sequence[int], layers: Sequence[L
     if plan.grid.region is not None:
         label = f"region {_lengths(plan.region.shape)}"
         entries.append(Patch(facecolor="none", edgecolor=REGION, linewidth=2, label=label))
-    entries += [
-        Patch(color=to_rgba(layer.color, LABEL_ALPHA), label=layer.name) for layer in layers
-    ]
+    entries += [Patch(color=_over_chunks(layer), label=layer.name) for layer in layers]
     figure.legend(handles=entries, loc="outside lower center", ncols=2)
 
 

@@ -42,7 +42,7 @@ class RunDisplay(ProgressDisplay):
         begins, console = self.begin(STAGE), self.console
         if not is_live(console):
             if self.is_line_due():
-                self.print(status_line(poller()))
+                self.print(status_line(poller(), with_next_step=False))
             return
         if begins or self._live is None:
             live = Live(console=console, auto_refresh=False, transient=True)

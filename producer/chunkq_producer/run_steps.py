@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
 
 from chunkq.create import CheckedJob, check_job, check_output
 from chunkq.errors import ChunkqError, ErrorCode, IncompleteError, QueueError
@@ -22,6 +21,7 @@ from chunkq.job.tasks import chunk_count
 from chunkq.paths import without_secret
 from chunkq.queue.registry import open_executor
 from chunkq.system.interrupts import first_signal_kept
+from chunkq.timing.report import Report
 from chunkq_producer.check_model import STAGE as CHECK_STAGE
 from chunkq_producer.check_model import check_model, complete_job
 from chunkq_producer.cluster import Cluster, cluster_for, join_cluster
@@ -53,7 +53,7 @@ class RunResult:
     """A complete job and its report. `is_leader` is False on nodes that followed another one."""
 
     job: JobHandle
-    report: dict[str, Any]
+    report: Report
     is_leader: bool = True
 
 
@@ -235,7 +235,7 @@ def follow(job: Job, engine: str, step: Step, options: RunOptions, emit: Sink) -
     except ChunkqError:
         if not has_ended(job.output, step):
             raise
-    return RunResult(handle, handle.ledger.read_report() or {}, is_leader=False)
+    return RunResult(handle, Report(handle.ledger.read_report() or {}), is_leader=False)
 
 
 def _run_workers_of(

@@ -16,8 +16,10 @@ HEADING = re.compile(r"^##+ (.+)$")
 FENCE = re.compile(r'^```(\w*)(?: title="(.+)")?$')
 INTERRUPT = "^C"
 """A line of an output block where the reader presses Ctrl-C."""
-PROGRESS = re.compile(r"[\w ]*:? ?\d+/\d+( chunks done.*)?$")
-"""A line about the progress of a slow run, which a log gets every ten seconds."""
+PROGRESS = re.compile(
+    r"[\w ]*:? ?\d+/\d+( chunks done.*)?$|chunkq: (checking|measuring|finding) [\w ]+$"
+)
+"""A line about the progress of a run, which a log has and a terminal shows as a bar."""
 LONG = re.compile(r"\d+ (?:h \d+ min|min \d+ s)")
 CHANGING = re.compile(
     r"\b\d[\d.]*(?:e-?\d+)?(?=%| ?(?:h|min|s|[kMGT]?B|[kMGT]? ?(?:voxels|patches)/s)\b)"

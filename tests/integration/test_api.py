@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -838,12 +839,37 @@ def test_produce_status_and_finalize_are_functions_that_print_nothing(
     assert capfd.readouterr() == ("", "")
 
 
+def test_plans_and_reports_are_objects_of_one_line(
+    workspace: Workspace, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plan = chunkq.plan(workspace.values)
+    assert not workspace.job_folder.exists()
+    assert (plan.chunks, plan.warnings) == (CHUNKS, ())
+    printed = json.loads(workspace.call("plan", workspace.write_job(), "--json").ok().out)
+    assert plan.as_dict() == printed
+    assert all(label in plan._repr_html_() for label, _ in plan.rows())
+    chunkq.produce(workspace.values)
+    assert not chunkq.report(workspace.output).sealed
+    workspace.compute_inline()
+    finished = chunkq.finalize(workspace.output)
+    report, status = chunkq.report(workspace.output), chunkq.status(workspace.output)
+    assert f"{CHUNKS}/{CHUNKS} chunks done" in repr(status)
+    assert (report.sealed, report.timing.patches) == (True, plan.patches)
+    assert report.as_dict()["conclusion"] == finished["conclusion"]
+    for result in (plan, finished, report):
+        text = repr(result)
+        assert str(plan.patches) in text
+        assert len(text) < 400
+        assert str(plan.patches) in result._repr_html_()
+    assert capfd.readouterr() == ("", "")
+
+
 def test_functions_raise_the_errors_that_commands_print(workspace: Workspace) -> None:
-    for function in (chunkq.status, chunkq.finalize):
+    for function in (chunkq.status, chunkq.finalize, chunkq.report):
         with pytest.raises(MissingJobError, match=r"out\.zarr") as missing_job:
             function(workspace.output)
         assert missing_job.value.code is ErrorCode.JOB_MISSING
-    for function in (chunkq.produce, chunkq.run):
+    for function in (chunkq.produce, chunkq.run, chunkq.plan):
         with pytest.raises(StoreError, match=r"^input: .*gone\.zarr"):
             function(workspace.values, input=workspace.folder / "gone.zarr")
         with pytest.raises(JobError, match=r"gone\.yaml: "):
@@ -946,6 +972,7 @@ def test_the_names_of_the_package_match_its_type_stub() -> None:
 def test_a_module_with_the_same_name_does_not_hide_a_function() -> None:
     script = (
         "import chunkq.finalize; import chunkq; from chunkq.finalize import finalize_job; "
+        "from chunkq.plan.plan import Plan; assert chunkq.plan.__name__ == 'plan', chunkq.plan; "
         "assert chunkq.finalize.__module__ == 'chunkq_producer.api', chunkq.finalize"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -115,6 +115,21 @@ def test_plan_estimates_the_cost_and_writes_nothing(workspace: Workspace) -> Non
         assert value in text
 
 
+@pytest.mark.parametrize(
+    ("keys", "filled"),
+    [({"pad_value": 7}, "7 (pad_value)"), ({"pad_mode": "reflect"}, "pad_mode reflect")],
+)
+def test_plan_says_with_what_a_patch_larger_than_the_volume_is_filled(
+    workspace: Workspace, keys: dict[str, object], filled: str
+) -> None:
+    assert "larger than the volume" not in workspace.call("plan", "job.json").ok().out
+    write_zarr(workspace.folder / "in.zarr", random_volume((32, 5)), (8, 8), overwrite=True)
+    workspace.write_job(**keys)
+    text = " ".join(workspace.call("plan", "job.json").ok().out.split())
+    assert "(8 of 5 voxels); the rest of it is filled with" in text
+    assert filled in text
+
+
 def test_the_measured_bytes_equal_the_planned_bytes(sealed: Workspace) -> None:
     plan = json.loads(sealed.call("plan", "job.json", "--json").ok().out)
     report = json.loads((sealed.epoch_folder / "report.json").read_text())
@@ -224,6 +239,21 @@ def test_status_of_a_new_job_shows_the_queued_chunks(workspace: Workspace) -> No
     assert status["seconds_left"] is None
     assert status["workers"] == []
     assert "0/6 chunks done, 6 queued" in workspace.call("status", "out.zarr").ok().out
+
+
+def test_status_of_an_interrupted_job_says_that_no_chunk_is_running(workspace: Workspace) -> None:
+    workspace.call("produce", "job.json").ok()
+    workspace.compute_inline(only={(0, 0)}.__contains__)
+    status = json.loads(workspace.call("status", "out.zarr", "--json").ok().out)
+    assert status["patches_per_second"] > 0
+    assert (status["is_idle"], status["seconds_left"]) == (True, None)
+    assert "no chunk is running" in workspace.call("status", "out.zarr").ok().out
+    queue = SqliteExecutor(f"sqlite://{workspace.queue_file}")
+    assert queue.reserve(WorkerOptions("busy")) is not None
+    status = json.loads(workspace.call("status", "out.zarr", "--json").ok().out)
+    assert not status["is_idle"]
+    assert status["seconds_left"] > 0
+    queue.close()
 
 
 def test_status_without_a_reachable_queue_shows_the_figures_of_the_ledger(

@@ -5,6 +5,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from chunkq.create import CheckedJob, check_job, create_job
@@ -15,7 +16,8 @@ from chunkq.job.job_reading import load_job
 from chunkq.queue.contract.executor import Executor, TaskCounts, WorkerOptions
 from chunkq.queue.leases.task_loop import LeaseQueue
 from chunkq.queue.registry import open_executor
-from tests.harness.small_job import CHUNKS, small_workspace
+from tests.harness.nifti import AFFINE, write_nifti
+from tests.harness.small_job import CHUNKS, SHAPE, small_workspace
 from tests.harness.workspace import Workspace
 
 
@@ -38,6 +40,20 @@ def test_checking_a_job_writes_nothing(workspace: Workspace) -> None:
     checked(workspace)
     assert not workspace.output.exists()
     assert not workspace.job_folder.exists()
+
+
+def test_a_position_that_the_output_cannot_hold_is_a_warning(workspace: Workspace) -> None:
+    values, flipped = np.zeros((1, *SHAPE), "u1"), AFFINE * [-1, 1, 1, 1]
+    write_nifti(workspace.folder / "a.nii", values, affine=flipped)
+    write_nifti(workspace.folder / "b.nii", values, affine=flipped)
+    patch = {"model_input_shape": [1, 8, 8], "model_output_shape": [1, 8, 8]}
+    keys: dict[str, Any] = {"chunksize": None, "storage_chunks": None, "model": patch}
+    keys |= {"strides": [1, 4, 4], "input": ["a.nii", "b.nii"]}
+    (line,) = checked(workspace, **keys).warnings
+    assert all(word in line for word in ("a.nii", "flipped", "1 more"))
+    assert checked(workspace, **keys, output="out.nii.gz").warnings == ()
+    straight = keys | {"input": {"path": "a.nii", "orientation": "RAS"}}
+    assert checked(workspace, **straight).warnings == ()
 
 
 def test_a_job_is_created_with_its_output_and_without_a_task(workspace: Workspace) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shlex
 import shutil
+import subprocess
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +22,7 @@ from chunkq.job.job_reading import load_job
 from chunkq.job.task_records import Failure
 from chunkq.job.tasks import chunk_name
 from chunkq.queue.contract.executor import TaskCounts
-from chunkq.storage import documents
+from chunkq.storage import claims, documents
 from chunkq.storage.objects import ObjectFolder
 from tests.harness.files import files_below
 from tests.harness.networks import toy_model
@@ -455,6 +457,22 @@ def test_produce_reports_an_input_of_the_same_shape_that_was_replaced(
     assert code_of(workspace.job.check_inputs) == ErrorCode.INPUT_CHANGED
 
 
+def test_an_input_that_was_restored_without_its_time_continues_with_the_named_command(
+    tmp_path: Path,
+) -> None:
+    workspace = make_workspace(tmp_path)
+    np.save(tmp_path / "in.npy", random_volume(SHAPE))
+    workspace.write_job(input="in.npy")
+    workspace.call("produce", "job.json").ok()
+    time = (tmp_path / "in.npy").stat().st_mtime_ns
+    os.utime(tmp_path / "in.npy", ns=(time, time + 1))
+    refusal = workspace.call("produce", "job.json")
+    refusal.refused(2, ErrorCode.INPUT_CHANGED, "in.npy ", "--overwrite")
+    command = refusal.err.split("`")[1]
+    subprocess.run(shlex.split(command), check=True)
+    workspace.call("produce", "job.json").ok()
+
+
 def test_finalize_warns_about_a_missing_input(inferred: Workspace) -> None:
     shutil.rmtree(inferred.folder / "in.zarr")
     answer = inferred.call("finalize", "out.zarr").ok()
@@ -481,7 +499,7 @@ def test_after_a_killed_overwrite_the_job_can_be_produced_again(
     sealed: Workspace, reference: Workspace, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(ObjectFolder, method, _kill)
+        patch.setattr(claims if method == "replace" else ObjectFolder, method, _kill)
         assert sealed.call("produce", "job.json", "--overwrite").code == 130
     sealed.call("produce", "job.json").ok()
     sealed.compute_inline()

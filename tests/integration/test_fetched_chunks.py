@@ -6,8 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from chunkq.access import DEFAULT_ACCESS
+from chunkq.geometry.box import Box
+from chunkq.storage.chunk_cache import FetchCounter, Fetched
+from chunkq.storage.formats.file_ranges import Range, open_binary, read_ranges
+from chunkq.storage.formats.single_file import SingleFile
+from chunkq.storage.images import find_source
 from tests.harness.networks import toy_model
 from tests.harness.servers.strict_s3 import KEY, SECRET, Bucket, strict_s3
+from tests.harness.servers.web import web_server
 from tests.harness.volumes import random_volume, write_zarr
 from tests.harness.workspace import Workspace
 
@@ -64,3 +71,32 @@ def test_each_storage_chunk_is_fetched_as_often_as_planned(tmp_path: Path, size:
     documents = fetching["requests"] - sum(sent.values())
     assert 0 <= documents < 10
     assert fetching["bytes"] >= sum(sent.values()) * CHUNK_BYTES
+
+
+def test_bytes_from_a_web_server_are_counted_however_a_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "in.bin").write_bytes(bytes(100_000))
+    counter = FetchCounter()
+    with web_server(tmp_path) as url:
+        file = SingleFile(f"{url}/in.bin", DEFAULT_ACCESS)
+        counter.take()
+        read_ranges(file, [Range(0, 10_000), Range(90_000, 95_000)])
+        assert counter.take() == Fetched(2, 15_000)
+        with file.stream() as stream:
+            assert len(stream.read(30_000)) <= 30_000
+        assert 0 < counter.take().bytes <= 30_000
+        with open_binary(file, 1 << 14) as blocks:  # one byte shows that parts are sent
+            blocks.seek(50_000)
+            blocks.read(1)
+        assert counter.take().bytes == (1 << 14) + 1
+
+
+@pytest.mark.parametrize("has_storage_chunks", [True, False])
+def test_what_is_read_of_outputs_only_is_not_counted(
+    tmp_path: Path, has_storage_chunks: bool
+) -> None:
+    path = write_zarr(tmp_path / "out.zarr", random_volume((8, 8)))
+    counter = FetchCounter()
+    counter.take()
+    find_source(str(path)).open().read(Box.of_shape((8, 8)))
+    fetched = counter.take(has_storage_chunks=has_storage_chunks)
+    assert (fetched.requests > 0, fetched.bytes > 0) == (has_storage_chunks,) * 2

@@ -67,7 +67,7 @@ def test_every_dtype_and_byte_order_is_read_as_it_was_written(tmp_path: Path, la
         assert_holds(write_hdf5(tmp_path / "in.h5", values, layout), values)
 
 
-@pytest.mark.parametrize("suffix", [".hdf5", ".hdf", ".H5"])
+@pytest.mark.parametrize("suffix", [".hdf5", ".hdf", ".H5", ".nxs"])
 def test_a_file_is_recognized_by_its_suffix(tmp_path: Path, suffix: str) -> None:
     values = random_volume(SHAPE)
     source = assert_holds(write_hdf5(tmp_path / f"in{suffix}", values), values)
@@ -186,6 +186,40 @@ def create_tree(path: Path, *names: str) -> None:
 def test_a_group_with_one_array_is_this_array(tmp_path: Path, path: str) -> None:
     create_tree(tmp_path / "in.h5", "a/b/raw")
     assert assert_holds(tmp_path / path, random_volume(SHAPE)).path == f"{tmp_path}/in.h5/a/b/raw"
+
+
+@pytest.mark.parametrize("path", ["in.h5:/b/raw", "in.h5:/b"])
+def test_a_colon_can_follow_the_name_of_the_file(tmp_path: Path, path: str) -> None:
+    values = random_volume(SHAPE)
+    with h5py.File(tmp_path / "in.h5", "w") as file:
+        file["b/raw"] = values
+    assert assert_holds(tmp_path / path, values).path == str(tmp_path / "in.h5/b/raw")
+
+
+def test_the_signal_of_a_nexus_file_is_read_with_its_axes(tmp_path: Path) -> None:
+    values = random_volume(SHAPE)
+    with h5py.File(tmp_path / "in.h5", "w") as file:
+        file.attrs["default"] = "entry"
+        file.create_group("entry").attrs["default"] = "data"
+        data = file.create_group("entry/data")
+        data.attrs["signal"], data.attrs["axes"] = "counts", [b"z", b".", b"x"]
+        data["counts"], data["errors"] = values, values + 1
+        data["z"], data["x"] = 4 + 0.5 * np.arange(SHAPE[0]), np.arange(SHAPE[2]) ** 2
+        data["z"].attrs["units"] = "um"
+    source = assert_holds(tmp_path / "in.h5", values)
+    assert (source.path, source.named_by) == (f"{tmp_path}/in.h5/entry/data/counts", "NeXus axes")
+    z, _, x = source.axes
+    assert (z.name, z.scale, z.translation, z.unit) == ("z", 0.5, 4.0, "micrometer")
+    assert (x.name, x.scale, x.translation) == ("x", 1.0, 0.0)  # not evenly spaced
+    other = assert_holds(tmp_path / "in.h5" / "entry/data/errors", values + 1)
+    assert other.named_by == ""
+
+
+def test_a_signal_in_another_file_is_not_followed(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "in.h5", "w") as file:
+        file.attrs["signal"] = "raw"
+        file["raw"] = h5py.ExternalLink("other.h5", "raw")
+    refused(tmp_path / "in.h5", ErrorCode.STORE_UNSUPPORTED, "no array")
 
 
 def test_a_group_with_several_arrays_lists_them(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Arrays and images of other packages as inputs: voxels, regions read, axes of the result."""
 
+import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -552,6 +553,49 @@ def test_channels_of_a_data_array_are_selected_by_their_names(tmp_path: Path) ->
     np.testing.assert_array_equal(result.probabilities[0], expected)
     stored = zarr.open_array(tmp_path / "out.zarr" / "0", mode="r")[:]
     np.testing.assert_array_equal(stored.reshape(SHAPE), expected)
+
+
+def test_an_error_about_an_array_with_a_leading_axis_says_how_to_name_its_axes() -> None:
+    with create_predictor() as predictor:
+        with pytest.raises(JobError) as caught:
+            predictor.predict(volume()[None])
+        assert 'axes="czyx"' in caught.value.problems[-1]
+        assert predictor.predict(volume()[None], axes="czyx").labels.shape == SHAPE
+
+
+def ome_tiff(folder: Path, values: npt.NDArray[Any]) -> Any:
+    metadata = {"axes": "CZYX", "Channel": {"Name": ["DAPI", "GFP"]}}
+    tifffile.imwrite(folder / "in.ome.tif", values, metadata=metadata)
+    return tifffile.TiffFile(folder / "in.ome.tif")
+
+
+def ome_zarr(folder: Path, values: npt.NDArray[Any]) -> Any:
+    image = zarr.create_group(folder / "in.zarr")
+    image.create_array("0", data=values)
+    levels = {"datasets": [{"path": "0", "coordinateTransformations": []}]}
+    axes = [{"name": "c", "type": "channel"}, *({"name": n, "type": "space"} for n in "zyx")]
+    channels = [{"label": "DAPI"}, {"label": "GFP"}]
+    multiscales = [{**levels, "axes": axes}]
+    ome = {"version": "0.5", "multiscales": multiscales, "omero": {"channels": channels}}
+    image.attrs["ome"] = ome
+    return image["0"]
+
+
+@pytest.mark.parametrize("create", [ome_tiff, ome_zarr])
+def test_channels_of_an_ome_image_are_selected_by_their_names(
+    tmp_path: Path, create: Callable[[Path, npt.NDArray[Any]], Any]
+) -> None:
+    values = np.stack([volume(), volume()[::-1]]).astype(np.int16)
+    keys = {"model_input_shape": [2, 8, 8, 8], "model_output_shape": [1, 8, 8, 8]}
+    image = create(tmp_path, values)
+    predictor = chunkq.Predictor.from_model(
+        second_minus_first, **keys, combine="weighted_avg", inference_type="patch"
+    )
+    with predictor, contextlib.ExitStack() as stack:
+        if hasattr(image, "close"):
+            stack.callback(image.close)
+        result = predictor.predict(image, channels=["GFP", "DAPI"])
+    np.testing.assert_array_equal(result.probabilities[0], values[0].astype("f4") - values[1])
 
 
 CONTAINERS: dict[str, tuple[Callable[[Path], Any], str]] = {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chunkq_producer.commands.plan import Trial, peak_memory
+from chunkq_producer.plan_rows import Trial, peak_memory
 
 from chunkq.job.ledger import CRC_BYTES
 from chunkq.model_check import MemoryCheck, ModelCheck, PatchCheck

@@ -202,6 +202,30 @@ def test_an_imagej_hyperstack_names_its_axes_and_sizes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("axes", "labels", "names"),
+    [
+        ("ZCYX", ["DAPI", "GFP"] * 3, ("DAPI", "GFP")),
+        ("ZCYX", ["1 of 6", "2 of 6", "3 of 6", "4 of 6", "5 of 6", "6 of 6"], ()),
+        ("ZYX", ["DAPI\nmore", "GFP", "actin"], ("DAPI", "GFP", "actin")),
+        ("ZYX", None, ()),
+    ],
+)
+def test_labels_of_the_slices_of_an_imagej_stack_name_its_channels(
+    tmp_path: Path, axes: str, labels: list[str] | None, names: tuple[str, ...]
+) -> None:
+    values = random_volume((3, 2, 9, 8) if "C" in axes else (3, 9, 8), "u2")
+    metadata = {"axes": axes} | ({} if labels is None else {"Labels": labels})
+    tifffile.imwrite(tmp_path / "in.tif", values, imagej=True, metadata=metadata)
+    meaning = axes.lower() if "C" in axes else "cyx"
+    selection = Selection(axes=meaning, channels=("GFP", "DAPI"))
+    if names:
+        assert find_source(str(tmp_path / "in.tif"), selection).channels == (1, 0)
+        return
+    with pytest.raises(JobError, match="no labels"):
+        find_source(str(tmp_path / "in.tif"), selection)
+
+
+@pytest.mark.parametrize(
     ("resolution", "unit", "size"),
     [
         ((20_000, 10_000), "CENTIMETER", (1.0, 0.5)),

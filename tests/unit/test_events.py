@@ -82,7 +82,8 @@ def test_without_a_terminal_progress_is_a_line_per_interval(
         display(StageProgress("queueing", 2, 3))
         display(StageProgress("loading"))
         display(Message("[a] line"))
-    assert capsys.readouterr().err.splitlines() == ["queueing: 2/3", "[a] line"]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["queueing: 2/3", "chunkq: loading", "[a] line"]
 
 
 def test_a_line_says_how_long_the_stage_will_take(

@@ -86,6 +86,31 @@ def test_an_image_that_is_turned_keeps_its_voxel_sizes_and_has_no_position(
     assert {axis.translation for axis in axes} == {0}
 
 
+@pytest.mark.parametrize(
+    ("affine", "how"),
+    [
+        (AFFINE, ""),
+        (AFFINE * [-1, 1, 1, 1], "flipped"),
+        (TURNED, "flipped or permuted"),
+        (TURNED + np.diag([0.125, 0.125, 0.125, 0]), "tilted"),
+    ],
+)
+def test_a_position_that_is_lost_is_named_with_the_cause(
+    tmp_path: Path, affine: npt.NDArray[Any], how: str
+) -> None:
+    path = str(tmp_path / "in.nii")
+    write_nifti(path, np.zeros(SHAPE, "u1"), affine=affine)
+    (line,) = find_source(path).lost_position() or ("",)
+    assert how in line
+    assert bool(line) == bool(how)
+    if how != "tilted":  # an orientation keeps the positions of axes that are parallel
+        assert not find_source(path, Selection(orientation="RAS")).lost_position()
+    else:
+        assert find_source(path, Selection(orientation="RAS")).lost_position()
+    write_nifti(path, np.zeros(SHAPE, "u1"), affine=affine, sform_code=0, qform_code=0)
+    assert not find_source(path).lost_position()  # it has none
+
+
 def test_the_order_xyz_is_that_of_the_file(tmp_path: Path) -> None:
     values = random_volume(SHAPE)
     write_nifti(tmp_path / "in.nii", values)

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chunkq_worker.label_outputs import MAX_BATCHES, LabelDetector
+from chunkq_worker.label_outputs import MAX_BATCHES, LabelDetector, _distinct
 from chunkq_worker.output_checks import OutputChecks, relative_difference
+from chunkq_worker.random_state import random_states
 
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.plan.outputs import OutputSpec
@@ -79,6 +80,18 @@ def test_a_batch_of_a_repeatable_network_is_repeated_only_if_it_drew_random_numb
         checks.compare([BATCH], lambda: [BATCH[::-1]], unused, is_repeatable=True)
 
 
+def test_generators_of_numpy_are_not_imported_to_compare_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generators = np.random
+    monkeypatch.delattr(np, "random")
+    before = random_states()
+    assert "random" not in vars(np)
+    assert random_states() == before
+    vars(np)["random"] = generators
+    assert random_states() != before  # numbers may have been drawn
+
+
 def test_a_patch_that_differs_alone_is_compared_in_its_batch() -> None:
     checks = begun()
     checks.compare([BATCH], lambda: [BATCH], lambda: [BATCH[1:2]])
@@ -139,6 +152,16 @@ def test_averaged_whole_numbers_are_a_warning_if_they_are_fewer_than_those_of_th
     values: Any, inputs: Any, warns: bool
 ) -> None:
     assert (examine(detector("weighted_avg"), values, inputs) is not None) is warns
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int64", "bool"])
+def test_distinct_values_are_counted_like_numpy_counts_them(dtype: str) -> None:
+    values = np.random.default_rng(1).integers(0, 40, 1001)
+    for samples in (values, values[:1], values[:0]):
+        array = samples.astype(dtype)
+        assert _distinct(array) == len(np.unique(array))
+    values_with_nan = np.where(values % 3 == 0, np.nan, values)
+    assert _distinct(values_with_nan) == len(np.unique(values_with_nan))
 
 
 def test_several_channels_and_declared_classes_are_not_examined() -> None:

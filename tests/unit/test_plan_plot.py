@@ -8,6 +8,7 @@ from chunkq_producer.plan_plot import MAX_CELLS, MAX_LINES, Layer, draw_plan, li
 from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.patches import Rectangle
 
+from chunkq.blend.plot import draw
 from tests.strategies import JobPlan, plan_for
 
 NAMES = ("t", "z", "y", "x")
@@ -66,8 +67,22 @@ def test_a_layer_is_drawn_where_one_of_its_chunks_lies() -> None:
     figure = draw_plan(plan, "zyx", [Layer("empty chunks", "gray", empty)])
     for axes, shape in zip(figure.axes, [(1000, 2), (1000, 3), (2, 3)], strict=True):
         [mesh] = [c for c in axes.collections if isinstance(c, QuadMesh)]
-        colors = mesh.get_facecolor().reshape(-1, 4)
+        colors = mesh.get_array().reshape(-1, 4)  # before it is drawn, faces have none
         assert len(colors) <= np.prod(np.minimum(shape, MAX_CELLS))
-        assert (colors[:, 3] > 0).sum() == 1
-    [legend] = figure.legends
-    assert "empty chunks" in [text.get_text() for text in legend.get_texts()]
+        [shown] = colors[colors[:, 3] > 0]
+        [legend] = figure.legends
+        entries = {text.get_text(): patch for text, patch in _entries(legend)}
+        np.testing.assert_allclose(entries["empty chunks"].get_facecolor(), shown)
+
+
+def _entries(legend: Any) -> Any:
+    return zip(legend.get_texts(), legend.legend_handles, strict=True)
+
+
+@pytest.mark.parametrize("shape", [(48, 96, 96), (96, 96, 96), (40, 96, 60)])
+def test_a_voxel_is_as_large_in_each_panel(shape: tuple[int, ...]) -> None:
+    values = np.ones(shape, np.uint8)
+    figure = draw(values, values)
+    figure.canvas.draw()
+    sizes = [axes.get_window_extent().width / np.ptp(axes.get_xlim()) for axes in figure.axes]
+    assert max(sizes) < 1.03 * min(sizes)

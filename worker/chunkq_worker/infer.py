@@ -89,7 +89,7 @@ def _compute(item: ItemHandle, chunk: Chunk, attempt: Attempt) -> bool:
         _delete_late_pieces(item, chunk)
         return True
     job.check_unchanged()
-    fetched = FETCHES.take()
+    fetched = FETCHES.take(has_storage_chunks=any(s.storage for s in job.record.sources))
     bytes_moved["fetched"] = fetched.bytes
     ledger.commit(
         Commit(

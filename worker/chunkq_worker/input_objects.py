@@ -11,15 +11,17 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
+from chunkq.access import DEFAULT_ACCESS
 from chunkq.errors import ArgumentError, ChunkqError, ChunkReadError, JobError
 from chunkq.geometry.axes import Axis, AxisKind, kind_of_name, named_axes, plain_axes
 from chunkq.geometry.axis_units import unit_name
 from chunkq.geometry.box import Box
 from chunkq.storage.array import Array, box_error
 from chunkq.storage.formats import hdf5_axes, tiff_axes
-from chunkq.storage.formats.base import native_dtype
+from chunkq.storage.formats.base import ArrayInfo, native_dtype
 from chunkq.storage.formats.nifti import MAX_SHIFT
-from chunkq.storage.images import find_source
+from chunkq.storage.images import find_array
+from chunkq.storage.selection import EVERYTHING
 from chunkq_worker.imported_classes import class_name, is_instance
 
 EXPECTED = (
@@ -329,25 +331,29 @@ def _open_tensorstore(store: Any, name: str) -> ObjectInput:
 def _open_zarr(array: Any, name: str) -> ObjectInput:
     names = getattr(array.metadata, "dimension_names", None) or array.attrs.get("_ARRAY_DIMENSIONS")
     is_named = isinstance(names, (list, tuple)) and len(names) == len(array.shape)
-    axes = _stored_axes(array)
-    if axes is None and is_named and any(names):
-        axes = _named_axes(names, array.shape)
+    stored = _stored_array(array)
+    if stored is not None:
+        return _opened(
+            name, array, array.shape, array.dtype, axes=stored.axes, labels=stored.labels
+        )
+    axes = _named_axes(names, array.shape) if is_named and any(names) else None
     return _opened(name, array, array.shape, array.dtype, axes=axes)
 
 
-def _stored_axes(array: Any) -> tuple[Axis, ...] | None:
-    """Return the axes that a job finds for a Zarr array on a local disk, None if it finds none.
+def _stored_array(array: Any) -> ArrayInfo | None:
+    """Return what a job finds of a Zarr array on a local disk, None if nothing names its axes.
 
-    The array is often a level of an OME-Zarr image, whose group names the axes.
+    The array is often a level of an OME-Zarr image, whose group names the axes and the channels.
     """
     if not is_instance(array.store, "zarr", "storage.LocalStore"):
         return None
     try:
-        source = find_source(os.path.join(array.store.root, array.path), allow_empty=True)
+        path = os.path.join(array.store.root, array.path)
+        _, info = find_array(path, EVERYTHING, DEFAULT_ACCESS, allow_empty=True)
     except (ChunkqError, OSError):
         return None
-    is_same = tuple(axis.size for axis in source.axes) == tuple(array.shape)
-    return source.axes if is_same and source.named_by else None
+    is_same = tuple(axis.size for axis in info.axes) == tuple(array.shape)
+    return info if is_same and info.named_by else None
 
 
 def _open_hdf5(dataset: Any, name: str) -> ObjectInput:
@@ -374,6 +380,7 @@ def _open_tiff(file: Any, name: str) -> ObjectInput:
         array.dtype,
         axes=tiff_axes.described_axes(series.axes, array.shape, metadata),
         is_named=bool(tiff_axes.named_by(series.kind, series.axes)),
+        labels=metadata.labels,
     )
 
 

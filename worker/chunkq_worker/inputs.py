@@ -61,7 +61,7 @@ class OpenedInput:
     @property
     def lost(self) -> tuple[str, ...]:
         """One line for each property of its positions that its axes cannot hold."""
-        return () if self.stored is None else self.stored.lost
+        return self.source.lost_position() if self.stored is None else self.stored.lost
 
     def geometry(self, image: Image) -> ImageGeometry:
         """Return what is known of the axes of a result for `image`, whose first source it is."""

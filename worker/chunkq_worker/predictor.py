@@ -25,7 +25,7 @@ from chunkq.blend.sums import Contribution
 from chunkq.create import CheckedJob, check_job, create_job
 from chunkq.errors import ArgumentError, ChunkqError, JobError, ModelError
 from chunkq.finalize import finalize_job
-from chunkq.geometry.axes import plain_axes
+from chunkq.geometry.axes import color_letters, plain_axes
 from chunkq.job.events import Sink, StageProgress
 from chunkq.job.image_job import IMAGE
 from chunkq.job.items import Image, images_of
@@ -50,6 +50,7 @@ from chunkq.storage.images import ImageSource, source_of
 from chunkq.storage.remedies import PYTHON
 from chunkq.storage.selection import Picks, Selection
 from chunkq.summaries import html_table, lengths, one_line
+from chunkq.timing.report import Report
 from chunkq_worker.device import get_device
 from chunkq_worker.imported_classes import class_name
 from chunkq_worker.inference_engine import ENGINES_CACHED, InferenceEngine
@@ -436,7 +437,7 @@ class Predictor:
         mask: Any = None,
         overwrite: bool = False,
         progress: Progress = None,
-    ) -> dict[str, Any]:
+    ) -> Report:
         """Write the result as a sealed OME-Zarr image with its job folder; return the report.
 
         Run the job with this input in this process, without a queue. If the volume is a path, an
@@ -548,7 +549,12 @@ class Predictor:
     ) -> PredictionRequest:
         inputs = open_inputs(volume, selection, allow_empty=self._job.allow_empty)
         sources = [one.source for one in inputs]
-        job, image, plan = self._plan([one.array.path for one in inputs], sources)
+        try:
+            job, image, plan = self._plan([one.array.path for one in inputs], sources)
+        except JobError as error:
+            if remedy := _axes_remedy(sources[0], self._job):
+                raise JobError([*error.problems, remedy], code=error.code) from None
+            raise
         masked = open_mask(mask, self._job.mask, allow_empty=self._job.allow_empty)
         if masked is not None:
             for line in masked.doubts(inputs[0], plan.region):
@@ -760,6 +766,18 @@ def _picks(picks: Any) -> Any:
     if isinstance(picks, (list, tuple, range, np.ndarray)) and np.ndim(picks) == 1:
         return [_picks(one) for one in picks]
     return int(picks) if isinstance(picks, np.integer) else picks
+
+
+def _axes_remedy(source: ImageSource, job: Job) -> str:
+    """Return what to do if the first axis is channels; empty if it cannot be, or has a name."""
+    rank = len(source.axes)
+    if source.named_by or rank < 3 or rank != len(job.model.model_input_shape):
+        return ""
+    return (
+        f"input: {source.path} has shape {[axis.size for axis in source.axes]} without names of "
+        f"its axes, so all are spatial; if the first one is channels, "
+        f"{PYTHON.set_axes(color_letters(rank, first=True))}"
+    )
 
 
 def _input_of(path: str, opened: OpenedInput, selection: Selection) -> dict[str, Any]:

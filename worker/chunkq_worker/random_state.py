@@ -37,9 +37,13 @@ def other_random_state() -> Iterator[None]:
 
 
 def random_states() -> tuple[Any, ...]:
-    """Return the states of Python, NumPy and torch, on the CPU; equal if nothing was drawn."""
+    """Return the states of Python, NumPy and torch, on the CPU.
+
+    They are equal if nothing was drawn, and what was not imported before is not imported since.
+    """
     torch = sys.modules.get("torch")
-    _, *legacy = np.random.get_state()
+    # NumPy imports its generators when they are first used, which takes 15 ms.
+    _, *legacy = np.random.get_state() if "random" in vars(np) else (None,)
     return (
         random.getstate(),
         *(value.tobytes() if isinstance(value, np.ndarray) else value for value in legacy),

@@ -17,7 +17,7 @@ from chunkq.geometry.box import Box
 from chunkq.install_hint import install_command
 from chunkq.paths import is_url, join, mask_secrets, without_secret
 from chunkq.storage.array import Array, Voxels, box_error
-from chunkq.storage.formats import suffixes
+from chunkq.storage.formats import hdf5_axes, suffixes
 from chunkq.storage.formats.base import (
     NO_OPTIONS,
     NUMBERS,
@@ -27,7 +27,6 @@ from chunkq.storage.formats.base import (
     native_dtype,
 )
 from chunkq.storage.formats.file_ranges import open_binary
-from chunkq.storage.formats.hdf5_axes import described_axes
 from chunkq.storage.formats.single_file import SingleFile, opening_error
 from chunkq.system import buffers
 
@@ -36,6 +35,8 @@ BLOCK_BYTES = 1 << 19
 """Size of a cached block of a file at a URL."""
 HEADER_BYTES = 1024
 """Bytes at the start of a file that its identity covers."""
+DEFAULT_GROUP = "default"
+"""Attribute of NeXus with the name of the group in a group that is shown first."""
 MAX_LINKS = 16
 """Soft links that are followed to a dataset."""
 MAX_SOURCES = 1000
@@ -80,7 +81,8 @@ class Hdf5Array(Array):
 class Hdf5Format(Format):
     """Datasets of HDF5 files, recognized by the suffix of a part of the path.
 
-    A file or a group is the dataset in it, if it is the only one with at least two axes. Links to
+    A file or a group is the dataset that its NeXus attributes name, else the one in it, if it is
+    the only one with at least two axes. Links to
     other files, external storage and virtual datasets over other files are refused: they can name
     any file, and HDF5 reads one that is missing as the fill value. The identity has the size, the
     time of modification (at a URL, the unique key of fsspec) and the hash of the start of the file.
@@ -106,7 +108,7 @@ class Hdf5Format(Format):
             name = _dataset_name(path, content)
             dataset = content[name]
             _check(path, dataset)
-            axes, named_by = described_axes(dataset)
+            axes, named_by = hdf5_axes.described_axes(dataset)
             dtype = str(native_dtype(dataset.dtype.str))
         return ArrayInfo(join(file, name), axes, dtype, access.options, named_by=named_by)
 
@@ -122,12 +124,14 @@ class Hdf5Format(Format):
 def split(path: str) -> tuple[str, str]:
     """Return the path of an HDF5 file and the path inside it; two empty strings without a file.
 
-    The first part with a suffix of HDF5 is the file, unless it is a local folder.
+    The first part with a suffix of HDF5 is the file, unless it is a local folder. A colon can
+    follow it, as in `file.h5:/group/dataset`.
     """
     parts = path.split("/")
     for number, part in enumerate(parts):
-        file = "/".join(parts[: number + 1])
-        if part.lower().endswith(suffixes.HDF5) and (is_url(path) or not os.path.isdir(file)):
+        file = "/".join([*parts[:number], part.removesuffix(":")])
+        is_hdf5 = part.lower().removesuffix(":").endswith(suffixes.HDF5)
+        if is_hdf5 and (is_url(path) or not os.path.isdir(file)):
             return file, "/".join(parts[number + 1 :]).strip("/")
     return "", ""
 
@@ -196,6 +200,8 @@ def _dataset_name(path: str, content: Any) -> str:
     item = content[resolved or "/"]
     if not hasattr(item, "keys"):
         return resolved
+    if signal := _signal(item):
+        return signal
     arrays = list(_arrays(item))
     candidates = [array for array in arrays if len(array.shape) > 1] or arrays
     names = [str(array.name).strip("/") for array in candidates]
@@ -211,6 +217,27 @@ def _dataset_name(path: str, content: Any) -> str:
         f"input: {without_secret(path)} {problem}",
         code=ErrorCode.STORE_UNSUPPORTED,
     )
+
+
+def _signal(group: Any) -> str:
+    """Return the path of the dataset that is the signal of a group, as NeXus names it, or "".
+
+    The attribute `default` of a group names the group in it that has the signal.
+    """
+    h5py = import_module("h5py")
+    for _ in range(MAX_LINKS):
+        name = hdf5_axes.attribute_text(group, hdf5_axes.SIGNAL)
+        key = name or hdf5_axes.attribute_text(group, DEFAULT_GROUP)
+        if not key or not isinstance(group.get(key, getlink=True), h5py.HardLink):
+            return ""
+        item = group[key]
+        if name:
+            is_signal = isinstance(item, h5py.Dataset) and _is_array(item)
+            return str(item.name).strip("/") if is_signal else ""
+        if not isinstance(item, h5py.Group):
+            return ""
+        group = item
+    return ""
 
 
 def _resolved(path: str, content: Any, name: str) -> str:

@@ -1,4 +1,4 @@
-"""What describes the axes of an HDF5 dataset: axistags, dimension labels or dimension scales."""
+"""What describes the axes of an HDF5 dataset: axistags, labels, dimension scales or NeXus."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from chunkq.geometry.axis_units import unit_name
 
 AXISTAGS = "axistags"
 """Attribute in which vigra and ilastik describe the axes, as JSON."""
+SIGNAL = "signal"
+"""Attribute of NeXus with the name of the dataset in a group that is its data."""
+NEXUS_AXES = "axes"
+"""Attribute of NeXus with the names of the axes of this dataset, `.` for one without a name."""
 ELEMENT_SIZE = "element_size_um"
 """Attribute with the size of a voxel in micrometers along the spatial axes."""
 ELEMENT_START = "element_start_um"
@@ -45,6 +49,37 @@ def described_axes(dataset: Any) -> tuple[tuple[Axis, ...], str]:
     return named_axes(names, dataset.shape, scales, starts, units), source
 
 
+def attribute_text(item: Any, name: str) -> str:
+    """Return an attribute that is one text; empty if it is missing or another one."""
+    try:
+        texts = _texts(item.attrs.get(name))
+    except (OSError, TypeError, ValueError):  # of a type that h5py does not read
+        return ""
+    return texts[0] if len(texts) == 1 else ""
+
+
+def _texts(value: Any) -> list[str]:
+    """Return the texts of an attribute; empty if it has other values."""
+    if value is None:
+        return []
+    entries = [value] if isinstance(value, (str, bytes)) else np.ravel(value).tolist()
+    texts = [e.decode(errors="replace") if isinstance(e, bytes) else e for e in entries]
+    return texts if all(isinstance(text, str) for text in texts) else []
+
+
+def _nexus_names(dataset: Any) -> list[str | None]:
+    """Return the names of the axes of a signal of NeXus; empty if it is none."""
+    if dataset.name is None:  # it is in no group
+        return []
+    group = dataset.parent
+    if attribute_text(group, SIGNAL) != str(dataset.name).rpartition("/")[2]:
+        return []
+    names = _texts(group.attrs.get(NEXUS_AXES))
+    if len(names) != len(dataset.shape):
+        return []
+    return [None if name in ("", ".") else name for name in names]
+
+
 def _names(dataset: Any) -> tuple[Sequence[str | None], str]:
     rank = len(dataset.shape)
     tags = _axistags(dataset.attrs.get(AXISTAGS))
@@ -54,7 +89,10 @@ def _names(dataset: Any) -> tuple[Sequence[str | None], str]:
     if any(labels):
         return labels, "DIMENSION_LABELS"
     scales = [_scale_name(dimension) for dimension in dataset.dims]
-    return scales, "dimension scales" if any(scales) else ""
+    if any(scales):
+        return scales, "dimension scales"
+    names = _nexus_names(dataset)
+    return (names, "NeXus axes") if any(names) else (scales, "")
 
 
 def _axistags(text: Any) -> list[str | None]:
@@ -73,13 +111,12 @@ def _scale_name(dimension: Any) -> str | None:
 
 
 def _coordinates(dataset: Any, number: int) -> tuple[float, float, str | None] | None:
-    """Return step, start and unit of an axis from its dimension scale, if it is evenly spaced."""
-    dimension, size = dataset.dims[number], dataset.shape[number]
-    if not len(dimension) or not 2 <= size <= MAX_COORDINATES:
-        return None
-    scale = dimension[0]
+    """Return step, start and unit of an axis from its coordinates, if they are evenly spaced."""
+    size = dataset.shape[number]
+    scale = _scale(dataset, number) if 2 <= size <= MAX_COORDINATES else None
     if (
-        scale.shape != (size,)
+        scale is None
+        or scale.shape != (size,)
         or scale.dtype.kind not in "iuf"
         or scale.is_virtual
         or scale.external
@@ -94,6 +131,21 @@ def _coordinates(dataset: Any, number: int) -> tuple[float, float, str | None] |
     unit = scale.attrs.get("units")
     text = unit.decode(errors="replace") if isinstance(unit, bytes) else unit
     return step, float(positions[0]), unit_name(text if isinstance(text, str) else "")
+
+
+def _scale(dataset: Any, number: int) -> Any:
+    """Return the dataset with the coordinates of an axis, None without one."""
+    dimension = dataset.dims[number]
+    if len(dimension):
+        return dimension[0]
+    names = _nexus_names(dataset)
+    name = names[number] if names else None
+    if name is None or "/" in name:
+        return None
+    # A link could lead into another file.
+    is_own = type(dataset.parent.get(name, getlink=True)).__name__ == "HardLink"
+    item = dataset.parent[name] if is_own else None
+    return item if hasattr(item, "dtype") else None
 
 
 def _element_size(dataset: Any, count: int) -> list[float]:

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
@@ -38,6 +38,8 @@ from chunkq.storage.formats.single_file import SingleFile, StoredVoxels, opening
 from chunkq.storage.oriented import Orientation
 from chunkq.system import buffers
 
+RANK = 3
+"""Spatial axes of the scanner."""
 MAX_SHIFT = 1e-3
 """Distance (voxels) by which an affine may move a voxel off its axis and count as unrotated."""
 IS_STREAMED = "is_streamed"
@@ -284,6 +286,26 @@ def affines_of(options: Options) -> tuple[npt.NDArray[np.float64], npt.NDArray[n
     return np.array(affine, np.float64), np.array(qform, np.float64)
 
 
+def lost_position(options: Options, sizes: Sequence[int]) -> str:
+    """Return how the axes of an image lie if they cannot hold its position; empty if they can.
+
+    `sizes` are those of its spatial axes, the fastest first. An image without a position has none
+    to lose.
+    """
+    if AFFINE not in options or not any(int(options.get(code, 0)) for code in CODES):
+        return ""
+    matrix = affine_of(options)[:3, :3]
+    lengths = np.array([*sizes, *[1] * (RANK - len(sizes))])
+    if ORIENTATION in options:
+        rows = _nibabel("orientations").axcodes2ornt(str(options[ORIENTATION]))[:, 0].astype(int)
+        return "" if _is_parallel(matrix, rows, lengths) else "tilted"
+    if _is_straight(matrix):
+        return ""
+    rows = np.abs(matrix).argmax(axis=0)
+    is_turned = len(set(rows.tolist())) == RANK and _is_parallel(matrix, rows, lengths)
+    return "flipped or permuted" if is_turned else "tilted"
+
+
 def orientation_of(options: Options) -> str | None:
     """Return the orientation that a job sets for a NIfTI image.
 
@@ -427,23 +449,38 @@ def _presented(
     sizes = [header.axes[number].size for number in numbers]
     affine = header.affine @ nibabel.inv_ornt_aff(turn, sizes)
     matrix = affine[:3, :3]
-    lengths = np.empty(3)
+    lengths = np.empty(RANK)
     lengths[turn[:, 0].astype(int)] = sizes
-    along = (wanted[:, 0].astype(int), np.arange(3))  # of each presented axis, in the matrix
-    across = matrix.copy()
-    across[along] = 0
-    shift = np.abs(across) @ (lengths - 1)
-    is_parallel = bool((shift <= MAX_SHIFT * np.linalg.norm(matrix, axis=0).min()).all())
+    rows = wanted[:, 0].astype(int)  # of each presented axis, in the matrix
+    is_parallel = _is_parallel(matrix, rows, lengths)
     axes, orientation = list(header.axes), [(n, 1) for n in range(len(header.axes))]
     for number, (target, direction) in zip(numbers, turn.astype(int).tolist(), strict=True):
         place, stored = numbers[target], header.axes[number]
         scale, first = stored.scale, 0.0
         if is_parallel:
-            row = along[0][target]
+            row = rows[target]
             scale, first = float(matrix[row, target]), float(affine[row, 3])
         axes[place] = replace(stored, name=header.axes[place].name, scale=scale, translation=first)
         orientation[place] = (number, direction)
     return tuple(axes), tuple(orientation), affine
+
+
+def _is_parallel(
+    matrix: npt.NDArray[np.float64], rows: npt.NDArray[np.int_], lengths: npt.NDArray[Any]
+) -> bool:
+    """Return whether the axes x, y and z of an image are parallel to these axes of the scanner.
+
+    `matrix` (3, 3) is that of the affine, and `lengths` are the numbers of voxels.
+    """
+    across = matrix.copy()
+    across[rows, np.arange(RANK)] = 0
+    shift = np.abs(across) @ (lengths - 1)
+    return bool((shift <= MAX_SHIFT * np.linalg.norm(matrix, axis=0).min()).all())
+
+
+def _is_straight(matrix: npt.NDArray[np.float64]) -> bool:
+    """Return whether the axes of an image are those of the scanner, in their direction."""
+    return bool(np.array_equal(matrix, np.diag(np.diag(matrix))) and (matrix >= 0).all())
 
 
 def _axes(header: Any, sizes: list[int], affine: npt.NDArray[np.float64]) -> tuple[Axis, ...]:
@@ -453,7 +490,7 @@ def _axes(header: Any, sizes: list[int], affine: npt.NDArray[np.float64]) -> tup
     first voxel if the axes of the image are those of the scanner, in their direction.
     """
     matrix = affine[:3, :3]
-    is_straight = bool(np.array_equal(matrix, np.diag(np.diag(matrix))) and (matrix >= 0).all())
+    is_straight = _is_straight(matrix)
     scales = [float(length) for length in np.linalg.norm(matrix, axis=0)]
     origin = [float(offset) if is_straight else 0.0 for offset in affine[:3, 3]]
     scales += [float(length) for length in header["pixdim"][4:6]]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -18,7 +19,11 @@ from chunkq.errors import ErrorCode, StoreError
 from chunkq.paths import is_url, is_web, open_filesystem, without_secret
 from chunkq.storage.array import Voxels
 from chunkq.storage.formats.base import missing_error, unreadable_error
+from chunkq.terminal import argument
+from chunkq.web_requests import CountedStream
 
+LOCAL_IDENTITY = re.compile(r"(?P<size>\d+) (?P<time>\d+) (?P<head>[0-9a-f]{64})")
+"""Identity of a local file: size, time of modification (ns) and hash of its first bytes."""
 SPATIAL_RANK = 3
 """The last axes of a file at a URL that are read in one request; one per index of the others."""
 STREAM_BYTES = 8 << 20
@@ -53,8 +58,10 @@ class SingleFile:
         if self.path.startswith("memory://"):  # whose files share one position
             return io.BytesIO(self.filesystem.cat_file(self.inner))
         # fsspec streams a response of a web server if there are no blocks.
-        options = {"block_size": 0} if is_web(self.path) else {"block_size": STREAM_BYTES}
-        file: BinaryIO = self.filesystem.open(self.inner, "rb", **options)
+        if is_web(self.path):
+            stream = CountedStream(self.filesystem.open(self.inner, "rb", block_size=0))
+            return cast(BinaryIO, stream)
+        file: BinaryIO = self.filesystem.open(self.inner, "rb", block_size=STREAM_BYTES)
         return file
 
     def require_parts(self, advice: str = "download the file, or convert it to Zarr") -> None:
@@ -86,6 +93,26 @@ class SingleFile:
             return str(self.filesystem.ukey(self.inner))
         status = os.stat(self.inner)
         return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def replaced_text(path: str, since: str, before: str, now: str) -> str:
+    """Return that an input has changed, and what to do; `before` and `now` are its identities.
+
+    If only the time of a local file differs, the message has the time that the job knows.
+    """
+    known, found = LOCAL_IDENTITY.fullmatch(before), LOCAL_IDENTITY.fullmatch(now)
+    is_same = known and found and known["size"] == found["size"] and known["head"] == found["head"]
+    if known is None or not is_same:
+        return (
+            f"{without_secret(path)} was replaced since {since} (its size or time of change "
+            "differs); restore it together with its time, or use --overwrite to start again"
+        )
+    seconds, nanoseconds = divmod(int(known["time"]), 10**9)
+    return (
+        f"{path} was replaced since {since} (its time of change differs); if the content is the "
+        f"same, run `touch -d @{seconds}.{nanoseconds:09} {argument(path)}`, else use --overwrite "
+        "to start again"
+    )
 
 
 def read_exactly(file: BinaryIO, size: int) -> bytes:

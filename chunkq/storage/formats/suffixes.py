@@ -8,7 +8,7 @@ NPY = (".npy",)
 NIFTI = (".nii", ".nii.gz")
 NIFTI_PAIR = (".hdr", ".img", ".hdr.gz", ".img.gz")
 TIFF = (".tif", ".tiff", ".tf2", ".tf8", ".btf", ".lsm", ".stk")
-HDF5 = (".h5", ".hdf5", ".hdf")
+HDF5 = (".h5", ".hdf5", ".hdf", ".nxs")
 SUFFIXES: MappingProxyType[str, tuple[str, ...]] = MappingProxyType(
     {"npy": NPY, "nifti": (*NIFTI, *NIFTI_PAIR), "tiff": TIFF, "hdf5": HDF5}
 )

@@ -90,7 +90,7 @@ def image_metadata(file: Any, kind: str, series_name: str = "") -> ImageMetadata
     if kind == "ome":
         return _ome_metadata(file.ome_metadata, series_name)
     if kind == "imagej":
-        return ImageMetadata(_imagej_spacings(file))
+        return ImageMetadata(_imagej_spacings(file), _imagej_labels(file))
     return ImageMetadata(_tag_spacings(file.pages[0].tags))
 
 
@@ -163,6 +163,18 @@ def _imagej_spacings(file: Any) -> dict[str, Spacing]:
     if interval is not None:
         spacings["t"] = Spacing(interval, 0.0, unit_name(metadata.get("tunit") or "s"))
     return spacings
+
+
+def _imagej_labels(file: Any) -> tuple[str, ...]:
+    """Return the labels of the slices that are the names of channels; empty without such labels.
+
+    They are if there are no other slices, or if they are the same for each of those.
+    """
+    metadata = file.imagej_metadata or {}
+    labels = [str(label).partition("\n")[0].strip() for label in metadata.get("Labels") or ()]
+    channels = int(metadata.get("channels", 0)) or len(labels)  # the fastest of the slices
+    blocks = {tuple(labels[n : n + channels]) for n in range(0, len(labels), channels or 1)}
+    return blocks.pop() if len(blocks) == 1 and any(labels) else ()
 
 
 def _tag_spacings(tags: Any) -> dict[str, Spacing]:

@@ -162,7 +162,8 @@ def _image(
     array = PagesArray(file.path, series.shape, rank, pages, access)
     metadata = image_metadata(tiff, base.kind, base.name)
     axes = described_axes(base.axes, base.shape, metadata)
-    count = next((axis.size for axis in axes if axis.kind == "channel"), 0)
+    # A job can say that the slices of a stack are channels.
+    count = next((axis.size for axis in axes if axis.kind == "channel"), axes[0].size)
     larger = [other for other in tiff.series[1:] if other.nbytes >= base.nbytes]
     notes = [f"has {len(larger) + 1} images; the first one is read"] if larger else []
     notes += [f"tifffile: {message}" for message in warnings[:1]]

@@ -36,6 +36,8 @@ UNSAFE_CODECS = frozenset({"pickle", "numcodecs.pickle"})
 """Codecs that can run code from the stored bytes."""
 MAX_CANDIDATES = 32
 """Folders that are examined for the list of members in a message."""
+SERIES = "OME"
+"""Group in a group of images that lists them and has no array."""
 MAX_MEMBERS = 8
 """Members that a message lists."""
 MAX_DOCUMENT_BYTES = 1 << 28
@@ -269,7 +271,8 @@ def member_names(path: str, access: Access) -> list[str]:
         folders = [entry for entry in entries if entry["type"] == "directory"]
         names = sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in folders)
         names = names[:MAX_CANDIDATES] or _consolidated_names(path, access)
-        return [name for name in names if _is_node(join(path, name), access)][:MAX_MEMBERS]
+        nodes = [name for name in names if name != SERIES]
+        return [name for name in nodes if _is_node(join(path, name), access)][:MAX_MEMBERS]
     except Exception:  # a message without this list is better than another error
         return []
 

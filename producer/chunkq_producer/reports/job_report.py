@@ -14,11 +14,12 @@ from chunkq.job.tasks import chunk_count
 from chunkq.paths import without_secret
 from chunkq.plan.output_text import stored_text
 from chunkq.stages.completion import job_completion
+from chunkq.summaries import html_table, one_line
 from chunkq.timing.timing import Timing, Worker
-from chunkq.units import device_cost
+from chunkq.units import device_cost, duration
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class JobReport:
     """Timing and diagnosis of a job. A `sealed` job is over, complete or not."""
 
@@ -100,6 +101,23 @@ class JobReport:
         """Return plain JSON values."""
         cost = {} if self.price is None else {"price": self.price, "cost": self.cost}
         return {"output": self.output, "sealed": self.sealed, **self.values, **cost}
+
+    def __repr__(self) -> str:
+        return one_line("JobReport", self._summary())
+
+    def _repr_html_(self) -> str:
+        return html_table("JobReport", self._summary())
+
+    def _summary(self) -> dict[str, str]:
+        timing = self.timing
+        rows = {
+            "output": self.output,
+            "state": self.state,
+            self.unit: str(timing.patches),
+            "time": duration(timing.wall_seconds),
+            "conclusion": self.conclusion,
+        }
+        return rows | ({"advice": self.advice} if self.advice else {})
 
     def labels(self) -> dict[str, str]:
         """Return a label for every worker: host and device, plus a suffix if several share them."""

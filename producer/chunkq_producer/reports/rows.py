@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from chunkq.timing.timing import STAGES, Timing, Worker
-from chunkq.units import count, money, seconds, si
+from chunkq.units import count, counted, money, seconds, si
 from chunkq_producer.reports.job_report import JobReport
 
 Rows = list[tuple[str, ...]]
@@ -127,7 +127,8 @@ def fetched(timing: Timing) -> str | None:
     fetching = timing.fetching
     if not fetching.requests:
         return None
-    text = f"{si(fetching.bytes, 'B')} of stored input in {count(fetching.requests)} requests"
+    requests = counted(fetching.requests, "request", "requests")
+    text = f"{si(fetching.bytes, 'B')} of stored input in {requests}"
     if fetching.storage_chunks:
         text += f", {fetching.requests / fetching.storage_chunks:.2f} per storage chunk"
         text += " (each worker process has a cache of its own)"

@@ -38,7 +38,7 @@ def annotated(pixels: Pixels, row: dict[str, Any], side: int | None = None) -> P
         corners = (x - radius, y - radius, x + radius, y + radius)
         draw.ellipse(corners, fill=label_color(_number(keypoint["name"])), outline=TEXT)
     if row.get("label") is not None:
-        text = f"{row['label']} {row['score']:.3g}"
+        text = f"{row['label']} {row['score']:.2f}"
         box = draw.textbbox((4, image.height - 16), text)
         draw.rectangle(box, fill=BACKGROUND)
         draw.text((4, image.height - 16), text, fill=TEXT)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from chunkq.errors import ErrorCode, ModelError
+from chunkq.install_hint import install_command
 from chunkq_worker.runtimes.formats import format_of
 from chunkq_worker.runtimes.torch_reading import check_format, content_of, reason
 
@@ -72,8 +73,8 @@ def _read_safetensors(content: bytes, key: str) -> dict[str, torch.Tensor]:
         from safetensors.torch import load
     except ImportError as error:
         raise ModelError(
-            f"{key} is a safetensors file, which requires the package safetensors; run pip install "
-            "'chunkq[torch]'"
+            f"{key} is a safetensors file, which requires the package safetensors; run "
+            f"`{install_command('torch')}`"
         ) from error
     try:
         return load(content)
