@@ -15,6 +15,8 @@ from chunkq.geometry.box import Box
 
 COPY_BYTES = 64 << 20
 """Size (bytes) of a block, unless the smallest possible one is larger."""
+DECODED_BYTES = 128 << 20
+"""Size (bytes) of the storage chunks that one read decodes, unless a single one is larger."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,31 @@ def tiles(shape: Sequence[int], itemsize: int, chunk: Sequence[int]) -> Blocks:
         else:
             block[axis] *= 2
     return Blocks(tuple(shape), tuple(block))
+
+
+def reads(box: Box, edges: Sequence[int], itemsize: int) -> Iterator[Box]:
+    """Yield boxes that cover exactly this box, each for one read.
+
+    A read decodes storage chunks, of the shape `edges`, of at most `DECODED_BYTES`, or one chunk: a
+    storage can decode all chunks of a read before it copies the first one. Without `edges` any
+    voxel can be read alone.
+    """
+    if not edges:
+        yield box
+        return
+    firsts = [low // edge for low, edge in zip(box.start, edges, strict=True)]
+    counts = [
+        -(-high // edge) - first for high, edge, first in zip(box.stop, edges, firsts, strict=True)
+    ]
+    if max(counts, default=0) <= 1 or prod(counts) * prod(edges) * itemsize <= DECODED_BYTES:
+        yield box
+        return
+    axis = counts.index(max(counts))
+    middle = (firsts[axis] + counts[axis] // 2) * edges[axis]
+    for low, high in ((box.start[axis], middle), (middle, box.stop[axis])):
+        start = (*box.start[:axis], low, *box.start[axis + 1 :])
+        stop = (*box.stop[:axis], high, *box.stop[axis + 1 :])
+        yield from reads(Box(start, stop), edges, itemsize)
 
 
 def as_bytes(values: npt.NDArray[Any]) -> memoryview:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from chunkq.geometry.box import Box
 from chunkq.storage.array import Array, Voxels
 from chunkq.storage.oriented import OrientedArray
 from chunkq.writers.base import ExportWriter, Report
+from chunkq.writers.blocks import reads
 
 
 def copy_image(
@@ -29,8 +30,20 @@ def _voxels(writer: ExportWriter, array: Array, first: int) -> Iterator[Voxels]:
     """Yield the voxels of the blocks from number `first` on, in the writer's dtype."""
     is_stored = writer.orientation == tuple((n, 1) for n in range(len(array.shape)))
     view = array if is_stored else OrientedArray(array, writer.orientation)
+    edges = writer.image.presented(writer.orientation).storage
     for box in writer.blocks.boxes(first):
-        yield _converted(writer, view.read(box), box)
+        yield _converted(writer, _read(view, box, edges), box)
+
+
+def _read(array: Array, box: Box, edges: Sequence[int]) -> Voxels:
+    """Read a box in as many reads as bound the storage chunks in memory."""
+    parts = list(reads(box, edges, array.dtype.itemsize))
+    if len(parts) == 1:
+        return array.read(box)
+    values = np.empty(box.shape, array.dtype)
+    for part in parts:
+        values[part.slices(box.start)] = array.read(part)
+    return values
 
 
 def _converted(writer: ExportWriter, values: Voxels, box: Box) -> Voxels:

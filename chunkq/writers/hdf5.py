@@ -96,10 +96,10 @@ class Hdf5Writer(FileWriter):
                 **FILTERS,
             )
             self._describe(dataset)
-            for done, (box, values) in enumerate(
-                zip(self.blocks.boxes(), voxels, strict=True), start=1
-            ):
-                dataset[box.slices((0,) * len(box.shape))] = np.asarray(values, self.dtype)
+            for done, box in enumerate(self.blocks.boxes(), start=1):
+                values = np.asarray(next(voxels), self.dtype)
+                dataset[box.slices((0,) * len(box.shape))] = values
+                del values  # before the next one is read
                 report(done)
 
     def _describe(self, dataset: Any) -> None:

@@ -198,8 +198,11 @@ class NiftiWriter(FileWriter):
     def write(self, path: str, voxels: Iterator[Voxels], report: Report, first: int = 0) -> None:
         with _opened(path, is_compressed=self._is_compressed) as write:
             write(self._header)
-            for done, values in enumerate(voxels, start=first + 1):
+            done = first
+            for values in voxels:
                 write(as_bytes(values))
+                del values  # before the next one is read
+                done += 1
                 report(done)
 
 

@@ -87,8 +87,10 @@ class PyramidWriter(ExportWriter):
         self._create(path)
         below = self._open(path, 0)
         done = first
-        for box, values in zip(self.blocks.boxes(first), voxels, strict=True):
-            below.write(box, np.ascontiguousarray(values, self.dtype))
+        boxes = self.blocks.boxes(first)
+        for values in voxels:
+            below.write(next(boxes), np.ascontiguousarray(values, self.dtype))
+            del values  # before the next one is read
             done += 1
             report(done)
         start = self.blocks.count
