@@ -146,7 +146,8 @@ $(OLDEST)/installed: $(VENV)/made pyproject.toml constraints-oldest.txt
 $(DASHBOARDS)/installed: $(VENV)/test-installed
 	@echo "installing bokeh and ray[default] (94 MB on disk)"
 	@$(PYTHON) -m venv $(DASHBOARDS)
-	@$(BIN)/python -c '$(SITE)' > "$$($(DASHBOARDS)/bin/python -c '$(SITE)')/tests.pth"
+	@echo "import site; site.addsitedir('$$($(BIN)/python -c '$(SITE)')')" \
+	  > "$$($(DASHBOARDS)/bin/python -c '$(SITE)')/tests.pth"
 	@$(DASHBOARDS)/bin/python -m pip --disable-pip-version-check install --quiet \
 	  --constraint constraints.txt bokeh 'ray[default]' || $(NOT_INSTALLED)
 	@touch $@

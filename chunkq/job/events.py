@@ -90,6 +90,17 @@ def fan_out(*sinks: Sink) -> Sink:
     return emit
 
 
+def with_replaced_text(sink: Sink, old: str, new: str) -> Sink:
+    """Return a sink that passes each event to `sink`, with a text in its messages replaced."""
+
+    def emit(event: Event) -> None:
+        if isinstance(event, Message):
+            event = Message(event.line.replace(old, new))
+        sink(event)
+
+    return emit
+
+
 def progress_sink(function: Callable[[int, int], None]) -> Sink:
     """Return a sink that calls a user's function with (items done, all items) of each stage."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from chunkq.errors import RESUME, QueueError
-from chunkq.job.events import Event, Message, Sink
+from chunkq.job.events import Sink, with_replaced_text
 from chunkq.job.job_file import Job
 from chunkq_producer.early_process import EarlyStart
 from chunkq_producer.engine import select_engine
@@ -37,12 +37,7 @@ def run_job(
     if start is not None and not selected.starts_early:
         start.end()
     rerun = "run the same command" + (" without --overwrite" if overwrite else "")
-
-    def show(event: Event) -> None:
-        if isinstance(event, Message):
-            event = Message(event.line.replace(RESUME, rerun))
-        emit(event)
-
+    show = with_replaced_text(emit, RESUME, rerun)
     try:
         if selected.step is not None and selected.step.rank > 0:
             from chunkq_producer.run_steps import follow

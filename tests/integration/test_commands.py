@@ -20,26 +20,13 @@ from chunkq.lazy_imports import COMMANDS
 from chunkq.queue.backends.sqlite import SqliteExecutor
 from chunkq.queue.contract.executor import WorkerOptions
 from tests.harness.files import everything_below
-from tests.harness.networks import toy_model
+from tests.harness.small_job import small_workspace
 from tests.harness.volumes import random_volume, read_output, write_zarr
 from tests.harness.workspace import Workspace
 
 
 def create_workspace(folder: Path) -> Workspace:
-    write_zarr(folder / "in.zarr", random_volume((32, 22)), (8, 8))
-    values = {
-        "input": "in.zarr",
-        "output": "out.zarr",
-        "inference_type": "sliding_window",
-        "strides": [4, 4],
-        "chunksize": [12, 12],
-        "storage_chunks": [4, 4],
-        "threads": 1,
-        "model_config": toy_model(folder, (8, 8), scale=100.0),
-    }
-    workspace = Workspace(folder, values)
-    workspace.write_job()
-    return workspace
+    return small_workspace(folder, weight_function=["weight_uniform"])
 
 
 @pytest.fixture

@@ -171,4 +171,4 @@ def main(made: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]).resolve())  # as the videos in the output

@@ -263,6 +263,14 @@ FAULTS = (
         ("tests/unit/test_job_status.py",),
     ),
     Fault(
+        "an-idle-job-has-a-remaining-time",
+        "producer/chunkq_producer/job_status.py",
+        "not (lost_from_queue or is_idle)",
+        "not lost_from_queue",
+        "an interrupted job has a remaining time, although nobody computes",
+        ("tests/integration/test_commands.py",),
+    ),
+    Fault(
         "stragglers-ignore-their-patches",
         "chunkq/timing/aggregation.py",
         'patches * np.median(stages["compute"] / patches)',
