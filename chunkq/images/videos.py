@@ -13,7 +13,7 @@ import av
 import numpy as np
 import numpy.typing as npt
 from av.error import FFmpegError, InvalidDataError
-from av.sidedata.sidedata import Type
+from av.sidedata.sidedata import SideDataContainer, Type
 
 from chunkq.errors import ErrorCode
 from chunkq.images.decoding import Pixels
@@ -102,10 +102,9 @@ def read_frames(
     """Yield the frames `numbers` in this order, ascending, each with its number.
 
     A frame is pixels (H, W, C), uint8, turned as players show it, or an ImageError if it cannot be
-    decoded. Decoding starts at
-    the last keyframe before the first number, and goes on to the last one. After damage it starts
-    again at the next keyframe, so that the result does not depend on the first number. Raises
-    ImageError if the file cannot be opened.
+    decoded. Decoding starts at the last keyframe before the first number, and goes on to the last
+    one. After damage it starts again at the next keyframe, so that the result does not depend on
+    the first number. Raises ImageError if the file cannot be opened.
     """
     wanted = {int(index.times[n]): n for n in numbers}
     with _opened(file) as (container, stream):
@@ -171,7 +170,9 @@ def _pixels(frame: Any, number: int, mode: Mode) -> Pixels | ImageError:
     """
     pixels: Pixels = frame.to_ndarray(format=FORMATS[mode])
     pixels = pixels.reshape(frame.height, frame.width, -1)
-    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+    # A frame keeps its own container, which keeps the frame, in memory until a garbage collection.
+    container: Any = SideDataContainer  # whose stub lacks the argument
+    matrix = container(frame).get(Type.DISPLAYMATRIX)
     if matrix is None:
         return pixels
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -112,6 +114,19 @@ def test_threads_that_read_out_of_order_get_the_frames_of_the_whole_video(folder
         frames = dict(zip(reversed(numbers), read, strict=True))
     for number, frame in frames.items():
         np.testing.assert_array_equal(frame, expected[number])
+
+
+def test_decoded_frames_leave_memory_without_a_garbage_collection(folder: Path) -> None:
+    reader = FrameReader(str(folder / "a.mp4"), range(20), DEFAULT_ACCESS, "RGB")
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(20):
+            reader.read(number, unlimited)
+        frames = sum(isinstance(each, av.VideoFrame) for each in gc.get_objects())
+    finally:
+        gc.enable()
+    assert frames <= 2
 
 
 def test_rows_of_a_video_are_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
