@@ -36,7 +36,8 @@ FOREIGN = ("CHUNKQ_", "CUDA_", "NET_", "SBATCH_", "SLURM", "SRUN_")
 # - no privileges other than root's: linuxproc, task/none, no accounting, no MPI;
 # - small machines: config_overrides, because the nodes declare more resources than exist;
 # - no idle waiting: the scheduler's intervals, KillWait and cred_expire. The last is also the
-#   delay of a requeued job (120 s by default; SLURM ignores less than 5);
+#   delay of a requeued job (120 s by default; SLURM ignores less than 5), and longer than KillWait
+#   (30 s by default): a node that was set to down kills the job's steps again then, also new ones;
 # - jobs of the partition `spare` are requeued for those of `main`; KillWait is their grace.
 CONFIGURATION = """\
 ClusterName=test
@@ -47,7 +48,7 @@ SlurmdUser=root
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={folder}/munge,cred_expire=5
+AuthInfo=socket={folder}/munge,cred_expire=9
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
