@@ -230,7 +230,8 @@ def peak_memory() -> int:
 def compete(contestants: Mapping[str, Contestant]) -> None:
     """Run the contestant that the command line names and print its figures.
 
-    They are wall-clock and CPU seconds, memory (KB), and the figures of the contestant.
+    They are wall-clock and CPU seconds, start and end by the monotonic clock, memory (KB), and the
+    figures of the contestant.
     """
     name, job_file, output = sys.argv[1:]
     torch.set_num_threads(THREADS)
@@ -240,10 +241,16 @@ def compete(contestants: Mapping[str, Contestant]) -> None:
     gc.collect()
     gc.freeze()
     before = peak_memory()
-    started, cpu = time.perf_counter(), time.process_time()
+    started, cpu = time.monotonic(), time.process_time()
     figures = run()
-    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    resources = {"seconds": seconds, "cpu": cpu, "peak": peak_memory(), "before": before}
+    ended, cpu = time.monotonic(), time.process_time() - cpu
+    resources = {
+        "seconds": ended - started,
+        "clock": [started, ended],
+        "cpu": cpu,
+        "peak": peak_memory(),
+        "before": before,
+    }
     print(json.dumps(resources | figures))
 
 

@@ -1,12 +1,12 @@
 """Compare chunkq with a bare forward loop, MONAI's sliding window and a plain copy of the arrays.
 
 Run: python benchmarks/network.py [PART ...] [--rounds N] [--json FILE]. Contestants run from store
-to store, in turns, in separate processes, with two threads each and the malloc settings of chunkq's
-workers. A figure is the median of the ratios of each round. `small` has 96 patches in 12 chunks of
-96³. `large` has 605 patches in 4 chunks of 192³, which is closer to a real job. `basic` has 27
-patches and MONAI's BasicUNet, which takes several times as long per patch as the demo's U-Net.
-MONAI is installed from the package index into a separate folder. Parts that are not run keep their
-figures in FILE.
+to store, in separate processes that run in slices (see slices.py), with two threads each and the
+malloc settings of chunkq's workers. A figure is the median of the ratios of each round. `small` has
+96 patches in 12 chunks of 96³. `large` has 605 patches in 4 chunks of 192³, which is closer to a
+real job. `basic` has 27 patches and MONAI's BasicUNet, which takes several times as long per patch
+as the demo's U-Net. MONAI is installed from the package index into a separate folder. Parts that
+are not run keep their figures in FILE.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import zarr
 from chunkq_worker.child_env import child_env
 
 from benchmarks import turns
+from benchmarks.slices import run_in_slices
 from benchmarks.turns import THREADS, Figures
 
 ROUNDS = {"small": 5, "large": 3, "basic": 2, "copy": 5}
@@ -103,18 +104,25 @@ def basic_unet(folder: Path) -> Path:
     return path
 
 
-def run(name: str, job: Path) -> Figures:
-    """Run one contestant in a separate process; return its figures."""
+def start(name: str, job: Path) -> subprocess.Popen[str]:
+    """Start one contestant in a separate process."""
     script = Path(__file__).with_name("contestant.py")
     output = job.parent / f"{name}.zarr"
-    return turns.run_contestant(script, name, job, output, child_env(THREADS))
+    return turns.start_contestant(script, name, job, output, child_env(THREADS))
+
+
+def run(name: str, job: Path) -> Figures:
+    """Run one contestant in a separate process; return its figures."""
+    process = start(name, job)
+    output, errors = process.communicate()
+    return turns.figures_of(name, process.returncode, output, errors)
 
 
 def contest(job: Path, others: Sequence[str], rounds: int) -> Figures:
-    """Run chunkq and others in turns; ratios are chunkq's seconds divided by the others'."""
+    """Run chunkq and others in slices; ratios are chunkq's seconds divided by the others'."""
     run("chunkq", job)  # fills the file cache for all contestants
     names = ("chunkq", *others)
-    results = turns.take_turns(names, rounds, lambda name: run(name, job))
+    results = run_in_slices(names, rounds, lambda name: start(name, job))
     ratios = {other: turns.ratios(results, "chunkq", other) for other in others}
     cpu_ratios = {other: turns.ratios(results, "chunkq", other, key="cpu") for other in others}
     for other in others:

@@ -46,14 +46,14 @@ def fetch(package: str, *requirements: str) -> None:
         raise SystemExit(f"{package}: pip failed; see its message above and run again")
 
 
-def run_contestant(
+def start_contestant(
     script: Path, name: str, job: Path, output: Path, environment: Mapping[str, str] | None = None
-) -> Figures:
-    """Run a contestant of a script; return the figures that it prints as JSON in its last line.
+) -> subprocess.Popen[str]:
+    """Start a contestant of a script as the leader of a process group, with pipes as output.
 
-    `environment` is added to that of this process. Raise SystemExit with its stderr if it fails.
+    `environment` is added to that of this process.
     """
-    result = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-W", "ignore", str(script), name, str(job), str(output)],
         env={
             **os.environ,
@@ -61,14 +61,35 @@ def run_contestant(
             "OMP_NUM_THREADS": str(THREADS),
             **(environment or {}),
         },
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
+        start_new_session=True,
     )
-    if result.returncode:
-        raise SystemExit(f"{name}: {result.stderr}")
-    figures: Figures = json.loads(result.stdout.splitlines()[-1])
+
+
+def figures_of(name: str, status: int, output: str, errors: str) -> Figures:
+    """Return the figures that a contestant printed as JSON in its last line.
+
+    Raise SystemExit with `errors` if its exit status is not 0.
+    """
+    if status:
+        raise SystemExit(f"{name}: {errors}")
+    figures: Figures = json.loads(output.splitlines()[-1])
     return figures
+
+
+def run_contestant(
+    script: Path, name: str, job: Path, output: Path, environment: Mapping[str, str] | None = None
+) -> Figures:
+    """Run a contestant of a script, see `start_contestant`; return its figures."""
+    process = start_contestant(script, name, job, output, environment)
+    try:
+        printed, errors = process.communicate()
+    except BaseException:
+        process.kill()
+        raise
+    return figures_of(name, process.returncode, printed, errors)
 
 
 def take_turns(names: Iterable[str], rounds: int, run: Callable[[str], Figures]) -> list[Turn]:
@@ -84,7 +105,7 @@ def take_turns(names: Iterable[str], rounds: int, run: Callable[[str], Figures])
         order.append(order.pop(0))
         return turn
 
-    return quiet_rounds(rounds, run_all, _line)
+    return quiet_rounds(rounds, run_all, turn_line)
 
 
 def quiet_rounds(
@@ -121,7 +142,7 @@ def watched(run: Callable[[], T]) -> tuple[T, float]:
     return result, others / (time.monotonic() - begun) / (os.cpu_count() or 1)
 
 
-def _line(turn: Turn) -> str:
+def turn_line(turn: Turn) -> str:
     """Return the seconds and the CPU seconds of each contestant of a round."""
     return "".join(
         f"{name} {figures['seconds']:.2f} s"

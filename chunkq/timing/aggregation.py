@@ -348,8 +348,8 @@ class _JobTiming:
         timed = ("read", "compute", "write")
         stages: dict[str, Numbers] = {s: self.stages[s].astype(np.float64) for s in timed}
         stages["other"] = np.maximum(durations - sum(stages.values()), 0.0)
-        usual = {stage: np.full(len(patches), np.median(time)) for stage, time in stages.items()}
-        usual["compute"] = patches * np.median(stages["compute"] / patches)
+        usual = {stage: np.full(len(patches), _median(time)) for stage, time in stages.items()}
+        usual["compute"] = patches * _median(stages["compute"] / patches)
         expected = sum(usual.values(), np.zeros(len(patches)))
         limit = np.maximum(expected * STRAGGLER_FACTOR, expected + STRAGGLER_SECONDS)
         slow = np.flatnonzero(durations > limit)
@@ -372,7 +372,7 @@ class _JobTiming:
             )
 
         return Stragglers(
-            median=float(np.median(durations)),
+            median=_median(durations),
             count=len(slow),
             excess_seconds=float(excess[slow].sum()),
             worst=tuple(straggler(int(number)) for number in worst),
@@ -393,5 +393,21 @@ def _worker_time_shares(workers: Iterable[Worker]) -> dict[str, float]:
 
 
 def _quantiles(values: Any) -> dict[str, float]:
-    quantiles = np.quantile(values.astype(np.float64), QUANTILES)
-    return {f"{q:g}": float(value) for q, value in zip(QUANTILES, quantiles, strict=True)}
+    quantiles = _interpolated(values, QUANTILES)
+    return {f"{q:g}": value for q, value in zip(QUANTILES, quantiles, strict=True)}
+
+
+def _median(values: Any) -> float:
+    (median,) = _interpolated(values, (0.5,))
+    return median
+
+
+def _interpolated(values: Any, quantiles: Sequence[float]) -> list[float]:
+    """Return quantiles of at least one value, interpolated linearly between the sorted values.
+
+    NumPy's own functions would import numpy.ma, which takes 30 ms.
+    """
+    ordered = np.sort(values.astype(np.float64))
+    positions = np.multiply(quantiles, len(ordered) - 1)
+    interpolated = np.interp(positions, np.arange(len(ordered)), ordered)
+    return [float(value) for value in interpolated]

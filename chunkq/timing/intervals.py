@@ -50,7 +50,7 @@ def attribute_time(layers: Sequence[Intervals], low: float, high: float) -> list
 def _cuts(starts: Numbers, low: float, high: float) -> list[float]:
     """Return times from `low` to `high` between which about `BATCH_SIZE` intervals start."""
     inner = np.sort(starts)[BATCH_SIZE::BATCH_SIZE]
-    return [low, *(float(t) for t in np.unique(inner) if low < t < high), high]
+    return [low, *sorted({float(t) for t in inner if low < t < high}), high]
 
 
 def max_overlap(starts: Numbers, stops: Numbers) -> int:

@@ -1,6 +1,7 @@
 """The NumPy runtime: calls, errors, threads and a worker process."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -426,6 +427,29 @@ def test_a_worker_process_imports_no_framework(workspace: Workspace) -> None:
     loaded = json.loads((workspace.folder / "modules.json").read_text())
     assert "chunkq_worker.runtimes.numpy" in loaded
     assert [name for name in LARGE_MODULES if name in loaded] == []
+
+
+LISTS_MODULES = """
+import sys
+from chunkq import Predictor
+
+with Predictor.from_config("job.json") as predictor:
+    predictor.predict_to_store("in.zarr", "out.zarr")
+print(*sys.modules)
+"""
+
+
+def test_a_job_imports_no_masked_arrays(workspace: Workspace) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", LISTS_MODULES],
+        cwd=workspace.folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = result.stdout.split()
+    assert "chunkq.timing.aggregation" in loaded
+    assert "numpy.ma" not in loaded
 
 
 def test_export_supports_only_torch(workspace: Workspace) -> None:
