@@ -30,7 +30,7 @@ from benchmarks import turns
 from benchmarks.slices import run_in_slices
 from benchmarks.turns import THREADS, Figures
 
-ROUNDS = {"small": 5, "large": 3, "basic": 2, "copy": 5}
+ROUNDS = {"small": 5, "large": 2, "basic": 2, "copy": 5}
 """Together with `memory` they take 11 minutes on two cores."""
 UNET = Path(__file__).parents[1] / "examples" / "brain" / "unet.ts"
 MONAI = "monai==1.6.1"
