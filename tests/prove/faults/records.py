@@ -273,8 +273,8 @@ FAULTS = (
     Fault(
         "stragglers-ignore-their-patches",
         "chunkq/timing/aggregation.py",
-        'patches * np.median(stages["compute"] / patches)',
-        'np.full(len(patches), np.median(stages["compute"]))',
+        'patches * _median(stages["compute"] / patches)',
+        'np.full(len(patches), _median(stages["compute"]))',
         "every chunk with many patches is listed as a straggler",
         ("tests/unit/test_timing.py",),
     ),
