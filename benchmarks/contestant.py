@@ -23,7 +23,7 @@ import numpy as np
 import tensorstore as ts
 import torch
 
-from benchmarks.turns import THREADS, Figures
+from benchmarks.turns import KEPT_OUTPUT, THREADS, Figures
 from chunkq.job.job_file import Job
 from chunkq.job.job_reading import load_job
 from chunkq.job.resolve import resolve
@@ -70,8 +70,8 @@ def create(
 
 
 def like_chunkq(path: str) -> Any:
-    """Create an array with the metadata of chunkq's output in the same folder."""
-    output = stored(str(Path(path).with_name("chunkq.zarr") / "0"))
+    """Create an array with the metadata of chunkq's output that network.py keeps in this folder."""
+    output = stored(str(Path(path).with_name(KEPT_OUTPUT) / "0"))
     spec = {
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": path},

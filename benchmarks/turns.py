@@ -25,6 +25,8 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 PEERS = Path(tempfile.gettempdir()) / "chunkq-peers"
 """Folder of other projects' programs, separate from the environment of chunkq."""
 THREADS = 2
+KEPT_OUTPUT = "kept.zarr"
+"""Name of an output of chunkq that stays while its contestant writes again."""
 MOST_OTHERS = 0.05
 """Share of the CPUs that other processes, or other machines of the host, may use in a round."""
 BUSY = ("user", "nice", "system", "irq", "softirq", "steal")
