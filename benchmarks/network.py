@@ -113,9 +113,7 @@ def start(name: str, job: Path) -> subprocess.Popen[str]:
 
 def run(name: str, job: Path) -> Figures:
     """Run one contestant in a separate process; return its figures."""
-    process = start(name, job)
-    output, errors = process.communicate()
-    return turns.figures_of(name, process.returncode, output, errors)
+    return turns.finish(name, start(name, job))
 
 
 def run_and_keep(job: Path) -> Figures:

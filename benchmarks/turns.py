@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -85,13 +86,17 @@ def run_contestant(
     script: Path, name: str, job: Path, output: Path, environment: Mapping[str, str] | None = None
 ) -> Figures:
     """Run a contestant of a script, see `start_contestant`; return its figures."""
-    process = start_contestant(script, name, job, output, environment)
+    return finish(name, start_contestant(script, name, job, output, environment))
+
+
+def finish(name: str, process: subprocess.Popen[str]) -> Figures:
+    """Wait for a contestant and return its figures; Ctrl-C kills it."""
     try:
-        printed, errors = process.communicate()
+        output, errors = process.communicate()
     except BaseException:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         raise
-    return figures_of(name, process.returncode, printed, errors)
+    return figures_of(name, process.returncode, output, errors)
 
 
 def take_turns(names: Iterable[str], rounds: int, run: Callable[[str], Figures]) -> list[Turn]:
