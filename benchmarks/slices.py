@@ -7,18 +7,76 @@ slices by less than 1 %.
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+
+import psutil
 
 from benchmarks.turns import Figures, Turn, figures_of, quiet_rounds, turn_line
 
 SLICE = 0.25
 """Length of a slice (s)."""
 Start = Callable[[str], subprocess.Popen[str]]
-"""Start a contestant by its name, as the leader of a process group."""
+"""Start a contestant by its name, with pipes as output."""
+
+
+class Contestant:
+    """A contestant with all processes below it, of which some may be in sessions of their own."""
+
+    def __init__(self, name: str, process: subprocess.Popen[str]) -> None:
+        """Stop a contestant that has just started."""
+        self._name, self._process = name, process
+        self._leader = psutil.Process(process.pid)
+        self._members = [self._leader]
+        self._slices: list[tuple[float, float]] = []
+        self._stop()
+
+    def run_slice(self) -> Figures | None:
+        """Let it run for one slice; return its figures if it ended."""
+        begin = time.monotonic()
+        _send(self._members, signal.SIGCONT)
+        try:
+            output, errors = self._process.communicate(timeout=SLICE)
+        except subprocess.TimeoutExpired:
+            self._stop()
+            self._slices.append((begin, time.monotonic()))
+            return None
+        self._slices.append((begin, time.monotonic()))
+        figures = figures_of(self._name, self._process.returncode, output, errors)
+        return figures | {"seconds": self._seconds(*figures["clock"])}
+
+    def kill(self) -> None:
+        """End what still runs of it."""
+        self._stop()
+        _send(self._members, signal.SIGKILL)
+        if self._process.returncode is None:
+            self._process.communicate()
+
+    def _stop(self) -> None:
+        """Stop its processes, until none is left that a running one has started."""
+        running = self._members
+        while running:
+            _send(running, signal.SIGSTOP)
+            running = [each for each in self._below() if each not in self._members]
+            self._members += running
+
+    def _below(self) -> list[psutil.Process]:
+        with suppress(psutil.NoSuchProcess):
+            return self._leader.children(recursive=True)
+        return []
+
+    def _seconds(self, started: float, ended: float) -> float:
+        """Return for how long (s) slices overlap the time from the start to the end of a clock."""
+        return sum(max(0.0, min(end, ended) - max(begin, started)) for begin, end in self._slices)
+
+
+def _send(processes: Iterable[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
 
 
 def run_in_slices(names: Iterable[str], rounds: int, start: Start) -> list[Turn]:
@@ -41,44 +99,17 @@ def run_round(names: Iterable[str], start: Start) -> Turn:
 
     Raise SystemExit if one fails. None of them runs on when this function ends.
     """
-    processes: dict[str, subprocess.Popen[str]] = {}
-    slices: dict[str, list[tuple[float, float]]] = {}
+    contestants: dict[str, Contestant] = {}
     turn: Turn = {}
     try:
         for name in names:
-            processes[name] = start(name)
-            os.killpg(processes[name].pid, signal.SIGSTOP)
-            slices[name] = []
-        while len(turn) < len(processes):
-            for name in [name for name in processes if name not in turn]:
-                figures = _run_slice(name, processes[name], slices[name])
+            contestants[name] = Contestant(name, start(name))
+        while len(turn) < len(contestants):
+            for name in [name for name in contestants if name not in turn]:
+                figures = contestants[name].run_slice()
                 if figures is not None:
-                    turn[name] = figures | {"seconds": _seconds(figures, slices[name])}
+                    turn[name] = figures
     finally:
-        for process in processes.values():
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
+        for contestant in contestants.values():
+            contestant.kill()
     return turn
-
-
-def _run_slice(
-    name: str, process: subprocess.Popen[str], slices: list[tuple[float, float]]
-) -> Figures | None:
-    """Let a contestant run for one slice and add it to `slices`; return its figures if it ended."""
-    begin = time.monotonic()
-    os.killpg(process.pid, signal.SIGCONT)
-    try:
-        output, errors = process.communicate(timeout=SLICE)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGSTOP)
-        slices.append((begin, time.monotonic()))
-        return None
-    slices.append((begin, time.monotonic()))
-    return figures_of(name, process.returncode, output, errors)
-
-
-def _seconds(figures: Figures, slices: Iterable[tuple[float, float]]) -> float:
-    """Return for how long (s) slices overlap the time in which a contestant's clock ran."""
-    started, ended = figures["clock"]
-    return sum(max(0.0, min(end, ended) - max(begin, started)) for begin, end in slices)

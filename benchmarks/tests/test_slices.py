@@ -1,5 +1,6 @@
 """Contestants that run in slices do not run at the same time, and none outlives its round."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from benchmarks.slices import SLICE, run_round
 from benchmarks.turns import Figures
 
+ARGUMENT = "# argument"
 WORKS = f"""
 import json, sys, time
 from pathlib import Path
@@ -24,14 +26,21 @@ clock = [started, ended]
 print(json.dumps({{"clock": clock, "seconds": ended - started, "moments": moments[::50]}}))
 """
 
+BELOW = """
+import subprocess, sys
+command = [sys.executable, "-c", sys.argv[1]]
+sys.exit(subprocess.Popen(command, start_new_session=True, close_fds=False).wait())
+"""
+"""Runs a script in a process in a session of its own, as chunkq runs its workers."""
+
 
 def start(script: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-c", script],
+        [sys.executable, "-c", *script.split(ARGUMENT)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
+        close_fds=False,
     )
 
 
@@ -43,8 +52,9 @@ def alternations(first: Figures, second: Figures) -> int:
     return sum(a != b for a, b in pairwise(who))
 
 
-def test_contestants_alternate_and_the_others_time_does_not_count() -> None:
-    turn = run_round(["a", "b"], lambda _: start(WORKS))
+@pytest.mark.parametrize("script", [WORKS, f"{BELOW}{ARGUMENT}{WORKS}"], ids=["leader", "below"])
+def test_contestants_alternate_and_the_others_time_does_not_count(script: str) -> None:
+    turn = run_round(["a", "b"], lambda _: start(script))
     # Both at once would alternate thousands of times.
     assert 2 <= alternations(turn["a"], turn["b"]) <= 200
     for figures in turn.values():
@@ -52,8 +62,14 @@ def test_contestants_alternate_and_the_others_time_does_not_count() -> None:
         assert 2.9 * SLICE <= figures["seconds"] <= end - begin - SLICE
 
 
-def test_a_failed_contestant_ends_the_others() -> None:
-    scripts = {"other": "import time; time.sleep(600)", "bad": "raise SystemExit('broken')"}
+def test_a_failed_contestant_ends_the_others_and_what_they_started() -> None:
+    read, write = os.pipe()
+    os.set_inheritable(write, True)
+    sleeps = f"import os, time; os.write({write}, b'started'); time.sleep(600)"
+    scripts = {
+        "other": f"{BELOW}{ARGUMENT}{sleeps}",
+        "bad": "import time; time.sleep(1); raise SystemExit('broken')",
+    }
     processes = []
 
     def begin(name: str) -> "subprocess.Popen[str]":
@@ -63,3 +79,6 @@ def test_a_failed_contestant_ends_the_others() -> None:
     with pytest.raises(SystemExit, match="bad: broken"):
         run_round(scripts, begin)
     assert [process.returncode for process in processes] == [-signal.SIGKILL, 1]
+    os.close(write)
+    with open(read, "rb") as pipe:  # ends when no process has the other end
+        assert pipe.read() == b"started"

@@ -57,7 +57,7 @@ class Net:
             time.sleep(1000)
 
     def __call__(self, batch):
-        trace("call")
+        trace("call" if batch.any() else "zeros")
         if os.environ.get("NET_FAULT") == "raises":
             raise ValueError("no such layer")
         return np.stack([batch / 100, 1 - batch / 100], axis=1).astype(np.float32)
@@ -112,6 +112,7 @@ def test_each_worker_loads_the_network_once_and_computes_with_it(
     loads = traced(workspace, "load")
     assert len(loads) == len(set(loads)) == workers
     assert set(traced(workspace, "call")) <= set(loads)
+    assert len(set(traced(workspace, "zeros"))) == workers - 1  # all but the one that checks
     assert len(workspace.commits()) == len(CHUNKS)
     assert "complete: " in result.out
     assert result.err.count("a warning of the network") == workers

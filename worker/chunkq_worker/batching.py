@@ -137,6 +137,11 @@ class Batcher:
         if (error := self.try_zeros()) is not None:
             raise error
 
+    def prepare(self) -> None:
+        """Run a batch of zeros unless a batch has run; an error can be one for zeros only."""
+        if not self.has_run:
+            self.try_zeros()
+
     def try_zeros(self) -> ModelError | None:
         """Run one batch of zeros, which prepares the runtime for its batch size.
 

@@ -42,10 +42,17 @@ def _import_libraries(runtime: str) -> None:
 
 
 def _load(record: str) -> None:
-    """Load the network, which the first chunk uses; leave an error to that chunk."""
+    """Load the network, which the first chunk uses; leave an error to that chunk.
+
+    Run it on zeros while the first process checks it, since a first batch takes longer: libraries
+    prepare for its shape, and the memory is new.
+    """
     from chunkq.job.record import JobRecord
     from chunkq_worker.device import get_device
 
-    decoded = JobRecord.from_json(record.encode())
-    load = get_device().load_images if decoded.job.is_image else get_device().load
-    load(decoded).exception()
+    decoded, device = JobRecord.from_json(record.encode()), get_device()
+    if decoded.job.is_image:
+        device.load_images(decoded).exception()
+        return
+    engine = device.load(decoded)
+    device.run(lambda: engine.result().batcher.prepare()).exception()

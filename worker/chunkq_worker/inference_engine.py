@@ -84,7 +84,7 @@ class InferenceEngine:
         )
         self.pipeline = self._create_pipeline(self._load_weights(plan))
         if not self.runtime.any_batch:  # preparing for one batch size is part of loading
-            self.batcher.try_zeros()  # an error can be one for zeros only; patches decide
+            self.batcher.prepare()
 
     def _load_weights(self, plan: Plan) -> list[PatchWeights]:
         """Return the blend weights of each output.
