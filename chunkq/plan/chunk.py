@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 
 from chunkq.geometry.box import Box
 
@@ -110,3 +111,12 @@ def upper_offsets(rank: int) -> list[Index]:
     They are all non-empty sets of axes as tuples of 0 and 1.
     """
     return list(product((0, 1), repeat=rank))[1:]
+
+
+def shared_offsets(shared: Iterable[int]) -> Iterator[Index]:
+    """Yield the `upper_offsets` along axes where voxels are shared, in the same order.
+
+    `shared` has the number of shared voxels along each axis.
+    """
+    offsets = product(*((0, 1) if voxels else (0,) for voxels in shared))
+    return islice(offsets, 1, None)

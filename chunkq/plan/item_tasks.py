@@ -48,7 +48,8 @@ class ItemTasks:
 
     def contributors(self, index: Index) -> list[Index]:
         """Return the tasks that must be committed before the block can be finalized."""
-        return [source for source in self.plan.contributors(index) if self.is_task(source)]
+        active = self.plan.contributors(index)
+        return active if self.counts is None else [one for one in active if self.is_task(one)]
 
     def blocks(self) -> Iterator[Index]:
         """Yield the blocks with a band and a contributor, in C order (last axis fastest)."""

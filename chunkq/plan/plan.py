@@ -16,6 +16,7 @@ from fractions import Fraction
 from functools import cache, cached_property
 from itertools import islice, product
 from math import prod
+from operator import getitem, sub
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from chunkq.geometry.box import Box
 from chunkq.geometry.grid_spec import GridSpec
 from chunkq.geometry.grids import AxisBlock, AxisGeometry, AxisPatch
 from chunkq.plan.batches import NeededBatches, along, needed_batches, window
-from chunkq.plan.chunk import Chunk, Index, Patch, Piece, upper_offsets
+from chunkq.plan.chunk import Chunk, Index, Patch, Piece, shared_offsets
 from chunkq.plan.costs import Costs, costs_of
 from chunkq.plan.outputs import Head, OutputSpec
 from chunkq.plan.volume import Volume
@@ -379,8 +380,7 @@ class Plan:
             return []
         return [
             Piece(chunk.index, target, box)
-            for up in upper_offsets(self.rank)
-            if all(chunk.overlap[a] for a in range(self.rank) if up[a])
+            for up in shared_offsets(chunk.overlap)
             for target, box in [self._upper_neighbor(chunk, up)]
             if box.size
         ]
@@ -388,18 +388,24 @@ class Plan:
     def incoming_pieces(self, chunk: Chunk) -> list[Piece]:
         """Return the pieces that lower neighbors store for a chunk's block, in a fixed order."""
         block, inner = chunk.block, chunk.interior.start
-        pieces: list[Piece] = []
-        if not block.size:
-            return pieces
-        for up in upper_offsets(self.rank):
-            source = tuple(i - u for i, u in zip(chunk.index, up, strict=True))
-            has_band = all(inner[a] > block.start[a] for a in range(self.rank) if up[a])
-            if has_band and self.is_active(source):
-                stop = tuple(
-                    low if u else high for u, low, high in zip(up, inner, block.stop, strict=True)
-                )
-                pieces.append(Piece(source, chunk.index, Box(block.start, stop)))
-        return pieces
+        stops = tuple(zip(block.stop, inner, strict=True))
+        return [
+            Piece(source, chunk.index, Box(block.start, tuple(map(getitem, stops, up))))
+            for source, up in self._sources(chunk.index)
+        ]
+
+    def _sources(self, index: Index) -> Iterator[tuple[Index, Index]]:
+        """Yield the chunks that predict a part of the block above them, in a fixed order.
+
+        With each is an offset, which has a 1 for each axis along which the block is above it.
+        """
+        parts = self._parts(index)
+        if any(part.start == part.stop for part in parts):
+            return
+        for up in shared_offsets(part.band for part in parts):
+            source = tuple(map(sub, index, up))
+            if self.is_active(source):
+                yield source, up
 
     def contributors(self, index: Index) -> list[Index]:
         """Return the chunks that must be committed before the block can be finalized.
@@ -407,7 +413,7 @@ class Plan:
         The block's own chunk is the first one if it owns a patch.
         """
         own = [index] if self.is_active(index) else []
-        return own + [piece.source for piece in self.incoming_pieces(self.chunk(index))]
+        return own + [source for source, _ in self._sources(index)]
 
     def has_band(self, index: Index) -> bool:
         """Return whether the block has a band and must therefore be finalized."""

@@ -54,5 +54,6 @@ def _load(record: str) -> None:
     if decoded.job.is_image:
         device.load_images(decoded).exception()
         return
-    engine = device.load(decoded)
-    device.run(lambda: engine.result().batcher.prepare()).exception()
+    loaded = device.load(decoded)
+    if loaded.exception() is None:
+        device.run(loaded.result().batcher.prepare).exception()

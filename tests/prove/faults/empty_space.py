@@ -73,7 +73,7 @@ FAULTS = (
     Fault(
         "blocks-wait-for-skipped-chunks",
         "chunkq/plan/item_tasks.py",
-        "if self.is_task(source)]",
+        "if self.is_task(one)]",
         "]",
         "blocks are never finalized",
         (TASKS,),

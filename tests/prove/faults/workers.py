@@ -307,6 +307,14 @@ FAULTS = (
         named(EARLY, "once"),
     ),
     Fault(
+        "first-batch-of-other-workers-is-a-chunk's",
+        "worker/chunkq_worker/early_start.py",
+        "device.run(loaded.result().batcher.prepare).exception()",
+        "pass",
+        "all workers but the first one compute their first chunk more slowly",
+        named(EARLY, "loads_the_network_once"),
+    ),
+    Fault(
         "signal-that-ended-the-check-is-not-reported",
         SUPERVISOR,
         "CheckReport(exit_code=code)",
