@@ -105,18 +105,11 @@ class Chunk:
         return tuple(self.block.without_corner(self.core.start))
 
 
-def upper_offsets(rank: int) -> list[Index]:
-    """Return the offsets from a chunk to its upper neighbors, in binary counting order.
-
-    They are all non-empty sets of axes as tuples of 0 and 1.
-    """
-    return list(product((0, 1), repeat=rank))[1:]
-
-
 def shared_offsets(shared: Iterable[int]) -> Iterator[Index]:
-    """Yield the `upper_offsets` along axes where voxels are shared, in the same order.
+    """Yield the offsets to upper neighbors with which a chunk shares voxels.
 
-    `shared` has the number of shared voxels along each axis.
+    They are the non-empty sets of axes as tuples of 0 and 1, in binary counting order. `shared` has
+    the number of shared voxels along each axis.
     """
     offsets = product(*((0, 1) if voxels else (0,) for voxels in shared))
     return islice(offsets, 1, None)

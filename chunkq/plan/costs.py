@@ -14,7 +14,7 @@ from chunkq.geometry.box import Box
 from chunkq.geometry.grids import AxisGeometry
 from chunkq.geometry.padding import IntArray
 from chunkq.plan.batches import needed_totals
-from chunkq.plan.chunk import upper_offsets
+from chunkq.plan.chunk import shared_offsets
 
 if TYPE_CHECKING:
     from chunkq.plan.plan import Plan
@@ -155,7 +155,7 @@ def _stored(plan: Plan, totals: _Totals) -> tuple[int, int, int]:
     core = totals.over(every, *["core"] * rank)
     piece_voxels = sum(
         totals.over(active, *("upper_overlap" if u else "length" for u in up))
-        for up in upper_offsets(rank)
+        for up in shared_offsets([1] * rank)
     )
     band_voxels = totals.over(active, *["length"] * rank) - interior
     sums_bytes, stored_bytes = plan.output.sums_bytes, plan.output.voxel_bytes
